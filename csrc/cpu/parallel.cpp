@@ -1,0 +1,54 @@
+#include "vkernels/cpu/parallel.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace vk {
+namespace {
+
+int32_t (*torch_parallel_for)(int64_t, int64_t, int64_t, RangeFunction, void*) = nullptr;
+int32_t (*torch_get_num_threads)(uint32_t*) = nullptr;
+
+struct Scratch {
+  void* data[kScratchSlots] = {};
+  size_t bytes[kScratchSlots] = {};
+  ~Scratch() {
+    for (void* p : data) std::free(p);
+  }
+};
+thread_local Scratch thread_scratch;
+
+}  // namespace
+
+void set_torch_threads(void* parallel_for, void* get_num_threads) {
+  torch_parallel_for = reinterpret_cast<decltype(torch_parallel_for)>(parallel_for);
+  torch_get_num_threads = reinterpret_cast<decltype(torch_get_num_threads)>(get_num_threads);
+}
+
+int num_threads() {
+  uint32_t count = 1;
+  if (torch_get_num_threads) torch_get_num_threads(&count);
+  return count > 0 ? static_cast<int>(count) : 1;
+}
+
+void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
+  if (torch_parallel_for && end - begin > grain)
+    torch_parallel_for(begin, end, grain, function, context);
+  else
+    function(begin, end, context);
+}
+
+void* scratch(int slot, size_t bytes) {
+  Scratch& s = thread_scratch;
+  if (s.bytes[slot] < bytes) {
+    std::free(s.data[slot]);
+    s.bytes[slot] = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    s.data[slot] = std::aligned_alloc(64, rounded);
+    if (!s.data[slot]) throw std::bad_alloc();
+    s.bytes[slot] = rounded;
+  }
+  return s.data[slot];
+}
+
+}  // namespace vk

@@ -1,0 +1,28 @@
+// vkernels._C: build facts, threads, and one bind_<op> per folder. No torch: tensors arrive as TensorRef.
+#include "bind.h"
+#include "vkernels/cpu/isa.h"
+#include "vkernels/cpu/parallel.h"
+
+namespace vk {
+#define VK_OP(name) void bind_##name(py::module_& m);
+#include "ops.inc"
+#undef VK_OP
+}  // namespace vk
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of vkernels. Use the functions of the vkernels package; these check less.";
+
+  m.def("compiler", [] { return std::string(__VERSION__); });
+  m.def("isa_names", &vk::isa_names);
+  m.def("isa_usable", &vk::isa_usable);
+  m.def("isa_active", [] { return vk::isa_name(vk::active_isa()); });
+  m.def("isa_force", &vk::force_isa);
+  m.def("set_torch_threads", [](uintptr_t parallel_for, uintptr_t get_num_threads) {
+    vk::set_torch_threads(reinterpret_cast<void*>(parallel_for), reinterpret_cast<void*>(get_num_threads));
+  });
+  m.def("num_threads", &vk::num_threads);
+
+#define VK_OP(name) vk::bind_##name(m);
+#include "ops.inc"
+#undef VK_OP
+}

@@ -1,0 +1,8 @@
+"""Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
+
+from vkernels.check import NoBackend, ShapeError
+from vkernels.ops.apply_rope import apply_rope
+
+__version__ = "0.1.0"
+
+__all__ = ["NoBackend", "ShapeError", "apply_rope"]

@@ -1,0 +1,129 @@
+"""The two doors to code outside Python: the native library `vkernels._C`, and torch's operator registry.
+
+Import never compiles anything. Where `_C` was not built, `native_missing()` is the sentence that says so and every
+other backend works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from vkernels import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C = None
+    _missing: str | None = (
+        f"the native library vkernels._C cannot be loaded ({error}); run `pip install .` with a C++ compiler"
+    )
+else:
+    _missing = None
+
+DTYPE_CODE = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.uint8: 5,
+    torch.int8: 6,
+    torch.float64: 7,
+    torch.bool: 8,
+}
+
+
+def native_missing() -> str | None:
+    """None when the native library is loaded, else the sentence that says why it is not."""
+    return _missing
+
+
+def native() -> Any:
+    """The module vkernels._C; call it only where `native_missing()` is None."""
+    return _C
+
+
+def cpu_why_not(tensor: torch.Tensor) -> str | None:
+    """The reasons every native CPU kernel shares for refusing a call on `tensor`."""
+    if tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}, this backend runs on the CPU"
+    if tensor.dtype == torch.float64:
+        return "dtype float64 is served by the reference only"
+    return _missing
+
+
+def ref(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...], torch.Tensor] | None:
+    """What a native function receives of a tensor: address, dtype code, sizes, strides; and the tensor itself, so that
+    a temporary lives as long as its address is in use."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], tuple(tensor.shape), tensor.stride(), tensor
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself, or a copy where its last dimension is strided (an expanded gradient, say): native kernels read
+    rows, and honour every other stride as it is."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+_registry = torch.library.Library("vkernels", "FRAGMENT")
+
+DISPATCH_KEY = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    backends: dict[str, Callable[..., Any]],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Define `torch.ops.vkernels.<name>.<backend>` for every backend: one schema, one fake, one backward.
+
+    The overload name is the backend, so a graph shows which kernel ran. `backward(ctx, *grads)` finds the overload that
+    ran as `ctx.backend` when `setup_context` stores it; `setup_context(ctx, inputs, output)` receives it bound.
+    """
+    for backend, function in backends.items():
+        overload = f"{name}.{backend}"
+        _registry.define(f"{overload}{schema}")
+        _registry.impl(overload, function, DISPATCH_KEY[backend])
+        torch.library.register_fake(f"vkernels::{overload}", fake, lib=_registry)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"vkernels::{overload}",
+                _bound_backward(backward, backend),
+                setup_context=setup_context,
+                lib=_registry,
+            )
+
+
+def _bound_backward(backward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    def run(ctx: Any, *grads: Any) -> Any:
+        ctx.backend = backend
+        return backward(ctx, *grads)
+
+    return run
+
+
+def op(name: str, backend: str) -> Any:
+    """The registered overload `torch.ops.vkernels.<name>.<backend>`."""
+    return getattr(getattr(torch.ops.vkernels, name), backend)
+
+
+def _share_torch_threads() -> None:
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = ctypes.CDLL(str(torch_cpu) if torch_cpu.exists() else None)
+    address = [
+        ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+        for symbol in ("torch_parallel_for", "torch_get_num_threads")
+    ]
+    _C.set_torch_threads(*address)
+
+
+if _C is not None:
+    _share_torch_threads()

@@ -1,0 +1,13 @@
+"""What tests, benchmarks and users' own checks share: one tolerance policy, poisoned and guarded memory, strided twins."""
+
+from vkernels.testing.memory import guarded_memory, poisoned_memory, strided
+from vkernels.testing.numerics import assert_gradient, assert_within_budget, rounding_band
+
+__all__ = [
+    "assert_gradient",
+    "assert_within_budget",
+    "guarded_memory",
+    "poisoned_memory",
+    "rounding_band",
+    "strided",
+]
