@@ -1,7 +1,7 @@
 """VideoMask and its lowering: hand-worked masks, the plan expanded pair by pair against the law, and refusals.
 
-Planted bugs, each turned a test red: see the lowering's `hi + 1` and the compaction's `rank - 1` off by one; the globals
-range left out; `min_end` of an empty interval left at its end.
+Planted bugs that turned a test red: the intervals' `hi + 1` and the compaction's `rank - 1` off by one; the globals range
+left out; `min_end` of an empty interval left at its end; the second run of `k_tiles` one tile early.
 """
 
 import json
