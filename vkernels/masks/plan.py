@@ -108,7 +108,7 @@ def _tile_bounds(ranges: Tensor, q_count: Tensor | None, len_k: int, block: int)
     min_start = reduce(start.masked_fill(outside, far), far, largest=False)
     max_end = reduce(end.masked_fill(outside, near), near, largest=True)
     max_start = reduce(start.masked_fill(dead, near).masked_fill(empty, far), near, largest=True)
-    min_end = reduce(end.masked_fill(dead, far).masked_fill(empty, near), far, largest=False)
+    min_end = reduce(end.masked_fill(dead, far), far, largest=False)
     nothing = min_start >= max_end
     bounds = torch.stack([min_start, max_start, min_end, max_end], -1)
     return bounds.masked_fill(nothing[..., None], 0).to(torch.int32)
