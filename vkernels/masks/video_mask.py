@@ -64,6 +64,8 @@ class VideoMask:
     segments: tuple[Segment, ...]
     keep_k: Tensor | None  # bool [p, s]; None: every key is kept
     keep_q: Tensor | None
+    _expression: str
+    _plans: dict[torch.device, MaskPlan]
 
     def __init__(
         self,
