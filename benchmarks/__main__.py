@@ -61,12 +61,10 @@ def main() -> int:
 
     facts = environment()
     rates = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in facts["gflop_per_s"].items())
-    print(
-        f"{facts['machine']}, {facts['threads']} threads, {facts['isa']}; copy {facts['copy_gb_per_s']:.1f} GB/s, {rates}"
-    )
-    print(
-        f"{'case':58} {'dtype':9} {'rival':28} {'ours ms':>9} {'rival ms':>9} {'ratio':>7} {'target':>7} {'roofline':>8}"
-    )
+    print(f"{facts['machine']}, {facts['threads']} threads, {facts['isa']}")
+    print(f"copy {facts['copy_gb_per_s']:.1f} GB/s, {rates}")
+    heads = f"{'ours ms':>9} {'rival ms':>9} {'ratio':>7} {'target':>7} {'roofline':>8}"
+    print(f"{'case':58} {'dtype':9} {'rival':28} {heads}")
     rows, failed = [], 0
     for bench in benches(arguments.family):
         if arguments.match not in bench.id:

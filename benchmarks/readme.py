@@ -25,9 +25,10 @@ def numbers() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in stored["rows"]:
+        spread = f"({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
         lines.append(
             f"| {row['id']} | {row['dtype']} | {row['rival']} | {row['ours_ms']:.3g} ms | {row['rival_ms']:.3g} ms "
-            f"| **{row['ratio']:.2f}x** ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f}) | {row['roofline_share']:.0%} |"
+            f"| **{row['ratio']:.2f}x** {spread} | {row['roofline_share']:.0%} |"
         )
     return "\n".join(lines)
 

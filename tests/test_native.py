@@ -33,7 +33,7 @@ def test_instruction_set_can_be_forced_by_environment(isa):
 
 
 def test_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="isa: name must be one of baseline.*, got mmx"):
+    with pytest.raises(ValueError, match=r"isa: name must be one of baseline.*, got mmx"):
         C.isa_force("mmx")
 
 
