@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from vkernels.dispatch import choose
+from vkernels.masks import VideoMask
 from vkernels.roofline import Ceiling, ceiling
 
 
@@ -73,8 +74,8 @@ def explain(
     cost = spec.cost(call)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
     notes = []
-    mask = kwargs.get("mask")
-    if hasattr(mask, "stats"):
+    mask: Any = kwargs.get("mask")
+    if isinstance(mask, VideoMask):
         notes.append(f"mask: {mask.stats()}".replace("\n", "\n  "))
     return Explanation(
         op=name,
