@@ -173,7 +173,8 @@ def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
             def locate(bound: Tensor) -> Tensor:
                 return bound
 
-        assert start is not None and end is not None
+        assert start is not None
+        assert end is not None
         first, last = locate(start), locate(end)
         ends = [first, torch.maximum(first, last)]
         if globals_:
