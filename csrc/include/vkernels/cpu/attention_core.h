@@ -52,6 +52,7 @@ struct AttentionProblem {
   BoxRows box;
 };
 
+inline constexpr int kMaxIntervals = 3;
 inline constexpr int64_t kSlab = 512;            // keys whose scores are held at once
 inline constexpr int64_t kSlabRow = kSlab + 16;  // rows not a multiple of 4 KiB apart
 inline constexpr int64_t kChunkBytes = 512 << 10;
@@ -233,11 +234,12 @@ VK_INLINE void for_each_slab(const StripRanges& s, const BoxRows& box, const Box
   }
 }
 
-// -inf where row i of the strip does not see key `at` + lane.
-VK_INLINE f32v masked(f32v score, const StripRanges& s, const BoxRows& box, const BoxStrip& strip, const BoxChunk& keys,
-                      int i, int64_t at) {
+// -inf where row i of the strip does not see key `at` + lane through any of the intervals.
+VK_INLINE f32v masked(f32v score, const StripRanges* ranges, int intervals, const BoxRows& box, const BoxStrip& strip,
+                      const BoxChunk& keys, int i, int64_t at) {
   const i32v key = iota() + static_cast<int32_t>(at);
-  i32v visible = (key >= s.begin[i]) & (key < s.end[i]);
+  i32v visible{};
+  for (int r = 0; r < intervals; ++r) visible |= (key >= ranges[r].begin[i]) & (key < ranges[r].end[i]);
   if (box.relations) {
     i32v inside = i32v{} - 1;
     for (int a = 0; a < box.relations; ++a) {
@@ -364,7 +366,7 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
 
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t row = q_begin + strip * kStrip, rows = q_end - row < kStrip ? q_end - row : kStrip;
-      StripRanges ranges[3];
+      StripRanges ranges[kMaxIntervals];
       const int intervals = p.ranges ? p.intervals : 1;
       for (int r = 0; r < intervals; ++r)
         ranges[r] = strip_ranges(p, row, rows, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
@@ -388,7 +390,7 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
               for (int i = 0; i < kStrip; ++i)
                 for (int64_t j = 0; j < to - from; j += kLanes)
                   store(s_strip + i * kSlabRow + j,
-                        masked(load(s_strip + i * kSlabRow + j), range, p.box, strip_box, keys, i, from + j));
+                        masked(load(s_strip + i * kSlabRow + j), &range, 1, p.box, strip_box, keys, i, from + j));
             for (int i = 0; i < kStrip; ++i)
               softmax_row<kPairs>(s_strip + i * kSlabRow, p_strip + i * kSlabRow / kUnit, to - from, scale.c,
                                   row_max[i], row_sum[i], acc + i * d_pad, d_pad);
