@@ -10,7 +10,7 @@ constexpr int64_t kMaxIntervals = 3, kMaxRelations = 8, kMaxLength = int64_t{1} 
 void check_contiguous(const char* name, const TensorRef& t) {
   int64_t stride = 1;
   for (int i = t.rank - 1; i >= 0; --i) {
-    VK_CHECK(t.size(i) <= 1 || t.stride(i) == stride, op, name, "be contiguous", shape_text(t));
+    VK_CHECK(t.size(i) <= 1 || t.numel() == 0 || t.stride(i) == stride, op, name, "be contiguous", shape_text(t));
     stride *= t.size(i);
   }
 }
