@@ -298,7 +298,7 @@ struct ShortShape {
         len_q(p.len_q),
         len_k(p.len_k),
         padded_q(round_up(p.len_q, 4)),
-        padded_k(round_up(p.len_k, kHalf < 4 ? 4 : kHalf)),
+        padded_k(round_up(p.len_k, kHalf)),
         blocks(padded_k / kHalf) {
     const int64_t piece = d * (p.q.dtype == Dtype::f32 ? 4 : 2) * per_key;
     const int64_t packed = 4 * width * (2 * padded_k + 2 * padded_q * per_key);
