@@ -4,6 +4,7 @@ from vkernels.check import NoBackend, ShapeError
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
+from vkernels.ops.divided_attention import divided_attention
 
 __version__ = "0.1.0"
 
@@ -17,5 +18,6 @@ __all__ = [
     "VideoMask",
     "apply_rope",
     "attention",
+    "divided_attention",
     "lower_mask",
 ]
