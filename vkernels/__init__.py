@@ -1,8 +1,11 @@
 """Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
 
+from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
 from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.rearrange import rearrange
+from vkernels.rearrangement import RearrangePlan
 
 __version__ = "0.1.0"
 
-__all__ = ["NoBackend", "ShapeError", "apply_rope"]
+__all__ = ["NoBackend", "RearrangePlan", "ShapeError", "apply_rope", "rearrange", "rearrangement"]
