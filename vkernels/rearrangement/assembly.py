@@ -36,9 +36,9 @@ def assemble(
     """Text embeddings and video rows to the LLM's input: sources (text, video input) -> (b s c).
 
     Args:
-        layout: a bool mask (s) or (b s), True where a video row goes: the text source then has s rows too, those
-                at the placeholders are not read. Or parts in order, [("text", 12), ("video", 2048), ("text", 30)]: the text
-                source has just the text rows
+        layout: a bool mask (s) or (b s), True where a video row goes: the text source then has s rows too (those at
+                the placeholders are not read). Or parts in order, [("text", 12), ("video", 2048), ("text", 30)]: the
+                text source has just the text rows
         text:   rows of the text source, where it has more than the layout uses
         video:  how many video rows there are, or the plan that makes them (pool, newline, interleave_clips, ..),
                 which is then done in the same pass
