@@ -1,5 +1,6 @@
 """Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
 
+from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
@@ -21,3 +22,9 @@ __all__ = [
     "divided_attention",
     "lower_mask",
 ]
+from vkernels.ops.rearrange import rearrange
+from vkernels.rearrangement import RearrangePlan
+
+__version__ = "0.1.0"
+
+__all__ = ["NoBackend", "RearrangePlan", "ShapeError", "apply_rope", "rearrange", "rearrangement"]
