@@ -45,8 +45,8 @@ VK_INLINE void pack_row(float* to, const T* from, int64_t d) {
 }
 
 // Two rows (the second may be absent) to words across them.
-VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int64_t d) {
 #if defined(__AVX512BF16__)
+VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int64_t d) {
   for (int64_t c = 0; c < d; c += kLanes) {
     const __mmask16 live = d - c >= 16 ? ~__mmask16{0} : static_cast<__mmask16>((1u << (d - c)) - 1u);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, first + c));
@@ -54,8 +54,11 @@ VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int6
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(also, second + c));
     _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-#endif
 }
+#else
+template <class T>
+VK_INLINE void stack_rows(float*, const T*, const T*, int64_t) {}  // no instruction set without pairs stacks
+#endif
 
 // Packed rows, stacked.
 VK_INLINE void stack(float* to, const float* rows, int64_t count, int64_t words, int64_t d, int64_t columns) {
@@ -274,7 +277,7 @@ template <class T>
 void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool split, bool stream) {
   constexpr bool kPairs = MultipliesPairs<T>::value;
   const ShortShape s(p, kPairs);
-  const int64_t w = s.words, unit = kPairs ? 2 : 1;
+  const int64_t w = s.words;
   const int64_t rows_k = s.block_heads * s.padded_k * w, rows_q = s.block_heads * s.per_key * s.padded_q * w;
   const int64_t sums = s.padded_k * s.columns, stacked = kPairs ? s.columns / 2 : 0,
                 score_count = kQueryBlock / 2 * s.blocks * kLanes;
