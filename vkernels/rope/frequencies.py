@@ -1,5 +1,5 @@
-"""Frequencies of the one-axis schemes. Each function returns `(theta [r], attention scale)` computed in the given dtype:
-float64 for exact angles, float32 in Hugging Face's order of operations for bit parity with its tables."""
+"""Frequencies of the one-axis schemes. Each function returns `(theta [r], attention scale)` computed in the given
+dtype: float64 for exact angles, float32 in Hugging Face's order of operations for bit parity with its tables."""
 
 from __future__ import annotations
 

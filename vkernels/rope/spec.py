@@ -41,12 +41,18 @@ class RopeSpec:
     layout: str = "half"
     offset: int = 0
     freq_fp32: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    axis_rows: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    n_axes: int = field(init=False, repr=False, compare=False)
+    turns: tuple[int, ...] = field(init=False, repr=False, compare=False)  # freq / 2 pi * 2^64, as signed bits
 
     def __post_init__(self) -> None:
         op = "RopeSpec"
         object.__setattr__(self, "freq", tuple(float(f) for f in self.freq))
         if not self.axis:
             object.__setattr__(self, "axis", (0,) * len(self.freq))
+        nested = bool(self.axis) and isinstance(self.axis[0], tuple)
+        object.__setattr__(self, "axis_rows", self.axis if nested else (self.axis,))
+        object.__setattr__(self, "n_axes", 1 + max((a for row in self.axis_rows for a in row if a >= 0), default=0))
         require(self.layout in LAYOUTS, op, "layout", f"be one of {', '.join(LAYOUTS)}", repr(self.layout))
         require(all(0 <= f < 2 * math.pi for f in self.freq), op, "freq", "lie in [0, 2 pi)", self.freq)
         require(len(self.freq) <= 1024, op, "freq", "have at most 1024 pairs", len(self.freq))
@@ -54,13 +60,10 @@ class RopeSpec:
         for row in self.axis_rows:
             require(len(row) == len(self.freq), op, "axis", f"name an axis for {len(self.freq)} pairs", len(row))
             require(all(-1 <= a < 4 for a in row), op, "axis", "lie in -1..3", row)
+        bits = [round(Fraction(f) / _TWO_PI * 2**64) for f in self.freq]
+        object.__setattr__(self, "turns", tuple(x - 2**64 if x >= 2**63 else x for x in bits))
         even = self.layout != "axial" or len(self.freq) % 2 == 0
         require(even, op, "freq", "have an even number of pairs with layout 'axial'", len(self.freq))
-
-    @property
-    def axis_rows(self) -> tuple[tuple[int, ...], ...]:
-        nested = bool(self.axis) and isinstance(self.axis[0], tuple)
-        return self.axis if nested else (self.axis,)  # type: ignore[return-value]
 
     @property
     def pairs(self) -> int:
@@ -71,17 +74,15 @@ class RopeSpec:
         return 2 * len(self.freq)
 
     @property
-    def n_axes(self) -> int:
-        return 1 + max((a for row in self.axis_rows for a in row), default=0)
-
-    @property
     def blocks(self) -> int:
         """What kernels take for `layout`: 0 neighbours are a pair, else "half" inside each of so many parts."""
         return {"pair": 0, "half": 1, "axial": 2}[self.layout]
 
     def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(axis int32 [heads, r], turns int64 [r]: freq / 2 pi * 2^64 as bits), cached per device."""
-        return _tables(self, str(device))
+        if torch.compiler.is_compiling():
+            return _make_tables(self, device)
+        return _cached_tables(self, device)
 
     def replace(self, **changes: Any) -> RopeSpec:
         if "freq" in changes and "freq_fp32" not in changes:
@@ -90,7 +91,7 @@ class RopeSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; `RopeSpec.from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RopeSpec:
@@ -204,10 +205,12 @@ class RopeSpec:
         return cls.build(d, base, "default" if kind == "mrope" else kind, axes=axes, sections=sections, **extra)
 
 
+def _make_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = torch.tensor(spec.axis_rows, dtype=torch.int32, device=device)
+    return axis, torch.tensor(spec.turns, dtype=torch.int64, device=device)
+
+
 @lru_cache(maxsize=256)
-def _tables(spec: RopeSpec, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    turns = [round(Fraction(f) / _TWO_PI * 2**64) % 2**64 for f in spec.freq]
-    signed = [t - 2**64 if t >= 2**63 else t for t in turns]
+def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        axis = torch.tensor(spec.axis_rows, dtype=torch.int32, device=device).reshape(len(spec.axis_rows), -1)
-        return axis, torch.tensor(signed, dtype=torch.int64, device=device)
+        return _make_tables(spec, device)
