@@ -197,7 +197,7 @@ def test_transformers_frequencies_bit_for_bit(rope):
     if rope["rope_type"] == "default":
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        theirs, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config, torch.device("cpu"))
+        theirs, scale = LlamaRotaryEmbedding(config).inv_freq, 1.0
     else:
         theirs, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     assert torch.equal(torch.tensor(spec.freq_fp32, dtype=torch.float32), theirs.float())

@@ -1,7 +1,4 @@
-"""apply_rope against angles worked in long double and in exact fractions, and the laws of rotations.
-
-Planted in the kernel, seen red, reverted: see docs/kernels/apply_rope.md.
-"""
+"""apply_rope against angles worked in long double and in exact fractions, and the laws of rotations."""
 
 from __future__ import annotations
 
@@ -67,8 +64,7 @@ def test_a_million_tokens_away(backend, base):
 def _reduced(frequency: float, position: int) -> float:
     from fractions import Fraction
 
-    tau = Fraction(6283185307179586476925286766559005768394338798750, 10**48) / 10
-    tau = tau * 10 if tau < 1 else tau
+    tau = Fraction(6283185307179586476925286766559005768394338798750, 10**48)
     angle = Fraction(frequency) * position
     return float(angle - tau * round(angle / tau))
 
