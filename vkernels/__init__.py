@@ -6,6 +6,7 @@ from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
 from vkernels.ops.divided_attention import divided_attention
+from vkernels.rope import RopeSpec, rope_positions
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,7 @@ __all__ = [
     "Grid",
     "MaskPlan",
     "NoBackend",
+    "RopeSpec",
     "ShapeError",
     "Text",
     "Video",
@@ -21,6 +23,7 @@ __all__ = [
     "attention",
     "divided_attention",
     "lower_mask",
+    "rope_positions",
 ]
 from vkernels.ops.rearrange import rearrange
 from vkernels.rearrangement import RearrangePlan
