@@ -2,18 +2,26 @@
 
 from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
+from vkernels.explain import explain
+from vkernels.kv_cache import KVCache
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
+from vkernels.ops.decode_attention import decode_attention
 from vkernels.ops.divided_attention import divided_attention
+from vkernels.ops.kv_append import kv_append
+from vkernels.ops.rearrange import rearrange
+from vkernels.rearrangement import RearrangePlan
 from vkernels.rope import RopeSpec, rope_positions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Grid",
+    "KVCache",
     "MaskPlan",
     "NoBackend",
+    "RearrangePlan",
     "RopeSpec",
     "ShapeError",
     "Text",
@@ -21,21 +29,12 @@ __all__ = [
     "VideoMask",
     "apply_rope",
     "attention",
+    "decode_attention",
     "divided_attention",
+    "explain",
+    "kv_append",
     "lower_mask",
+    "rearrange",
+    "rearrangement",
     "rope_positions",
 ]
-from vkernels.ops.rearrange import rearrange
-from vkernels.rearrangement import RearrangePlan
-
-__version__ = "0.1.0"
-
-__all__ = ["NoBackend", "RearrangePlan", "ShapeError", "apply_rope", "rearrange", "rearrangement"]
-from vkernels.kv_cache import KVCache
-from vkernels.ops.apply_rope import apply_rope
-from vkernels.ops.decode_attention import decode_attention
-from vkernels.ops.kv_append import kv_append
-
-__version__ = "0.1.0"
-
-__all__ = ["KVCache", "NoBackend", "ShapeError", "apply_rope", "decode_attention", "kv_append"]
