@@ -1,0 +1,147 @@
+"""The reference video-LLM: encoder -> projector -> frames back in order -> decoder, in two implementations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import vkernels as vk
+from einops import rearrange
+from torch import Tensor, nn
+
+from vkernels_video.model.cache import DequantisingCache, dequantise
+from vkernels_video.model.config import VideoLLMConfig, preset
+from vkernels_video.model.decoder import Decoder, Prompt, ntk_base
+from vkernels_video.model.encoder import Encoder, Projector
+
+Impl = Literal["eager", "vkernels"]
+IMPLS: tuple[Impl, ...] = ("eager", "vkernels")
+BEGIN, END = 256, 257
+Stage = Callable[[str], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Generated:
+    tokens: list[int]
+    logits: Tensor  # one row per generated token, [tokens vocab]
+    prompt: Prompt
+    cache_bytes: int
+
+
+class VideoLLM(nn.Module):
+    """A video-LLM of INTP's shape (arXiv:2409.12963): a short-clip encoder with space-time layers, interleaved clips for
+    more frames than it was made for, all visual tokens into a LLaMA-like decoder with a scaled rotary base, and a
+    quantised cache.
+
+    `impl="eager"` is plain PyTorch and transformers, `impl="vkernels"` the library; the weights are the same tensors.
+    """
+
+    def __init__(self, config: VideoLLMConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder)
+        self.projector = Projector(config.encoder, config.decoder)
+        self.decoder = Decoder(config.decoder)
+        self.dequantise = dequantise
+
+    @classmethod
+    def from_preset(cls, name: str, seed: int = 0) -> VideoLLM:
+        """A preset with seeded random weights."""
+        return cls(preset(name)).init_weights(seed)
+
+    def init_weights(self, seed: int) -> VideoLLM:
+        """Random weights, the same for the same seed: linear maps keep the size of their input, so that attention is
+        neither uniform nor one-hot and every layer matters to the result."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("embedding"):
+                    parameter.normal_(0, 0.5, generator=generator)
+                elif parameter.dim() >= 2:
+                    fan_in = 1 if "embed_tokens" in name else parameter[0].numel()
+                    gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                    parameter.normal_(0, gain * fan_in**-0.5, generator=generator)
+                elif name.endswith("bias"):
+                    parameter.normal_(0, 0.02, generator=generator)
+        return self
+
+    def encode(self, pixels: Tensor, impl: Impl = "vkernels") -> Tensor:
+        """Frames [f 3 h w] -> features of interleaved clips [m t l c].
+
+        f frames make m = ceil(f / t) clips; clip j takes frames j, j + m, j + 2 m, ... and so spans the whole video.
+        The last frame is repeated to fill the last slots; `connect` drops the copies.
+        """
+        capacity = self.config.encoder.frames
+        if len(pixels) <= capacity:
+            return self.encoder(pixels[None], impl)
+        clips = math.ceil(len(pixels) / capacity)
+        missing = clips * capacity - len(pixels)
+        if missing:
+            pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+        return self.encoder(pixels.unflatten(0, (capacity, clips)).transpose(0, 1), impl)
+
+    def connect(self, features: Tensor, frames: int, impl: Impl = "vkernels") -> Tensor:
+        """Features [m t l c] -> visual tokens in the order of time [frames l d]."""
+        x = self.projector(features)
+        if impl == "eager":
+            x = rearrange(x, "m t l d -> (t m) l d")
+        else:
+            x = self._restore(x)
+        return x[:frames]
+
+    @staticmethod
+    def _restore(x: Tensor) -> Tensor:
+        m, t, tokens, width = x.shape
+        plan = vk.RearrangePlan.interleave_clips(m, t, tokens)
+        return vk.rearrange(x.reshape(1, -1, width), plan).view(t * m, tokens, width)
+
+    def embed(self, visual: Tensor, before: list[int], after: list[int]) -> tuple[Tensor, Prompt]:
+        """Text, frames, text -> decoder inputs [1 s d] and where everything stands."""
+        frames, tokens, width = visual.shape
+        text = self.decoder.embed_tokens(torch.tensor([before + after]))
+        x = torch.cat([text[:, : len(before)], visual.reshape(1, -1, width), text[:, len(before) :]], dim=1)
+        return x, Prompt(len(before), frames, tokens, len(after))
+
+    def new_caches(self, impl: Impl, length: int) -> list:
+        """An empty cache per layer with room for `length` tokens."""
+        config = self.config
+        if impl == "eager":
+            make = lambda: DequantisingCache(config.kv, config.kv_group, config.kv_residual, self.dequantise)  # noqa: E731
+        else:
+            raise NotImplementedError
+        return [make() for _ in self.decoder.layers]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        pixels: Tensor,
+        question: str,
+        tokens: int,
+        impl: Impl = "vkernels",
+        stage: Stage = lambda name: nullcontext(),
+    ) -> Generated:
+        """Greedy decoding of `tokens` tokens about frames [f 3 h w]. `stage(name)` wraps each stage, for clocks."""
+        text = list(question.encode())
+        with stage("encoder"):
+            features = self.encode(pixels, impl)
+        with stage("connector"):
+            visual = self.connect(features, len(pixels), impl)
+            x, prompt = self.embed(visual, [BEGIN], text)
+        del features, visual
+        base = ntk_base(self.config.decoder, prompt.length + tokens)
+        with stage("prefill"):
+            caches = self.new_caches(impl, prompt.length + tokens)
+            logits = [self.decoder(x, 0, base, caches, prompt, impl)]
+        del x
+        with stage("decode"):
+            chosen = [int(logits[0].argmax())]
+            while len(chosen) < tokens:
+                x = self.decoder.embed_tokens(torch.tensor([chosen[-1:]]))
+                position = prompt.length + len(chosen) - 1
+                logits.append(self.decoder(x, position, base, caches, None, impl))
+                chosen.append(int(logits[-1].argmax()))
+        return Generated(chosen, torch.cat(logits), prompt, 0)
