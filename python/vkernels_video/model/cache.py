@@ -44,6 +44,7 @@ class DequantisingCache:
         self.k: Tensor | None = None  # the newest tokens, b m s d
         self.v: Tensor | None = None
 
+    @torch.compiler.disable
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take new tokens in; what the queries of this step attend to."""
         self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
@@ -55,6 +56,12 @@ class DequantisingCache:
             keys, values = torch.cat([keys, self.k], dim=2), torch.cat([values, self.v], dim=2)
         self._retire()
         return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the cache holds between steps."""
+        stored = [self.k, self.v, *(tensor for part in self.codes or () for tensor in part)]
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
     def _retire(self) -> None:
         """Quantise what no longer fits the full-precision window, in whole groups of tokens."""

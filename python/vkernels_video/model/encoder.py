@@ -38,11 +38,6 @@ class Attention(nn.Module):
         return self.out_proj(vk.attention(q, k, v, mask=mask).flatten(2))
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class EncoderLayer(nn.Module):
     """Attention over the frames for every patch, attention over the patches of every frame, MLP; each with a residual."""
 
@@ -55,7 +50,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(width, config.eps)
         self.self_attn = Attention(width, config.heads)
         self.layer_norm2 = nn.LayerNorm(width, config.eps)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, frames: int, impl: str) -> Tensor:
         """x [b (t l) c]."""

@@ -29,7 +29,8 @@ class Generated:
     tokens: list[int]
     logits: Tensor  # one row per generated token, [tokens vocab]
     prompt: Prompt
-    cache_bytes: int
+    rotary_base: float
+    cache_bytes: int  # keys and values of all layers, as stored
 
 
 class VideoLLM(nn.Module):
@@ -68,6 +69,16 @@ class VideoLLM(nn.Module):
                 elif name.endswith("bias"):
                     parameter.normal_(0, 0.02, generator=generator)
         return self
+
+    def compiled_copy(self) -> VideoLLM:
+        """The same weights with the plain side under torch.compile: every layer, the projector, and the dequantisation
+        (the cache itself keeps Python lists of what it stores, which breaks the graph there as it does for users)."""
+        copy = VideoLLM(self.config)
+        copy.load_state_dict(self.state_dict(), assign=True)
+        for module in (*copy.encoder.layers, copy.projector, *copy.decoder.layers):
+            module.compile()
+        copy.dequantise = torch.compile(dequantise, dynamic=True)
+        return copy.eval()
 
     def encode(self, pixels: Tensor, impl: Impl = "vkernels") -> Tensor:
         """Frames [f 3 h w] -> features of interleaved clips [m t l c].
@@ -144,4 +155,4 @@ class VideoLLM(nn.Module):
                 position = prompt.length + len(chosen) - 1
                 logits.append(self.decoder(x, position, base, caches, None, impl))
                 chosen.append(int(logits[-1].argmax()))
-        return Generated(chosen, torch.cat(logits), prompt, 0)
+        return Generated(chosen, torch.cat(logits), prompt, base, sum(cache.nbytes for cache in caches))
