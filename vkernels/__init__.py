@@ -1,8 +1,19 @@
 """Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
 
 from vkernels.check import NoBackend, ShapeError
+from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 
 __version__ = "0.1.0"
 
-__all__ = ["NoBackend", "ShapeError", "apply_rope"]
+__all__ = [
+    "Grid",
+    "MaskPlan",
+    "NoBackend",
+    "ShapeError",
+    "Text",
+    "Video",
+    "VideoMask",
+    "apply_rope",
+    "lower_mask",
+]

@@ -1,0 +1,268 @@
+"""Lowering: a VideoMask to a MaskPlan. Tensor operations on the target device, O(N) memory, no host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vkernels.check import refusal
+from vkernels.masks.attributes import Axis, Ids, Relation, Segment
+from vkernels.masks.grid import Grid
+from vkernels.masks.plan import Box, MaskPlan
+from vkernels.masks.video_mask import VideoMask
+
+
+def lower_mask(mask: VideoMask, device: torch.device | str | None = None) -> MaskPlan:
+    """The plan of `mask` on `device` (default cpu), cached with the mask.
+
+    Shapes: see MaskPlan. No gradients. Deterministic. Raises TypeError when `mask` is not a VideoMask.
+    Memory grows with the number of tokens, never with its square; nothing is read back from the device.
+    """
+    if not isinstance(mask, VideoMask):
+        raise TypeError(refusal("lower_mask", "mask", "be a VideoMask", type(mask).__name__))
+    return mask.plan(device)
+
+
+def lower(mask: VideoMask, device: torch.device) -> MaskPlan:
+    return _by_strides(mask, device) or _by_intervals(mask, device)
+
+
+def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
+    """One regular grid cut by `same` relations into groups that lie at a constant stride: no tensor is needed for that."""
+    if mask.keep_k is not None or mask.keep_q is not None or len(mask.segments) != 1:
+        return None
+    segment = mask.segments[0]
+    axes = [r.attribute for r in segment.relations if isinstance(r.attribute, Axis)]
+    if segment.globals or not segment.tokens or not axes or len(axes) != len(segment.relations):
+        return None
+    grid = axes[0].grid
+    same = {r.attribute.axis for r in segment.relations if r.same}
+    real = [axis for axis in range(3) if grid.shape[axis] > 1]
+    cut, free = [a for a in real if a in same], [a for a in real if a not in same]
+    if not same or real not in (cut + free, free + cut):
+        return None
+    shape = tuple(grid.shape[axis] if axis in free else 1 for axis in range(3))
+    part = Grid(*shape)
+    groups = grid.tokens // part.tokens
+    stride = (part.tokens, 1) if real == cut + free else (1, groups)
+    inner = tuple(
+        Relation(Axis(part, r.attribute.axis), r.lo, r.hi)
+        for r in segment.relations
+        if isinstance(r.attribute, Axis) and not r.same
+    )
+    plan = _by_intervals(VideoMask((Segment(part.tokens, inner),)), device)
+    if plan.q_rows is not None or plan.k_rows is not None or plan.box is not None:
+        return None
+    return replace(plan, s_q=grid.tokens, s_k=grid.tokens, groups=groups, q_stride=stride, k_stride=stride)
+
+
+@dataclass
+class _Part:
+    """One segment in codes: code = base + class * width + order, ascending codes are the processing order.
+
+    Class 0 holds the global tokens. All tensors [p or 1, length].
+    """
+
+    code: Tensor
+    start: Tensor
+    end: Tensor
+    codes: int  # how many codes the segment spans
+    sorted: bool  # codes ascend with position already
+    box: list[Relation]
+    plain: bool  # no relation at all
+
+
+def _code(segment: Segment, device: torch.device) -> _Part:
+    relations = [relation for relation in segment.relations if not relation.trivial]
+    n, g = segment.tokens, segment.globals
+    steady = [r for r in relations if r.attribute.monotone]
+    loose = [r for r in relations if not r.attribute.monotone]
+    classes = [r for r in loose if r.same]
+    box = [r for r in loose if not r.same]
+    leader = next((r for r in box if isinstance(r.attribute, Ids)), None)
+    if leader is None and box and not any(not r.same for r in steady):
+        leader = box[0] if not steady else None
+    width = n + 1
+    if leader is None:
+        start = torch.zeros((1, n), dtype=torch.int64, device=device)
+        end = start + n
+        for relation in steady:
+            first, last = relation.attribute.interval(relation.lo, relation.hi, device)
+            start, end = torch.maximum(start, first), torch.minimum(end, last)
+        order = torch.arange(n, device=device)[None]
+    else:
+        box = [r for r in box if r is not leader] + [r for r in steady if not r.same]
+        classes = classes + [r for r in steady if r.same]
+        order = leader.attribute.values(device)
+        start, end = (order + leader.lo).clamp(0, n), (order + (leader.hi + 1)).clamp(0, n)
+    cell: Tensor | None = None
+    cells = 1
+    for relation in classes:
+        value = relation.attribute.values(device)
+        cell = value if cell is None else cell * relation.attribute.size + value
+        cells *= max(relation.attribute.size, 1)
+        if cells > 2**20 and cells > n:
+            cell, cells = _dense_rank(cell), n
+    if not classes and leader is None:
+        # positions themselves: globals are 0..g-1, so nothing has to be sorted
+        code, start, end, codes = order + g, start + g, end + g, g + n
+        first = torch.arange(g, device=device)[None]
+    else:
+        offset = g + (0 if cell is None else cell * width)
+        code, start, end, codes = order + offset, start + offset, end + offset, g + cells * width
+        first = torch.arange(g, device=device)[None]
+    if g:
+        code, start, end = (
+            torch.cat([ahead.expand(tail.shape[0], -1), tail], 1)
+            for ahead, tail in ((first, code), (torch.zeros_like(first), start), (torch.full_like(first, codes), end))
+        )
+    return _Part(code, start, end, codes, not classes and leader is None, box, not relations)
+
+
+def _dense_rank(cell: Tensor) -> Tensor:
+    ordered, order = torch.sort(cell, dim=1)
+    step = torch.zeros_like(ordered)
+    step[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(order).scatter_(1, order, step.cumsum(1))
+
+
+def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
+    s, p = mask.tokens, mask.samples
+    keep_k = None if mask.keep_k is None else mask.keep_k.to(device, non_blocking=True).expand(p, -1)
+    keep_q = None if mask.keep_q is None else mask.keep_q.to(device, non_blocking=True).expand(p, -1)
+    segments = [segment for segment in mask.segments if segment.length]
+    parts = [_code(segment, device) for segment in segments]
+    box = _box(segments, parts, p, device)
+    in_order = all(part.sorted for part in parts)
+    everything = len(parts) <= 1 and all(part.plain for part in parts)
+    globals_ = any(segment.globals for segment in segments)
+
+    rows: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    code = start = end = None
+    base = 0
+    if not everything:
+        columns: tuple[list[Tensor], ...] = ([], [], [], [])
+        for segment, part in zip(segments, parts, strict=True):
+            for column, values in zip(columns, (part.code, part.start, part.end), strict=False):
+                column.append((values + base).expand(p, -1))
+            columns[3].append(torch.full((1, 1), base, device=device).expand(p, segment.length))
+            base += part.codes
+        code, start, end, origin = (torch.cat(column, 1) for column in columns)
+    for side, keep in (("q", keep_q), ("k", keep_k)):
+        if in_order or code is None:
+            rows[side] = (None, None) if keep is None else _compacted(keep)
+        else:
+            key = code if keep is None else code.masked_fill(~keep, base)
+            order = torch.sort(key, dim=1, stable=True).indices
+            rows[side] = order, None if keep is None else keep.sum(1)
+    (q_rows, q_count), (k_rows, k_count) = rows["q"], rows["k"]
+
+    ranges = None
+    if code is not None:
+        if not in_order:
+            live = code if keep_k is None else code.masked_fill(~keep_k, base)
+            ladder = live.gather(1, k_rows)
+
+            def locate(bound: Tensor) -> Tensor:
+                return torch.searchsorted(ladder, bound.contiguous())
+        elif keep_k is not None:
+            before = torch.nn.functional.pad(keep_k.cumsum(1), (1, 0))
+
+            def locate(bound: Tensor) -> Tensor:
+                return before.gather(1, bound)
+        else:
+
+            def locate(bound: Tensor) -> Tensor:
+                return bound
+
+        first, last = locate(start), locate(end)
+        ends = [first, torch.maximum(first, last)]
+        if globals_:
+            count = torch.cat([torch.full((1, x.length), x.globals, device=device) for x in segments], 1).expand(p, -1)
+            own = torch.cat([torch.arange(x.length, device=device) < x.globals for x in segments])
+            head, tail = locate(origin), locate(origin + count)
+            ends = [
+                head,
+                torch.where(own, ends[1], tail),
+                torch.where(own, ends[1], ends[0]),
+                ends[1],
+            ]
+        ranges = torch.stack(ends, -1)
+        if q_rows is not None:
+            ranges = ranges.gather(1, q_rows[..., None].expand(-1, -1, ranges.shape[-1]))
+        if q_count is not None:
+            dropped = torch.arange(s, device=device) >= q_count[:, None]
+            ranges = ranges.masked_fill(dropped[..., None], 0)
+        ranges = ranges.to(torch.int32)
+
+    def small(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(torch.int32)
+
+    if box is not None:
+        box = Box(
+            _permuted(box.q_attr, q_rows),
+            _permuted(box.k_attr, k_rows),
+            box.bounds,
+            None if box.q_global is None else _permuted(box.q_global, q_rows),
+            None if box.k_global is None else _permuted(box.k_global, k_rows),
+        )
+    return MaskPlan(
+        s_q=s,
+        s_k=s,
+        groups=1,
+        len_q=s,
+        len_k=s,
+        q_rows=small(q_rows),
+        k_rows=small(k_rows),
+        q_count=small(q_count),
+        k_count=small(k_count),
+        ranges=ranges,
+        box=box,
+    )
+
+
+def _compacted(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept rows in order, then dropped rows in order; and how many are kept."""
+    rank = keep.cumsum(1)
+    count = keep.sum(1)
+    position = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    place = torch.where(keep, rank - 1, count[:, None] + position - rank)
+    return torch.empty_like(rank).scatter_(1, place, position), count
+
+
+def _permuted(values: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return values.contiguous()
+    index = rows if values.dim() == 2 else rows[:, None].expand(-1, values.shape[1], -1)
+    return values.expand(rows.shape[0], *values.shape[1:]).gather(-1, index)
+
+
+def _box(segments: list[Segment], parts: list[_Part], p: int, device: torch.device) -> Box | None:
+    """What the intervals leave over. A segment without one of the relations writes 0 there, which satisfies it."""
+    columns: list[tuple[int, int]] = []
+    places: list[list[int]] = []
+    for part in parts:
+        used: list[int] = []
+        for relation in part.box:
+            bounds = (relation.lo, relation.hi)
+            free = [i for i, known in enumerate(columns) if known == bounds and i not in used]
+            if not free:
+                columns.append(bounds)
+            used.append(free[0] if free else len(columns) - 1)
+        places.append(used)
+    if not columns:
+        return None
+    rows = []
+    for segment, part, used in zip(segments, parts, places, strict=True):
+        values = torch.zeros((p, len(columns), segment.length), dtype=torch.int32, device=device)
+        for relation, column in zip(part.box, used, strict=True):
+            values[:, column, segment.globals :] = relation.attribute.values(device)
+        rows.append(values)
+    attributes = torch.cat(rows, -1)
+    flags = None
+    if any(segment.globals for segment in segments):
+        own = [torch.arange(segment.length, device=device) < segment.globals for segment in segments]
+        flags = torch.cat(own)[None].expand(p, -1).to(torch.uint8)
+    return Box(attributes, attributes, tuple(columns), flags, flags)
