@@ -6,6 +6,8 @@ Token order is frame-major, b (clips) x t (frames) x l (CLS and patches).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import vkernels as vk
@@ -13,6 +15,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vkernels_video.model.config import DecoderConfig, EncoderConfig
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Who sees whom in a clip of `frames` frames of `tokens` tokens, frame after frame."""
+
+    temporal: vk.VideoMask
+    spatial: vk.VideoMask
+
+    @classmethod
+    def of(cls, frames: int, tokens: int) -> Masks:
+        grid = vk.Grid(frames, 1, tokens)
+        return cls(vk.VideoMask.temporal(grid), vk.VideoMask.spatial(grid))
 
 
 class Attention(nn.Module):
@@ -52,9 +67,9 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width, config.eps)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, frames: int, impl: str) -> Tensor:
-        """x [b (t l) c]."""
-        x = self._eager(x, frames) if impl == "eager" else self._vkernels(x, frames)
+    def forward(self, x: Tensor, frames: int, masks: Masks | None) -> Tensor:
+        """x [b (t l) c]; with `masks` on vkernels, without them in plain PyTorch."""
+        x = self._eager(x, frames) if masks is None else self._vkernels(x, frames, masks)
         return x + self.mlp(self.layer_norm2(x))
 
     def _eager(self, x: Tensor, frames: int) -> Tensor:
@@ -67,12 +82,11 @@ class EncoderLayer(nn.Module):
         x = x + self.self_attn.eager(self.layer_norm1(x))
         return rearrange(x, "(b t) l c -> b (t l) c", t=frames)
 
-    def _vkernels(self, x: Tensor, frames: int) -> Tensor:
+    def _vkernels(self, x: Tensor, frames: int, masks: Masks) -> Tensor:
         # The tokens stay where they are; the two masks say who sees whom.
-        grid = vk.Grid(frames, 1, x.shape[1] // frames)
-        x = (x.view(x.shape[0], frames, grid.w, -1) + self.temporal_embedding[:, :frames, None]).flatten(1, 2)
-        x = x + self.temporal_attn.vkernels(self.temporal_layer_norm1(x), vk.VideoMask.temporal(grid))
-        return x + self.self_attn.vkernels(self.layer_norm1(x), vk.VideoMask.spatial(grid))
+        x = (x.unflatten(1, (frames, -1)) + self.temporal_embedding[:, :frames, None]).flatten(1, 2)
+        x = x + self.temporal_attn.vkernels(self.temporal_layer_norm1(x), masks.temporal)
+        return x + self.self_attn.vkernels(self.layer_norm1(x), masks.spatial)
 
 
 class Encoder(nn.Module):
@@ -94,8 +108,9 @@ class Encoder(nn.Module):
         cls = self.class_embedding.expand(b * t, 1, -1)
         x = self.pre_layrnorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
         x = x.reshape(b, -1, self.config.width)
+        masks = None if impl == "eager" else Masks.of(t, self.config.tokens)
         for layer in self.layers:
-            x = layer(x, t, impl)
+            x = layer(x, t, masks)
         return x.view(b, t, -1, self.config.width)
 
 
