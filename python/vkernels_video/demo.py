@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["seconds"] = time.perf_counter() - started
         page = report.write(Path(args.out), results, clip)
     except (ClipError, ValueError, OSError) as error:
-        print(f"demo: {error}" if not str(error).startswith("demo:") else error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(results, indent=1))
