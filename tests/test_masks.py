@@ -1,7 +1,7 @@
 """VideoMask and its lowering: hand-worked masks, the plan expanded pair by pair against the law, and refusals.
 
-Planted bugs, each turned a test red: see the lowering's `hi + 1` and the compaction's `rank - 1` off by one; the globals
-range left out; `min_end` of an empty interval left at its end.
+Planted bugs that turned a test red: `hi + 1` of an interval, `rank - 1` of the compaction and the second run of
+`k_tiles` off by one; the globals range left out.
 """
 
 import json

@@ -30,7 +30,7 @@ class Axis:
     @property
     def inner(self) -> int:
         """Tokens between neighbours along the axis."""
-        t, h, w = self.grid.shape
+        _, h, w = self.grid.shape
         return (h * w, w, 1)[self.axis]
 
     @property
@@ -164,7 +164,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that may see each other: `globals` leading ones that see and are seen by all, then `tokens` under relations."""
+    """Tokens that may see each other: `globals` leading ones without restriction, then `tokens` under relations."""
 
     tokens: int
     relations: tuple[Relation, ...] = ()

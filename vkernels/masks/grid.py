@@ -9,7 +9,7 @@ from vkernels.check import require
 
 @dataclass(frozen=True)
 class Grid:
-    """A video of `t` frames of `h` x `w` tokens, frame-major: token (frame, row, col) is number (frame*h + row)*w + col."""
+    """A video of `t` frames of `h` x `w` tokens, frame-major: (frame, row, col) is token (frame*h + row)*w + col."""
 
     t: int
     h: int

@@ -30,7 +30,7 @@ def lower(mask: VideoMask, device: torch.device) -> MaskPlan:
 
 
 def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
-    """One regular grid cut by `same` relations into groups that lie at a constant stride: no tensor is needed for that."""
+    """One regular grid cut by `same` relations into groups that lie at a constant stride: no tensor is needed."""
     if mask.keep_k is not None or mask.keep_q is not None or len(mask.segments) != 1:
         return None
     segment = mask.segments[0]

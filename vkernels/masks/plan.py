@@ -27,8 +27,8 @@ class Box:
 class MaskPlan:
     """Attention as `groups` independent problems of `len_q` x `len_k`, with the key intervals each query sees.
 
-    Processing order: token i of group g is row ``g*q_stride[0] + i*q_stride[1]``, or ``q_rows[:, i]`` where a row map is
-    given (then there is one group, live rows come first and dropped rows after them). Keys likewise.
+    Processing order: token i of group g is row ``g*q_stride[0] + i*q_stride[1]``, or ``q_rows[:, i]`` where a row map
+    is given (then there is one group, live rows come first and dropped rows after them). Keys likewise.
     p is 1, or the batch when the mask differs from sample to sample.
     """
 
@@ -61,8 +61,8 @@ class MaskPlan:
         """int32 [p, ceil(len_q/block), R, 4]: min_start, max_start, min_end, max_end of each tile of `block` queries.
 
         Interval r of the tile lies inside ``[min_start, max_end)``; every query of the tile sees all of
-        ``[max_start, min_end)`` (empty when max_start >= min_end), where no range test is needed. Empty intervals do not
-        widen the outer bounds but do empty the core; dropped queries count for nothing. None when ranges is None.
+        ``[max_start, min_end)`` (empty when max_start >= min_end), where no range test is needed. Empty intervals do
+        not widen the outer bounds but do empty the core; dropped queries count for nothing. None when ranges is None.
         """
         _check_block("tiles", block)
         if self.ranges is None:
@@ -74,8 +74,8 @@ class MaskPlan:
     def k_tiles(self, block: int) -> Tensor | None:
         """int32 [p, ceil(len_k/block), 2]: the first query, and one past the last, that sees any key of each key tile.
 
-        The loop bounds of a backward pass over keys: no query outside them sees the tile by its ranges. (0, 0) where none
-        does. None when ranges is None.
+        The loop bounds of a backward pass over keys: no query outside them sees the tile by its ranges. (0, 0) where
+        none does. None when ranges is None.
         """
         _check_block("k_tiles", block)
         if self.ranges is None:
@@ -108,14 +108,14 @@ def _tile_bounds(ranges: Tensor, q_count: Tensor | None, len_k: int, block: int)
     min_start = reduce(start.masked_fill(outside, far), far, largest=False)
     max_end = reduce(end.masked_fill(outside, near), near, largest=True)
     max_start = reduce(start.masked_fill(dead, near).masked_fill(empty, far), near, largest=True)
-    min_end = reduce(end.masked_fill(dead, far).masked_fill(empty, near), far, largest=False)
+    min_end = reduce(end.masked_fill(dead, far), far, largest=False)
     nothing = min_start >= max_end
     bounds = torch.stack([min_start, max_start, min_end, max_end], -1)
     return bounds.masked_fill(nothing[..., None], 0).to(torch.int32)
 
 
 def _key_tile_bounds(ranges: Tensor, len_k: int, block: int) -> Tensor:
-    """Each interval covers a run of key tiles; write it as two overlapping runs of 2^level tiles, then push the levels down."""
+    """Each interval covers a run of key tiles: written as two overlapping runs of 2^level tiles, then pushed down."""
     p, length = ranges.shape[:2]
     pairs = ranges.view(p, length, -1, 2).long()
     start, end = pairs[..., 0].flatten(1), pairs[..., 1].flatten(1)  # [p, length*R]

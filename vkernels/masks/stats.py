@@ -26,8 +26,8 @@ class MaskStats:
 
     def __str__(self) -> str:
         return (
-            f"{self.visible:,} of {self.pairs:,} pairs visible ({self.fraction:.1%}); tiles of {self.block} x {self.block}: "
-            f"{self.empty:,} empty, {self.partial:,} partial, {self.full:,} full"
+            f"{self.visible:,} of {self.pairs:,} pairs visible ({self.fraction:.1%}); "
+            f"tiles of {self.block} x {self.block}: {self.empty:,} empty, {self.partial:,} partial, {self.full:,} full"
         )
 
 

@@ -1,9 +1,10 @@
-"""VideoMask: who may see whom, said in terms of the video. A value: frozen, printable, hashable, comparable, serialisable."""
+"""VideoMask: who may see whom, said in terms of the video. A value: frozen, printable, hashable, serialisable."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,8 +50,8 @@ class VideoMask:
 
     A pair is visible when ``keep_k and keep_q and same segment and (global_q or global_k or every relation holds)``, a
     relation being ``lo <= a_k - a_q <= hi`` on frame, row, column, block or position. Two masks are equal when their
-    segments, relations and dropped tokens are; hashing and comparing read dropped tokens and ids back to the host, planning
-    never does.
+    segments, relations and dropped tokens are; hashing and comparing read dropped tokens and ids back to the host,
+    planning never does.
 
     Example:
         >>> grid = vk.Grid(8, 16, 16)
@@ -63,6 +64,8 @@ class VideoMask:
     segments: tuple[Segment, ...]
     keep_k: Tensor | None  # bool [p, s]; None: every key is kept
     keep_q: Tensor | None
+    _expression: str
+    _plans: dict[torch.device, MaskPlan]
 
     def __init__(
         self,
@@ -160,8 +163,8 @@ class VideoMask:
     def from_block_ids(cls, ids: Tensor | Sequence[Any]) -> VideoMask:
         """Bidirectional inside a block, causal across: `ids` int [s] or [b, s] names each token's block.
 
-        Blocks are ordered by where they first appear (for non-decreasing ids, their numeric order); a negative id, HF's -1
-        for text in `block_sequence_ids`, is a block of its own.
+        Blocks are ordered by where they first appear (for non-decreasing ids, their numeric order); a negative id, HF's
+        -1 for text in `block_sequence_ids`, is a block of its own.
         """
         ids = torch.as_tensor(ids)
         whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
@@ -184,7 +187,7 @@ class VideoMask:
         whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
         require(whole, "from_cu_seqlens", "cu", "be a list of integers", bounds[:8], TypeError)
         require(bool(bounds) and bounds[0] == 0, "from_cu_seqlens", "cu", "start at 0", bounds[:8])
-        lengths = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+        lengths = [after - before for before, after in pairwise(bounds)]
         require(all(n >= 0 for n in lengths), "from_cu_seqlens", "cu", "never decrease", bounds[:8])
         blocks = Blocks(tuple(length for length in lengths if length))
         return cls(_segment(blocks.tokens, (blocks, 0, 0)), expression=f"VideoMask.from_cu_seqlens({bounds})")
@@ -204,7 +207,7 @@ class VideoMask:
     # ---- combinations
 
     def keep(self, keep: Tensor | Sequence[Any], queries: bool = False) -> VideoMask:
-        """Drop tokens: `keep` bool [s] or [b, s]. Dropped tokens are seen by nobody; with `queries` they see nothing too."""
+        """Drop tokens: `keep` bool [s] or [b, s]. Dropped tokens are unseen; with `queries` they also see nothing."""
         keep = torch.as_tensor(keep)
         require(keep.dtype == torch.bool or not keep.numel(), "keep", "keep", "be bool", keep.dtype, TypeError)
         good = keep.dim() in (1, 2) and keep.shape[-1] == self.tokens
@@ -215,7 +218,7 @@ class VideoMask:
         return VideoMask(self.segments, _both("keep", self.keep_k, table), keep_q, note)
 
     def with_globals(self, cls: int = 1) -> VideoMask:
-        """`cls` more tokens in front (CLS, registers) that see all and are seen by all: s grows by `cls`. Before `pack`."""
+        """`cls` more tokens in front (CLS, registers) that see and are seen by all: s grows. Before `pack`."""
         _whole("with_globals", "cls", cls)
         one = len(self.segments) == 1
         require(one, "with_globals", "mask", "be a single segment (pack afterwards)", f"{len(self.segments)} segments")
@@ -244,7 +247,7 @@ class VideoMask:
         return sum(segment.length for segment in self.segments)
 
     def dense(self, device: torch.device | str | None = None) -> Tensor:
-        """The law: bool [s, s], or [b, s, s] when the mask differs by sample; rows are queries. O(s^2): for tests and eyes."""
+        """The law: bool [s, s], or [b, s, s] when the mask differs by sample; rows are queries. O(s^2), for tests."""
         device = torch.device(device or "cpu")
         s, p = self.tokens, self.samples
         visible = torch.zeros((p, s, s), dtype=torch.bool, device=device)
@@ -289,7 +292,7 @@ class VideoMask:
         return self._plans[device]
 
     def stats(self, block: int = 128) -> MaskStats:
-        """Visible pairs, and tiles of `block` x `block` that are empty, partial or full. Reads the plan back: not for hot paths."""
+        """Visible pairs, and tiles of `block` x `block` that are empty, partial or full. Not for hot paths."""
         from vkernels.masks.stats import measure
 
         return measure(self.plan("cpu"), block)

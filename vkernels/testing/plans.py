@@ -1,4 +1,4 @@
-"""A MaskPlan spelled out pair by pair: the oracle lowering is judged against. Loops, and nothing shared with kernels."""
+"""A MaskPlan spelled out pair by pair: the oracle lowering is judged against. Plain loops."""
 
 from __future__ import annotations
 
