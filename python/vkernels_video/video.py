@@ -102,9 +102,13 @@ def _open(path: Path):
     import av
 
     try:
-        container = av.open(str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        container = av.open(
+            str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        )
     except (av.error.FFmpegError, ValueError) as error:
-        raise ClipError(f"video: clip must be a video, got {path}, which FFmpeg cannot open ({_reason(error)})") from None
+        raise ClipError(
+            f"video: clip must be a video, got {path}, which FFmpeg cannot open ({_reason(error)})"
+        ) from None
     if not container.streams.video:
         container.close()
         raise ClipError(f"video: clip must hold a video stream, got {path} without one")
@@ -151,7 +155,9 @@ def _decode(path: Path, wanted: frozenset[int]) -> tuple[dict[int, torch.Tensor]
             for frame in decoded:
                 if frame.width * frame.height > MAX_PIXELS:
                     size = f"{frame.width} x {frame.height}"
-                    raise ClipError(f"video: clip must have frames of at most {MAX_PIXELS} pixels, got {size} in {path}")
+                    raise ClipError(
+                        f"video: clip must have frames of at most {MAX_PIXELS} pixels, got {size} in {path}"
+                    )
                 if total in wanted:
                     kept[total] = _upright(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame)
                 total += 1

@@ -36,7 +36,16 @@ def test_prints_every_stage_and_writes_the_report(tiny, tmp_path, capsys, monkey
     monkeypatch.setenv("COLUMNS", "100")
     assert demo.main(tiny) == 0
     said = capsys.readouterr().out
-    for words in ("read clip", "preprocess", "encoder", "connector", "prefill", "decode 1 token", "speed-up", "peak memory"):
+    for words in (
+        "read clip",
+        "preprocess",
+        "encoder",
+        "connector",
+        "prefill",
+        "decode 1 token",
+        "speed-up",
+        "peak memory",
+    ):
         assert words in said
     assert re.search(r"the same tokens .*largest logit difference\s+\d\.\de-\d\d", said, re.S)
     assert "tokens mean nothing" in " ".join(said.split())

@@ -148,6 +148,8 @@ BY_HAND = [
 def test_prefill_mask_by_hand():
     assert PROMPT.mask("bidirectional").dense().int().tolist() == BY_HAND
     assert torch.equal(PROMPT.mask("causal").dense(), torch.ones(6, 6).tril().bool())
+    assert PROMPT.visible_pairs("bidirectional") == sum(map(sum, BY_HAND))
+    assert PROMPT.visible_pairs("causal") == 21
     dense = tiny().decoder._dense_mask(torch.zeros(1, 6, 128), PROMPT)
     assert dense[0, 0].int().tolist() == BY_HAND
 

@@ -52,6 +52,12 @@ class Prompt:
         spans = [vk.Text(self.before), vk.Video(self.frames, 1, self.tokens), vk.Text(self.after)]
         return vk.VideoMask.spans(spans, within="frame")
 
+    def visible_pairs(self, frame_attention: str) -> int:
+        """How many (query, key) pairs `mask` lets through."""
+        later_in_frame = self.frames * self.tokens * (self.tokens - 1) // 2
+        causal = self.length * (self.length + 1) // 2
+        return causal if frame_attention == "causal" else causal + later_in_frame
+
 
 def ntk_base(config: DecoderConfig, length: int) -> float:
     """The rotary base for prompts of `length`: b s^(d / (d - 2)), s = length / context (arXiv:2409.12963, Eq. 3.6)."""
@@ -123,7 +129,9 @@ class Decoder(nn.Module):
         self.norm = LlamaRMSNorm(config.width, config.eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
 
-    def forward(self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
+    ) -> Tensor:
         """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
         if impl == "eager":
             rotary: Any = self._rotary(base)(x, torch.arange(start, start + x.shape[1])[None])

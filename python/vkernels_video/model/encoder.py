@@ -118,6 +118,4 @@ class Projector(nn.Sequential):
     """LLaVA's mlp2x_gelu."""
 
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig):
-        super().__init__(
-            nn.Linear(encoder.width, decoder.width), nn.GELU(), nn.Linear(decoder.width, decoder.width)
-        )
+        super().__init__(nn.Linear(encoder.width, decoder.width), nn.GELU(), nn.Linear(decoder.width, decoder.width))
