@@ -27,7 +27,6 @@ from vkernels_video.video import Clip, ClipError, default_clip, load_clip, prepr
 
 QUESTION = "What happens in this video?"
 STAGES = ("encoder", "connector", "prefill", "decode")
-SIDES = {"eager": "plain PyTorch", "vkernels": "vkernels", "compiled": "plain, compiled"}
 REPEATS = 5
 # No further round of measurements starts once it would end after this many seconds.
 TIME_LIMIT = 70.0
@@ -220,25 +219,25 @@ def show(console: Console, results: dict[str, Any], page: Path) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     for side in sides:
-        table.add_column(SIDES[side], justify="right")
+        table.add_column(report.SIDES[side], justify="right")
     for side in sides[1:]:
         table.add_column("speed-up" if side == "vkernels" else "(compiled)", justify="right")
     table.add_column("peak memory", justify="right")
     for stage in results["stages"]:
         seconds = stage.get("per_token") or stage["seconds"]
-        row = [LABELS[stage["name"]], *(duration(seconds[side]) for side in sides)]
+        row = [LABELS[stage["name"]], *(report.duration(seconds[side]) for side in sides)]
         if stage["shared"]:
             row += ["same code", *([""] * (len(sides) - 2)), ""]
         else:
             row += [f"{stage['speedup'][side]:.2f}x" for side in sides[1:]]
-            row += [" / ".join(size(stage["peak_bytes"][side]) for side in sides[:2])]
+            row += [" / ".join(report.size(stage["peak_bytes"][side]) for side in sides[:2])]
         table.add_row(*row)
     total, speedup = results["total_seconds"], results["total_speedup"]
-    row = [f"model, {results['steps'] + 1} tokens", *(duration(total[side]) for side in sides)]
+    row = [f"model, {results['steps'] + 1} tokens", *(report.duration(total[side]) for side in sides)]
     row += [f"{speedup[side]:.2f}x" for side in sides[1:]]
-    table.add_row(*row, " / ".join(size(results["peak_bytes"][side]) for side in sides[:2]), style="bold")
+    table.add_row(*row, " / ".join(report.size(results["peak_bytes"][side]) for side in sides[:2]), style="bold")
     console.print(table)
-    cache = " / ".join(size(results["kv_cache_bytes"][side]) for side in sides[:2])
+    cache = " / ".join(report.size(results["kv_cache_bytes"][side]) for side in sides[:2])
     console.print(f"KV cache ({results['config']['kv']}): {cache}")
     equal = "the same tokens" if agreement["tokens_equal"] else "[red]DIFFERENT tokens[/]"
     console.print(
@@ -248,20 +247,6 @@ def show(console: Console, results: dict[str, Any], page: Path) -> None:
     console.print(f"Medians of {results['repeats']} alternating runs; peak memory as torch's allocator records it.")
     console.print(results["note"], style="dim")
     console.print(f"Report: {page}  ({results['seconds']:.0f} s in all)")
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def size(count: float) -> str:
-    return (
-        f"{count / 1e6:.0f} MB"
-        if count >= 1e7
-        else f"{count / 1e6:.1f} MB"
-        if count >= 1e5
-        else f"{count / 1e3:.1f} kB"
-    )
 
 
 if __name__ == "__main__":

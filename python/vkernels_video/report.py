@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import vkernels as vk
 from torch import Tensor
 
+import vkernels as vk
 from vkernels_video.model.decoder import Prompt
-from vkernels_video.report_style import SCRIPT, STYLE
 from vkernels_video.video import Clip, jpeg
 
+HERE = resources.files("vkernels_video")
 SIDES = {"eager": "plain PyTorch", "vkernels": "vkernels", "compiled": "plain, compiled"}
 STAGES = {
     "video": ("Read the clip", "PyAV; the same code on both sides"),
@@ -74,9 +75,13 @@ def page(results: dict[str, Any], clip: Clip) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>vkernels: {escape(clip.path.name)}</title><style>{STYLE}</style></head>"
-        f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>"
+        f"<title>vkernels: {escape(clip.path.name)}</title><style>{_part('report.css')}</style></head>"
+        f"<body><main>{body}</main><script>{_part('report.js')}</script></body></html>"
     )
+
+
+def _part(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _headline(results: dict[str, Any]) -> str:
@@ -87,12 +92,12 @@ def _headline(results: dict[str, Any]) -> str:
         (
             f"{results['total_speedup']['vkernels']:.2f}×",
             "speed-up, whole model",
-            f"{_time(total['eager'])} → {_time(total['vkernels'])}",
+            f"{duration(total['eager'])} → {duration(total['vkernels'])}",
         ),
         (
             f"{memory:.1f}×",
             "plain over vkernels, peak memory",
-            f"{_size(results['peak_bytes']['eager'])} → {_size(results['peak_bytes']['vkernels'])}",
+            f"{size(results['peak_bytes']['eager'])} → {size(results['peak_bytes']['vkernels'])}",
         ),
         (
             f"{agreement['largest_logit_difference']:.0e}",
@@ -106,7 +111,8 @@ def _headline(results: dict[str, Any]) -> str:
         "<header><button id=theme type=button aria-label='Switch between light and dark'>◐</button>"
         "<p class=eyebrow>vkernels demo</p><h1>One clip, one video-LLM, two implementations</h1>"
         f"<p class=lead>{prompt['frames']} frames, {prompt['length']:,} tokens into the decoder, size "
-        f"<b>{escape(results['config']['name'])}</b>, {results['dtype']}, {results['machine']['threads']} CPU threads.</p>"
+        f"<b>{escape(results['config']['name'])}</b>, {results['dtype']}, "
+        f"{results['machine']['threads']} CPU threads.</p>"
         f"<p class=note>{escape(results['note'])}</p></header><section class=tiles>{cards}</section>"
     )
 
@@ -118,10 +124,12 @@ def _totals(results: dict[str, Any]) -> str:
     for side, total in results["total_seconds"].items():
         parts = "".join(
             f"<i class=s-{s['name']} style='width:{100 * s['seconds'][side] / longest:.3f}%' "
-            f"data-tip='{STAGES[s['name']][0]}: {_time(s['seconds'][side])}'></i>"
+            f"data-tip='{STAGES[s['name']][0]}: {duration(s['seconds'][side])}'></i>"
             for s in stages
         )
-        bars += f"<div class=row><span>{SIDES[side]}</span><div class=stack>{parts}<em>{_time(total)}</em></div></div>"
+        bars += (
+            f"<div class=row><span>{SIDES[side]}</span><div class=stack>{parts}<em>{duration(total)}</em></div></div>"
+        )
     names = {"decode": f"Decode, {results['steps']} steps"}
     legend = "".join(
         f"<span><i class=s-{s['name']}></i>{names.get(s['name'], STAGES[s['name']][0])}</span>" for s in stages
@@ -137,13 +145,13 @@ def _table(results: dict[str, Any]) -> str:
         title, what = STAGES[stage["name"]]
         seconds = stage.get("per_token") or stage["seconds"]
         top = max(seconds.values())
-        cells = "".join(_cell(side, _time(seconds[side]), seconds[side] / top) for side in sides)
+        cells = "".join(_cell(side, duration(seconds[side]), seconds[side] / top) for side in sides)
         if stage["shared"]:
             cells += f"<td class=same colspan={2 * len(sides) - 1}>same code</td>"
         else:
             cells += "".join(f"<td class='num speed'>{stage['speedup'][s]:.2f}×</td>" for s in sides[1:])
             most = max(1, *stage["peak_bytes"].values())
-            cells += "".join(_cell(s, _size(stage["peak_bytes"][s]), stage["peak_bytes"][s] / most) for s in sides)
+            cells += "".join(_cell(s, size(stage["peak_bytes"][s]), stage["peak_bytes"][s] / most) for s in sides)
         rows += f"<tr><th scope=row>{title}<small>{what}</small></th>{cells}</tr>"
     speed = "".join(f"<th>{'speed-up' if s == 'vkernels' else 'compiled speed-up'}</th>" for s in sides[1:])
     memory = "".join(f"<th>{SIDES[s]}</th>" for s in sides)
@@ -152,11 +160,11 @@ def _table(results: dict[str, Any]) -> str:
         "<section><h2>Stage by stage</h2><div class=scroll><table class=stages><thead>"
         f"<tr><td></td><th colspan={2 * len(sides) - 1}>time</th><th colspan={len(sides)}>peak memory</th></tr>"
         f"<tr><td></td>{head}{speed}{memory}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<p class=fine>Times are medians of {results['repeats']} runs in which the sides take turns, after a first run of each that "
-        "is not timed. Peak memory is what torch's allocator hands out above what the stage began with, temporaries "
-        "inside operators included, read from the torch profiler in that first run; weights are not in it. "
-        f"The {escape(results['config']['kv'])} cache of the whole prompt takes {_size(cache['eager'])} on the plain side and "
-        f"{_size(cache['vkernels'])} on vkernels.</p></section>"
+        f"<p class=fine>Times are medians of {results['repeats']} runs in which the sides take turns, after a first "
+        "run of each that is not timed. Peak memory is what torch's allocator hands out above what the stage began "
+        "with, temporaries inside operators included, read from the torch profiler in that first run; weights are not "
+        f"in it. The {escape(results['config']['kv'])} cache of the whole prompt takes {size(cache['eager'])} on the "
+        f"plain side and {size(cache['vkernels'])} on vkernels.</p></section>"
     )
 
 
@@ -173,12 +181,13 @@ def _frames(results: dict[str, Any], clip: Clip) -> str:
         group = i % clips
         figures += (
             f"<figure style='--clip:var(--c{group % 8})' data-clip={group}><img alt='frame {number}' "
-            f"src='data:image/jpeg;base64,{data}'><figcaption>{number}<span>clip {group + 1}</span></figcaption></figure>"
+            f"src='data:image/jpeg;base64,{data}'><figcaption>{number}<span>clip {group + 1}</span></figcaption>"
+            "</figure>"
         )
     how = (
-        f"The encoder was made for {capacity} frames. {len(clip.indices)} frames become {clips} interleaved clips, each "
-        "spanning the whole video (a colour each; point at a frame to see its clip); afterwards the tokens are put back "
-        "in the order of time."
+        f"The encoder was made for {capacity} frames. {len(clip.indices)} frames become {clips} interleaved clips, "
+        "each spanning the whole video (a colour each; point at a frame to see its clip); afterwards the tokens are "
+        "put back in the order of time."
         if clips > 1
         else f"The encoder was made for {capacity} frames and takes these as one clip."
     )
@@ -207,7 +216,8 @@ def _patterns(results: dict[str, Any]) -> str:
             "Encoder, over time",
             vk.VideoMask.temporal(grid),
             None,
-            f"A patch sees itself in the other frames of its clip: here {capacity} keys for each of {capacity * tokens:,} tokens.",
+            f"A patch sees itself in the other frames of its clip: here {capacity} keys for each of "
+            f"{capacity * tokens:,} tokens.",
         ),
         (
             "Encoder, in space",
@@ -244,7 +254,8 @@ def _matrix(dense: Tensor, patches: int, video: tuple[int, int] | None) -> str:
                 kind = f"f{(k - first) // patches % 8}" if first <= k < first + count else "text"
                 squares += f"<rect x={k} y={q} width=.9 height=.9 class={kind} />"
     lines = "".join(f"<path d='M{x} 0V{n}M0 {x}H{n}'/>" for x in range(first, first + count + 1, patches) if 0 < x < n)
-    return f"<svg viewBox='-.3 -.3 {n + 0.5} {n + 0.5}' role=img aria-label='attention pattern'>{squares}<g>{lines}</g></svg>"
+    box = f"viewBox='-.3 -.3 {n + 0.5} {n + 0.5}'"
+    return f"<svg {box} role=img aria-label='attention pattern'>{squares}<g>{lines}</g></svg>"
 
 
 def _implementations(results: dict[str, Any]) -> str:
@@ -266,8 +277,9 @@ def _tokens(results: dict[str, Any]) -> str:
         for side, tokens in results["tokens"].items()
     )
     return (
-        f"<section><h2>The generated tokens</h2><p>Prompt: the frames, then “{escape(results['prompt']['text'])}” as bytes. "
-        "The ids mean nothing, because the weights are random; that all sides choose the same ones is the point.</p>"
+        "<section><h2>The generated tokens</h2><p>Prompt: the frames, then "
+        f"“{escape(results['prompt']['text'])}” as bytes. The ids mean nothing, because the weights are random; that "
+        "all sides choose the same ones is the point.</p>"
         f"<div class=scroll><table class=plain>{rows}</table></div></section>"
     )
 
@@ -276,18 +288,21 @@ def _setup(results: dict[str, Any]) -> str:
     config, machine, prompt = results["config"], results["machine"], results["prompt"]
     encoder, decoder = config["encoder"], config["decoder"]
     stretch = (
-        f"; NTK-scaled rotary base {results['rotary_base']:,.0f} instead of {decoder['rope_theta']:,.0f}, because {prompt['length']:,} "
-        f"tokens exceed the {decoder['context']:,} positions it was made for"
+        f"; NTK-scaled rotary base {results['rotary_base']:,.0f} instead of {decoder['rope_theta']:,.0f}, because "
+        f"{prompt['length']:,} tokens exceed the {decoder['context']:,} positions it was made for"
         if results["rotary_base"] != decoder["rope_theta"]
         else ""
     )
     facts = {
-        "Encoder": f"{encoder['layers']} layers, width {encoder['width']}, {encoder['heads']} heads, {encoder['image']} px / "
-        f"{encoder['patch']}, {prompt['tokens']} tokens per frame, {encoder['frames']} frames per clip",
-        "Decoder": f"{decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads ({decoder['kv_heads']} for keys "
-        f"and values), {decoder['frame_attention']} inside a frame{stretch}",
-        "Cache": f"{config['kv']}, groups of {config['kv_group']}, newest {config['kv_residual']} tokens in full precision",
-        "Prompt": f"{prompt['before']} + {prompt['frames']} × {prompt['tokens']} + {prompt['after']} = {prompt['length']:,} tokens",
+        "Encoder": f"{encoder['layers']} layers, width {encoder['width']}, {encoder['heads']} heads, "
+        f"{encoder['image']} px / {encoder['patch']}, {prompt['tokens']} tokens per frame, "
+        f"{encoder['frames']} frames per clip",
+        "Decoder": f"{decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads "
+        f"({decoder['kv_heads']} for keys and values), {decoder['frame_attention']} inside a frame{stretch}",
+        "Cache": f"{config['kv']}, groups of {config['kv_group']}, the newest {config['kv_residual']} or more tokens in "
+        "full precision",
+        "Prompt": f"{prompt['before']} + {prompt['frames']} × {prompt['tokens']} + {prompt['after']} = "
+        f"{prompt['length']:,} tokens",
         "Weights": f"random, seed {results['seed']}, {results['dtype']}",
         "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; vkernels runs {machine['instruction_set']}",
@@ -296,14 +311,15 @@ def _setup(results: dict[str, Any]) -> str:
         "Took": f"{results['seconds']:.0f} s in all",
     }
     rows = "".join(f"<tr><th scope=row>{k}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
-    return f"<section><h2>Configuration and machine</h2><div class=scroll><table class=plain>{rows}</table></div></section>"
+    table = f"<div class=scroll><table class=plain>{rows}</table></div>"
+    return f"<section><h2>Configuration and machine</h2>{table}</section>"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     if count >= 1e7:
         return f"{count / 1e6:.0f} MB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

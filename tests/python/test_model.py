@@ -13,12 +13,13 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
-import vkernels as vk  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
-from vkernels_video.model import VideoLLM, preset  # noqa: E402
-from vkernels_video.model.cache import DequantisingCache, dequantise, quantise  # noqa: E402
-from vkernels_video.model.decoder import Prompt, ntk_base  # noqa: E402
-from vkernels_video.model.encoder import Masks  # noqa: E402
+from transformers import LlamaForCausalLM
+from vkernels_video.model import VideoLLM, preset
+from vkernels_video.model.cache import DequantisingCache, dequantise, quantise
+from vkernels_video.model.decoder import Prompt, ntk_base
+from vkernels_video.model.encoder import Masks
+
+import vkernels as vk
 
 QUESTION = "what?"
 
@@ -85,7 +86,7 @@ def test_the_video_matters():
 
 
 def test_a_clip_spans_the_video():
-    """Clip j takes frames j, j + m, j + 2 m, ...: ten frames for a capacity of four are three clips, two frames padded."""
+    """Clip j takes frames j, j + m, j + 2 m, ...: ten frames are three clips of four, two of them copies."""
     seen = []
     model = tiny()
     model.encoder.forward = lambda pixels, impl: seen.append(pixels[:, :, 0, 0, 0]) or pixels
@@ -109,7 +110,7 @@ def test_connect_restores_the_order_of_time(impl):
 
 @pytest.mark.parametrize("impl", ["eager", "vkernels"])
 def test_interleaving_is_not_chunking(impl):
-    """Time mixes inside a clip, so the make-up of the clips changes the features; without time attention it would not."""
+    """Time mixes inside a clip, so the make-up of the clips changes the features; without it, not."""
     model = tiny()
     video = pixels(8)
     interleaved = model.connect(model.encode(video, impl), 8, impl)

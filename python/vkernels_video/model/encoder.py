@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import vkernels as vk
 from einops import rearrange
 from torch import Tensor, nn
 
+import vkernels as vk
 from vkernels_video.model.config import DecoderConfig, EncoderConfig
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention over the frames for every patch, attention over the patches of every frame, MLP; each with a residual."""
+    """Attention over frames for every patch, attention over patches in every frame, MLP; each with a residual."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()

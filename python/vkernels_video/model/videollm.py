@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import vkernels as vk
 from einops import rearrange
 from torch import Tensor, nn
 
+import vkernels as vk
 from vkernels_video.model.cache import DequantisingCache, dequantise
 from vkernels_video.model.config import VideoLLMConfig, preset
 from vkernels_video.model.decoder import Decoder, Prompt, ntk_base
@@ -34,9 +34,10 @@ class Generated:
 
 
 class VideoLLM(nn.Module):
-    """A video-LLM of INTP's shape (arXiv:2409.12963): a short-clip encoder with space-time layers, interleaved clips for
-    more frames than it was made for, all visual tokens into a LLaMA-like decoder with a scaled rotary base, and a
-    quantised cache.
+    """A video-LLM of INTP's shape (arXiv:2409.12963).
+
+    A short-clip encoder with space-time layers, interleaved clips for more frames than it was made for, all visual
+    tokens into a LLaMA-like decoder with a scaled rotary base, and a quantised cache.
 
     `impl="eager"` is plain PyTorch and transformers, `impl="vkernels"` the library; the weights are the same tensors.
     """
