@@ -40,48 +40,46 @@ class DequantisingCache:
 
     def __init__(self, scheme: str, group: int, residual: int, dequantise: Callable[..., Tensor] = dequantise):
         self.bits, self.group, self.residual, self.dequantise = KV_BITS[scheme], group, residual, dequantise
-        self.codes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.k: Tensor | None = None  # the newest tokens, b m s d
-        self.v: Tensor | None = None
+        self.k: list[Tensor] = []  # codes, scale, zero of the history: b m groups d group
+        self.v: list[Tensor] = []  # the same of the values: b m s groups group
+        self.recent: tuple[Tensor, Tensor] | None = None  # the newest tokens in full precision
 
     @torch.compiler.disable
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take new tokens in; what the queries of this step attend to."""
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
-        if self.codes is None:
-            keys, values = self.k, self.v
-        else:
-            keys, values = self._history()
-            keys, values = torch.cat([keys, self.k], dim=2), torch.cat([values, self.v], dim=2)
-        self._retire()
+        if self.recent is not None:
+            k, v = torch.cat([self.recent[0], k], dim=2), torch.cat([self.recent[1], v], dim=2)
+        keys, values = k, v
+        if self.k:
+            old_k, old_v = self.history(k.dtype)
+            keys, values = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.recent = self._retire(k, v)
         return keys, values
 
     @property
     def nbytes(self) -> int:
         """Bytes the cache holds between steps."""
-        stored = [self.k, self.v, *(tensor for part in self.codes or () for tensor in part)]
-        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self.k, *self.v, *(self.recent or ())))
 
-    def _retire(self) -> None:
-        """Quantise what no longer fits the full-precision window, in whole groups of tokens."""
-        old = (self.k.shape[2] - self.residual) // self.group * self.group
-        if old <= 0:
-            return
-        b, m, _, d = self.k.shape
-        k = self.k[:, :, :old].view(b, m, -1, self.group, d).transpose(-1, -2)  # b m groups d group
-        v = self.v[:, :, :old].reshape(b, m, old, -1, min(self.group, d))  # b m s groups group
-        fresh = quantise(k, self.bits), quantise(v, self.bits)
-        if self.codes is None:
-            self.codes = fresh
-        else:
-            self.codes = tuple(
-                tuple(torch.cat(pair, dim=2) for pair in zip(had, new, strict=True))
-                for had, new in zip(self.codes, fresh, strict=True)
-            )
-        self.k, self.v = self.k[:, :, old:].contiguous(), self.v[:, :, old:].contiguous()
-
-    def _history(self) -> tuple[Tensor, Tensor]:
-        k = self.dequantise(*self.codes[0], self.bits, self.k.dtype)  # b m groups d group
-        v = self.dequantise(*self.codes[1], self.bits, self.v.dtype)  # b m s groups group
+    def history(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All quantised tokens, dequantised."""
+        k, v = (self.dequantise(*codes, self.bits, dtype) for codes in (self.k, self.v))
         return k.transpose(-1, -2).flatten(2, 3), v.flatten(-2)
+
+    def _retire(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise what no longer fits the full-precision window, in whole groups of tokens; return the rest."""
+        b, m, s, d = k.shape
+        old = max(0, s - self.residual) // self.group * self.group
+        if old:
+            groups = k[:, :, :old].reshape(b, m, -1, self.group, d).transpose(-1, -2)
+            _append(self.k, quantise(groups, self.bits))
+            _append(self.v, quantise(v[:, :, :old].reshape(b, m, old, -1, min(self.group, d)), self.bits))
+            k, v = k[:, :, old:].contiguous(), v[:, :, old:].contiguous()
+        return k, v
+
+
+def _append(history: list[Tensor], fresh: tuple[Tensor, ...]) -> None:
+    if not history:
+        history.extend(fresh)
+    else:
+        history[:] = [torch.cat(pair, dim=2) for pair in zip(history, fresh, strict=True)]
