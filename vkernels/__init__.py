@@ -3,6 +3,7 @@
 from vkernels.check import NoBackend, ShapeError
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.attention import attention
 
 __version__ = "0.1.0"
 
@@ -15,5 +16,6 @@ __all__ = [
     "Video",
     "VideoMask",
     "apply_rope",
+    "attention",
     "lower_mask",
 ]

@@ -1,0 +1,3 @@
+from vkernels.ops.attention.api import attention
+
+__all__ = ["attention"]

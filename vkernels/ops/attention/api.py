@@ -1,0 +1,136 @@
+"""attention: the public door."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vkernels.check import bind, refusal, require, same_dtype
+from vkernels.dispatch import Backend, choose
+from vkernels.library import cpu_why_not, op
+from vkernels.masks import MaskPlan, VideoMask
+from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.attention import reference, torch_op
+
+
+@dataclass(frozen=True)
+class Call:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: VideoMask | MaskPlan | None
+    scale: float
+    rope: Any
+    return_lse: bool
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: VideoMask | MaskPlan | None = None,
+    scale: float | None = None,
+    rope: Any = None,
+    return_lse: bool = False,
+) -> Call:
+    axes = bind("attention", ("q", q, "b s_q n d"), ("k", k, "b s_k m d"), ("v", v, "b s_k m d"))
+    same_dtype("attention", ("q", q), ("k", k), ("v", v))
+    n, m, d = axes["n"], axes["m"], axes["d"]
+    require(d >= 1, "attention", "q", "have a head size of at least 1", d)
+    require(n % m == 0 if m else n == 0, "attention", "q", f"have a multiple of the {m} key heads as heads", n)
+    if scale is None:
+        scale = 1.0 / math.sqrt(d)
+    require(isinstance(scale, (int, float)) and math.isfinite(scale), "attention", "scale", "be a finite number", scale)
+    if mask is not None:
+        _check_mask(mask, axes)
+    if rope is not None:
+        pair = isinstance(rope, tuple) and len(rope) == 2
+        require(pair, "attention", "rope", "be a pair (spec, positions)", type(rope).__name__, TypeError)
+    return Call(q, k, v, mask, float(scale), rope, return_lse)
+
+
+def _check_mask(mask: VideoMask | MaskPlan, axes: dict[str, int]) -> None:
+    if isinstance(mask, VideoMask):
+        s_q = s_k = mask.tokens
+        p = mask.samples
+    elif isinstance(mask, MaskPlan):
+        s_q, s_k = mask.s_q, mask.s_k
+        p = max([1, *(x.shape[0] for x in (mask.q_rows, mask.k_rows, mask.ranges) if x is not None)])
+    else:
+        raise TypeError(refusal("attention", "mask", "be a VideoMask or a MaskPlan", type(mask).__name__))
+    tokens = (axes["s_q"], axes["s_k"])
+    require((s_q, s_k) == tokens, "attention", "mask", f"speak of {tokens[0]} x {tokens[1]} tokens", f"{s_q} x {s_k}")
+    require(p in (1, axes["b"]), "attention", "mask", f"be given for 1 or {axes['b']} samples", p)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: VideoMask | MaskPlan | None = None,
+    scale: float | None = None,
+    rope: Any = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from queries to the keys a video mask lets them see: softmax(scale * q k^T) v.
+
+    No tensor of s_q x s_k is ever made: a mask costs O(s) memory, and what it hides costs no time. Any strides do, so a
+    transposed view of (b n s d) is as good as (b s n d).
+
+    Args:
+        q:          queries (b s_q n d); float32, bfloat16 or float16
+        k:          keys (b s_k m d), n a multiple of m: each key head serves n / m query heads in a row
+        v:          values (b s_k m d)
+        mask:       a VideoMask, or its MaskPlan; None: every query sees every key
+        scale:      what scores are multiplied by; None: 1 / sqrt(d)
+        rope:       (spec, positions): q and k are rotated by apply_rope first
+        return_lse: also return the logarithm of the sum of exponentials
+        backend:    "cpu", "reference"; None takes the first that can run
+    Returns:
+        output (b s_q n d) in the dtype of q, computed in float32; with return_lse also lse (b n s_q), natural
+        logarithm, float32 (float64 for float64 inputs). A query that sees no key gets output 0 and lse -inf.
+    Raises:
+        ShapeError, TypeError, ValueError, NoBackend
+    Gradients: q, k, v, through the output and through lse; 0 where nothing is seen.   Deterministic: yes, both ways.
+    Example:
+        >>> grid = vk.Grid(8, 16, 16)
+        >>> q, k, v = torch.randn(3, 1, grid.tokens, 16, 64).unbind()
+        >>> vk.attention(q, k, v, mask=vk.VideoMask.frame_causal(grid)).shape
+        torch.Size([1, 2048, 16, 64])
+    Source: online softmax in tiles after FlashAttention, arXiv:2205.14135.
+    """
+    call = prepare(q, k, v, mask=mask, scale=scale, rope=rope, return_lse=return_lse)
+    return choose("attention", BACKENDS, backend, call).run(call)
+
+
+def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
+    q, k, mask = call.q, call.k, call.mask
+    if call.rope is not None:
+        q, k = apply_rope(q, k, *call.rope, backend=backend)
+    if backend == "reference":
+        out, lse = reference.attention(q, k, call.v, mask, call.scale)
+    else:
+        plan = mask.plan(q.device) if isinstance(mask, VideoMask) else mask
+        arguments = torch_op.mask_arguments(plan, q.shape[1], k.shape[1])
+        out, lse = op("attention_fwd", backend)(q, k, call.v, call.scale, *arguments)
+    return (out, lse) if call.return_lse else out
+
+
+def _cpu_why_not(call: Call) -> str | None:
+    if isinstance(call.mask, MaskPlan) and call.mask.device != call.q.device:
+        return f"the mask plan is on {call.mask.device}, the tensors are on {call.q.device}"
+    if max(call.q.shape[1], call.k.shape[1]) > 2**30:
+        return "more than 2^30 tokens in one sequence"
+    return cpu_why_not(call.q)
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_why_not, lambda call: _run(call, "cpu")),
+    Backend("reference", lambda call: None, lambda call: _run(call, "reference")),
+)
