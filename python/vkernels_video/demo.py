@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from vkernels_video import machine, measure, report
-from vkernels_video.model import VideoLLM, VideoLLMConfig, preset, presets
+from vkernels_video.model import Impl, VideoLLM, VideoLLMConfig, preset, presets
 from vkernels_video.video import Clip, ClipError, default_clip, load_clip, preprocess
 
 QUESTION = "What happens in this video?"
@@ -133,8 +133,9 @@ def run(args: argparse.Namespace, console: Console, started: float) -> tuple[dic
 def side(model: VideoLLM, name: str, pixels: torch.Tensor, tokens: int) -> Callable[..., Any]:
     """One way to run the model, as a function of the stage clock."""
     if name == "compiled":
-        model, name = model.compiled_copy(), "eager"
-    return partial(model.generate, pixels, QUESTION, tokens, name)
+        model = model.compiled_copy()
+    impl: Impl = "vkernels" if name == "vkernels" else "eager"
+    return partial(model.generate, pixels, QUESTION, tokens, impl)
 
 
 def summarise(
@@ -146,7 +147,7 @@ def summarise(
 ) -> dict[str, Any]:
     eager, fast = measured["eager"], measured["vkernels"]
     steps = max(1, args.tokens - 1)
-    stages = []
+    stages: list[dict[str, Any]] = []
     for name in ("video", "preprocess"):
         stages.append({"name": name, "shared": True, "seconds": {side: shared[name] for side in measured}})
     for name in STAGES:

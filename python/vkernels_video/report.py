@@ -96,7 +96,7 @@ def _headline(results: dict[str, Any]) -> str:
         ),
         (
             f"{memory:.1f}×",
-            "plain over vkernels, peak memory",
+            "peak memory, ratio",
             f"{size(results['peak_bytes']['eager'])} → {size(results['peak_bytes']['vkernels'])}",
         ),
         (
@@ -202,7 +202,7 @@ def _patterns(results: dict[str, Any]) -> str:
     if config["decoder"]["frame_attention"] == "causal":
         prefill, words = vk.VideoMask.causal(3 + frames * patches + 4), "Every token sees what came before it."
     else:
-        spans = [vk.Text(3), vk.Video(frames, 1, patches), vk.Text(4)]
+        spans: list[vk.Text | vk.Video] = [vk.Text(3), vk.Video(frames, 1, patches), vk.Text(4)]
         prefill = vk.VideoMask.spans(spans, within="frame")
         words = (
             "Text sees what came before it. The tokens of a frame see each other and all that came before the frame."
@@ -299,8 +299,8 @@ def _setup(results: dict[str, Any]) -> str:
         f"{encoder['frames']} frames per clip",
         "Decoder": f"{decoder['layers']} layers, width {decoder['width']}, {decoder['heads']} heads "
         f"({decoder['kv_heads']} for keys and values), {decoder['frame_attention']} inside a frame{stretch}",
-        "Cache": f"{config['kv']}, groups of {config['kv_group']}, the newest {config['kv_residual']} or more tokens in "
-        "full precision",
+        "Cache": f"{config['kv']}, groups of {config['kv_group']}, the newest {config['kv_residual']} or more tokens "
+        "in full precision",
         "Prompt": f"{prompt['before']} + {prompt['frames']} × {prompt['tokens']} + {prompt['after']} = "
         f"{prompt['length']:,} tokens",
         "Weights": f"random, seed {results['seed']}, {results['dtype']}",

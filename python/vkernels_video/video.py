@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -202,7 +203,7 @@ def jpeg(frame: torch.Tensor, width: int = 160) -> bytes:
     height = max(2, round(frame.shape[0] * width / frame.shape[1] / 2) * 2)
     picture = av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")
     codec = av.CodecContext.create("mjpeg", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", 1
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", Fraction(1)
     codec.options = {"qmin": "3", "qmax": "5"}
     picture = picture.reformat(width, height, "yuvj420p", dst_color_range=ColorRange.JPEG)
     picture.pts = 0

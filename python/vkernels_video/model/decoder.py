@@ -49,7 +49,11 @@ class Prompt:
         """Causal, and inside a frame everybody sees everybody when `frame_attention` is "bidirectional"."""
         if frame_attention == "causal":
             return vk.VideoMask.causal(self.length)
-        spans = [vk.Text(self.before), vk.Video(self.frames, 1, self.tokens), vk.Text(self.after)]
+        spans: list[vk.Text | vk.Video] = [
+            vk.Text(self.before),
+            vk.Video(self.frames, 1, self.tokens),
+            vk.Text(self.after),
+        ]
         return vk.VideoMask.spans(spans, within="frame")
 
     def visible_pairs(self, frame_attention: str) -> int:
@@ -122,8 +126,8 @@ class Decoder(nn.Module):
             vocab_size=config.vocab,
             max_position_embeddings=config.context,
             rms_norm_eps=config.eps,
-            attn_implementation="sdpa",
         )
+        self.llama._attn_implementation = "sdpa"
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, self.llama) for _ in range(config.layers))
         self.norm = LlamaRMSNorm(config.width, config.eps)
@@ -150,4 +154,6 @@ class Decoder(nn.Module):
     def _dense_mask(self, x: Tensor, prompt: Prompt | None) -> Tensor | None:
         if prompt is None or self.config.frame_attention == "causal":
             return None
-        return create_causal_mask(self.llama, x, None, None, block_sequence_ids=prompt.blocks())
+        mask = create_causal_mask(self.llama, x, None, None, block_sequence_ids=prompt.blocks())
+        assert isinstance(mask, Tensor)  # what transformers makes for SDPA
+        return mask
