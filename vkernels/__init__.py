@@ -1,9 +1,12 @@
 """Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
 
+from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
+from vkernels.ops.rearrange import rearrange
+from vkernels.rearrangement import RearrangePlan
 
 __version__ = "0.1.0"
 
@@ -11,6 +14,7 @@ __all__ = [
     "Grid",
     "MaskPlan",
     "NoBackend",
+    "RearrangePlan",
     "ShapeError",
     "Text",
     "Video",
@@ -18,4 +22,6 @@ __all__ = [
     "apply_rope",
     "attention",
     "lower_mask",
+    "rearrange",
+    "rearrangement",
 ]

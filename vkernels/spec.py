@@ -80,7 +80,11 @@ class OpSpec:
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
 
 
-OPS = ("apply_rope", "attention")
+OPS = (
+    "apply_rope",
+    "attention",
+    "rearrange",
+)
 
 
 def all_specs() -> list[OpSpec]:

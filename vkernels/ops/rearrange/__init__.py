@@ -1,0 +1,3 @@
+from vkernels.ops.rearrange.api import rearrange
+
+__all__ = ["rearrange"]
