@@ -66,7 +66,7 @@ def test_gradients_agree():
     grads = []
     for impl in ("eager", "vkernels"):
         model = tiny()
-        model.connect(model.encode(pixels(8), impl), 8, impl).square().mean().backward()
+        model.connect(model.encode(pixels(8), impl), 8, [1], [2, 3], impl)[0].square().mean().backward()
         used = [model.encoder, model.projector]
         grads.append({name: p.grad for module in used for name, p in module.named_parameters()})
     for name, expected in grads[0].items():
@@ -99,13 +99,15 @@ def test_a_clip_spans_the_video():
 def test_connect_restores_the_order_of_time(impl):
     model = tiny()
     model.projector = torch.nn.Identity()
-    m, t, tokens, width = 3, 4, 10, 64
+    m, t, tokens, width = 3, 4, 10, 128
     slot = torch.arange(t)[None, :, None, None] * m + torch.arange(m)[:, None, None, None]  # frame of clip j, slot k
     features = (slot * 1000 + torch.arange(tokens)[:, None]).float().expand(m, t, tokens, width)
-    out = model.connect(features, 11, impl)
-    expected = torch.arange(11.0)[:, None] * 1000 + torch.arange(tokens)
-    assert torch.equal(out[:, :, 0], expected)
-    assert torch.equal(out[:, :, -1], expected)
+    out, prompt = model.connect(features, 11, [7], [8, 9], impl)
+    assert prompt == Prompt(1, 11, tokens, 2)
+    expected = (torch.arange(11.0)[:, None] * 1000 + torch.arange(tokens)).flatten()
+    assert torch.equal(out[0, 1:-2, 0], expected)
+    assert torch.equal(out[0, 1:-2, -1], expected)
+    assert torch.equal(out[0, [0, -2, -1]], model.decoder.embed_tokens.weight[[7, 8, 9]])
 
 
 @pytest.mark.parametrize("impl", ["eager", "vkernels"])
@@ -113,16 +115,16 @@ def test_interleaving_is_not_chunking(impl):
     """Time mixes inside a clip, so the make-up of the clips changes the features; without it, not."""
     model = tiny()
     video = pixels(8)
-    interleaved = model.connect(model.encode(video, impl), 8, impl)
-    chunked = model.projector(model.encoder(video.view(2, 4, 3, 42, 42), impl)).flatten(0, 1)
+    interleaved = model.connect(model.encode(video, impl), 8, [], [], impl)[0]
+    chunked = model.projector(model.encoder(video.view(2, 4, 3, 42, 42), impl)).flatten(0, 2)[None]
     assert (interleaved - chunked).norm() > 0.05 * chunked.norm()
     with torch.no_grad():
         for layer in model.encoder.layers:
             layer.temporal_embedding.zero_()
             layer.temporal_attn.out_proj.weight.zero_()
             layer.temporal_attn.out_proj.bias.zero_()
-    interleaved = model.connect(model.encode(video, impl), 8, impl)
-    chunked = model.projector(model.encoder(video.view(2, 4, 3, 42, 42), impl)).flatten(0, 1)
+    interleaved = model.connect(model.encode(video, impl), 8, [], [], impl)[0]
+    chunked = model.projector(model.encoder(video.view(2, 4, 3, 42, 42), impl)).flatten(0, 2)[None]
     close(interleaved, chunked)
 
 

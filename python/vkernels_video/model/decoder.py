@@ -108,7 +108,11 @@ class DecoderLayer(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
     def _vkernels(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: Any) -> Tensor:
-        raise NotImplementedError
+        q, k, v = self._heads(x)
+        cos, sin = (t[..., : self.head // 2] for t in rotary)
+        q, k = vk.apply_rope(q, cos, sin), vk.apply_rope(k, cos, sin)
+        ks, vs = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+        return vk.attention(q, ks.transpose(1, 2), vs.transpose(1, 2), mask=mask).flatten(2)
 
 
 class Decoder(nn.Module):
@@ -137,11 +141,10 @@ class Decoder(nn.Module):
         self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
     ) -> Tensor:
         """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
+        rotary: Any = self._rotary(base)(x, torch.arange(start, start + x.shape[1])[None])
         if impl == "eager":
-            rotary: Any = self._rotary(base)(x, torch.arange(start, start + x.shape[1])[None])
             mask: Any = self._dense_mask(x, prompt)
         else:
-            rotary = None
             mask = prompt.mask(self.config.frame_attention) if prompt else None
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotary, mask, cache, impl)

@@ -50,7 +50,9 @@ class Attention(nn.Module):
     def vkernels(self, x: Tensor, mask: vk.VideoMask) -> Tensor:
         """Tokens [b s c] in any order the mask knows."""
         q, k, v = (proj(x).view(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(vk.attention(q, k, v, mask=mask).flatten(2))
+        out = vk.attention(q, k, v, mask=mask)
+        assert isinstance(out, Tensor)
+        return self.out_proj(out.flatten(2))
 
 
 class EncoderLayer(nn.Module):

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import vkernels as vk
+from vkernels.rearrangement import assemble, interleave_clips
 from vkernels_video.model.cache import DequantisingCache, dequantise
 from vkernels_video.model.config import VideoLLMConfig, preset
 from vkernels_video.model.decoder import Decoder, Prompt, ntk_base
@@ -96,36 +97,25 @@ class VideoLLM(nn.Module):
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         return self.encoder(pixels.unflatten(0, (capacity, clips)).transpose(0, 1), impl)
 
-    def connect(self, features: Tensor, frames: int, impl: Impl = "vkernels") -> Tensor:
-        """Features [m t l c] -> visual tokens in the order of time [frames l d]."""
+    def connect(
+        self, features: Tensor, frames: int, before: list[int], after: list[int], impl: Impl = "vkernels"
+    ) -> tuple[Tensor, Prompt]:
+        """Features [m t l c] and text -> decoder inputs [1 s d], text, frames in the order of time, text."""
         x = self.projector(features)
+        text = self.decoder.embed_tokens(torch.tensor([before + after], dtype=torch.int64))
+        prompt = Prompt(len(before), frames, x.shape[2], len(after))
         if impl == "eager":
-            x = rearrange(x, "m t l d -> (t m) l d")
-        else:
-            x = self._restore(x)
-        return x[:frames]
-
-    @staticmethod
-    def _restore(x: Tensor) -> Tensor:
-        m, t, tokens, width = x.shape
-        plan = vk.RearrangePlan.interleave_clips(m, t, tokens)
-        return vk.rearrange(x.reshape(1, -1, width), plan).view(t * m, tokens, width)
-
-    def embed(self, visual: Tensor, before: list[int], after: list[int]) -> tuple[Tensor, Prompt]:
-        """Text, frames, text -> decoder inputs [1 s d] and where everything stands."""
-        frames, tokens, width = visual.shape
-        text = self.decoder.embed_tokens(torch.tensor([before + after]))
-        x = torch.cat([text[:, : len(before)], visual.reshape(1, -1, width), text[:, len(before) :]], dim=1)
-        return x, Prompt(len(before), frames, tokens, len(after))
+            visual = rearrange(x, "m t l d -> (t m) l d")[:frames].flatten(0, 1)
+            return torch.cat([text[:, : len(before)], visual[None], text[:, len(before) :]], dim=1), prompt
+        restore = interleave_clips(*x.shape[:3], frames=frames)
+        parts = [("text", prompt.before), ("video", frames * prompt.tokens), ("text", prompt.after)]
+        return vk.rearrange([text, x.flatten(0, 2)[None]], assemble(parts, video=restore)), prompt
 
     def new_caches(self, impl: Impl, length: int) -> list:
         """An empty cache per layer with room for `length` tokens."""
         config = self.config
-        if impl == "eager":
-            make = lambda: DequantisingCache(config.kv, config.kv_group, config.kv_residual, self.dequantise)  # noqa: E731
-        else:
-            raise NotImplementedError
-        return [make() for _ in self.decoder.layers]
+        layers = range(config.decoder.layers)
+        return [DequantisingCache(config.kv, config.kv_group, config.kv_residual, self.dequantise) for _ in layers]
 
     @torch.inference_mode()
     def generate(
@@ -141,9 +131,8 @@ class VideoLLM(nn.Module):
         with stage("encoder"):
             features = self.encode(pixels, impl)
         with stage("connector"):
-            visual = self.connect(features, len(pixels), impl)
-            x, prompt = self.embed(visual, [BEGIN], text)
-        del features, visual
+            x, prompt = self.connect(features, len(pixels), [BEGIN], text, impl)
+        del features
         base = ntk_base(self.config.decoder, prompt.length + tokens)
         with stage("prefill"):
             caches = self.new_caches(impl, prompt.length + tokens)
