@@ -14,9 +14,7 @@ def attention(
     """Output (b s_q n d) in q's dtype, log of the sum of exponentials (b n s_q) in float32, or float64 for float64."""
     inner = torch.promote_types(q.dtype, torch.float32)
     (b, s_q, n, d), (s_k, m) = q.shape, k.shape[1:3]
-    if b * s_q * n == 0:
-        return q.clone(), q.new_zeros((b, n, s_q), dtype=inner)
-    grouped = q.to(inner).reshape(b, s_q, m, n // m, d)
+    grouped = q.to(inner).reshape(b, s_q, m, n // max(m, 1), d)
     score = torch.einsum("bqmgd,bkmd->bmgqk", grouped, k.to(inner)) * scale
     if mask is not None:
         visible = dense(mask, q.device)
