@@ -5,6 +5,7 @@ from vkernels.check import NoBackend, ShapeError
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
+from vkernels.ops.divided_attention import divided_attention
 from vkernels.ops.rearrange import rearrange
 from vkernels.rearrangement import RearrangePlan
 
@@ -21,6 +22,7 @@ __all__ = [
     "VideoMask",
     "apply_rope",
     "attention",
+    "divided_attention",
     "lower_mask",
     "rearrange",
     "rearrangement",

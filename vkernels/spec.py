@@ -80,11 +80,7 @@ class OpSpec:
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
 
 
-OPS = (
-    "apply_rope",
-    "attention",
-    "rearrange",
-)
+OPS = ("apply_rope", "attention", "rearrange", "divided_attention")
 
 
 def all_specs() -> list[OpSpec]:

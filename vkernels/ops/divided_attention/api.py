@@ -1,0 +1,131 @@
+"""divided_attention: the public door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vkernels.check import bind, require, same_dtype
+from vkernels.dispatch import Backend, choose
+from vkernels.library import cpu_why_not, op
+from vkernels.masks.grid import Grid
+from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
+
+AXES = ("temporal", "spatial")
+ORDERS = ("frame", "patch")
+NAME = "divided_attention"
+
+
+@dataclass(frozen=True)
+class Call:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    t: int
+    l: int  # noqa: E741  (the axis letter of patches per frame)
+    axis: str
+    cls: int
+    order: str
+    scale: float
+    frames_per_group: int
+
+    @property
+    def layout(self) -> list[int]:
+        spatial, patch_major = int(self.axis == "spatial"), int(self.order == "patch")
+        return [self.t, self.l, self.cls, spatial, patch_major, self.frames_per_group]
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Grid,
+    *,
+    axis: str = "temporal",
+    cls: int = 0,
+    order: str = "frame",
+    scale: float | None = None,
+    frames_per_group: int | None = None,
+) -> Call:
+    sizes = bind(NAME, ("q", q, "b s n d"), ("k", k, "b s m d"), ("v", v, "b s m d"))
+    same_dtype(NAME, ("q", q), ("k", k), ("v", v))
+    require(isinstance(grid, Grid), NAME, "grid", "be a Grid(t, h, w)", type(grid).__name__, TypeError)
+    require(axis in AXES, NAME, "axis", f"be one of {', '.join(AXES)}", repr(axis))
+    require(order in ORDERS, NAME, "order", f"be one of {', '.join(ORDERS)}", repr(order))
+    require(cls in (0, 1), NAME, "cls", "be 0 or 1", repr(cls))
+    n, m, s = sizes["n"], sizes["m"], sizes["s"]
+    require(m >= 1 and n >= m and n % m == 0, NAME, "q", "have a multiple of the heads of k", f"n={n} m={m}")
+    want = cls + grid.tokens
+    require(s == want, NAME, "grid", f"cover the tokens (cls + t*h*w = {want} of them)", f"s={s} for {grid}")
+    frames = frames_per_group
+    if frames is None:
+        frames = grid.t if axis == "temporal" and grid.t > 0 else 1
+    whole = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
+    require(whole and grid.t % frames == 0, NAME, "frames_per_group", f"divide the {grid.t} frames", repr(frames))
+    scale = float(scale) if scale is not None else max(sizes["d"], 1) ** -0.5
+    return Call(q, k, v, grid.t, grid.h * grid.w, axis, int(cls), order, scale, frames)
+
+
+def divided_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Grid,
+    *,
+    axis: str = "temporal",
+    cls: int = 0,
+    order: str = "frame",
+    scale: float | None = None,
+    frames_per_group: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attend over time at each place, or over space in each frame, with one CLS token shared by all frames.
+
+    Every group of tokens is a softmax attention of its own: o = softmax(q k^T · scale) v.
+    axis="temporal": a group is the frames of one patch position. A CLS token belongs to no group: it bypasses the
+    layer, its output row and its gradients are 0.
+    axis="spatial": a group is the patches of one frame, with the CLS token, if any, at its head. The output of the CLS
+    is the mean over the groups of its t separate softmaxes, which is not one softmax over all tokens; its q, k and v
+    are read once, never repeated.
+
+    Args:
+        q:      queries (b s n d), any strides but the last: slices of a packed qkv cost nothing
+        k, v:   keys and values (b s m d), n a multiple of m
+        grid:   Grid(t, h, w) of the tokens after the CLS: s = cls + t·l, with l = h·w patches per frame
+        axis:   "temporal" or "spatial"
+        cls:    1 if token 0 is a CLS token of the whole video, 0 if there is none
+        order:  "frame": tokens are ordered (t l), frame-major; "patch": (l t), patch-major (BT-Adapter)
+        scale:  score factor; None means d ** -0.5
+        frames_per_group: frames that attend together. temporal: that many consecutive frames, None means all t.
+            spatial: that many frames, t / frames_per_group apart, None means 1. With t=64 tokens in time and
+            frames_per_group 32 (temporal) and 2 (spatial) these are the groups BT-Adapter's chat model forms.
+        backend: "cpu", "reference"; None takes the first that can run
+    Returns:
+        o (b s n d), the dtype of q; computed in float32
+    Raises:
+        ShapeError, ValueError, TypeError, NoBackend
+    Gradients: q, k, v.   Deterministic: yes.
+    Example:
+        >>> qkv = torch.randn(2, 1 + 8 * 16 * 16, 3, 12, 64)
+        >>> q, k, v = qkv.unbind(2)
+        >>> vkernels.divided_attention(q, k, v, vkernels.Grid(8, 16, 16), axis="spatial", cls=1).shape
+        torch.Size([2, 2049, 12, 64])
+    Source: TimeSformer, arXiv:2102.05095 (divided space-time attention); BT-Adapter, arXiv:2309.15785 (shared CLS).
+    """
+    call = prepare(q, k, v, grid, axis=axis, cls=cls, order=order, scale=scale, frames_per_group=frames_per_group)
+    return choose(NAME, BACKENDS, backend, call).run(call)
+
+
+def _run_reference(c: Call) -> torch.Tensor:
+    return reference.divided_attention(c.q, c.k, c.v, c.t, c.l, c.axis, c.cls, c.order, c.scale, c.frames_per_group)
+
+
+BACKENDS = (
+    Backend(
+        "cpu",
+        lambda c: cpu_why_not(c.q),
+        lambda c: op("divided_attention_fwd", "cpu")(c.q, c.k, c.v, c.scale, c.layout),
+    ),
+    Backend("reference", lambda c: None, _run_reference),
+)

@@ -1,0 +1,78 @@
+"""Evidence for divided_attention."""
+
+from __future__ import annotations
+
+from vkernels.check import ShapeError
+from vkernels.masks.grid import Grid
+from vkernels.ops.divided_attention.api import BACKENDS, Call, divided_attention, prepare
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+
+
+def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, **options) -> dict:
+    s = options.get("cls", 0) + grid.tokens
+    q, k, v = (maker.randn(b, s, heads, d) for heads in (n, m or n, m or n))
+    return {"q": q, "k": k, "v": v, "grid": grid, **options}
+
+
+def _case(case: str, *args, **options) -> Case:
+    return Case(case, lambda maker: _inputs(maker, *args, **options))
+
+
+def _reject(case: str, error: type[Exception], match: str, **change) -> Reject:
+    def make(maker: Maker) -> dict:
+        return {**_inputs(maker, 1, Grid(4, 2, 2), 2, 16), **change}
+
+    return Reject(case, make, error, f"divided_attention: {match}")
+
+
+def _cost(call: Call) -> Cost:
+    b, s, n, d = call.q.shape
+    m, groups = call.k.shape[2], call.t // call.frames_per_group
+    if call.axis == "temporal":
+        pairs = groups * call.l * call.frames_per_group**2
+    else:
+        pairs = groups * (call.cls + call.frames_per_group * call.l) ** 2
+    return Cost(flop=4.0 * b * n * d * pairs, bytes=2.0 * b * s * (n + m) * d * call.q.element_size())
+
+
+SPEC = OpSpec(
+    name="divided_attention",
+    fn=divided_attention,
+    prepare=prepare,
+    backends=BACKENDS,
+    cases=[
+        _case("temporal-t8", 2, Grid(8, 2, 3), 4, 64),
+        _case("temporal-cls-t16", 1, Grid(16, 1, 3), 3, 88, cls=1),
+        _case("temporal-patch-major", 2, Grid(5, 1, 3), 6, 72, m=2, order="patch", cls=1),
+        _case("temporal-halves", 1, Grid(10, 1, 2), 2, 24, frames_per_group=5, scale=0.3),
+        _case("temporal-long", 1, Grid(67, 1, 1), 2, 40, m=1),
+        _case("spatial-cls", 2, Grid(3, 3, 3), 4, 64, axis="spatial", cls=1),
+        _case("spatial-cls-patch-major", 1, Grid(4, 1, 17), 4, 80, m=2, axis="spatial", cls=1, order="patch"),
+        _case("spatial-pairs", 1, Grid(4, 3, 7), 2, 128, axis="spatial", cls=1, frames_per_group=2),
+        _case("spatial", 2, Grid(2, 1, 5), 3, 8, axis="spatial"),
+        _case("empty", 0, Grid(2, 2, 2), 2, 64, axis="spatial"),
+    ],
+    rejects=[
+        _reject("grid", ValueError, r"grid must cover the tokens \(cls \+ t\*h\*w = 12 of them\)", grid=Grid(3, 2, 2)),
+        _reject("grid-type", TypeError, r"grid must be a Grid\(t, h, w\), got tuple", grid=(4, 2, 2)),
+        _reject("axis", ValueError, "axis must be one of temporal, spatial, got 'time'", axis="time"),
+        _reject("order", ValueError, "order must be one of frame, patch, got 'row'", order="row"),
+        _reject("cls", ValueError, "cls must be 0 or 1, got 2", cls=2),
+        _reject("groups", ValueError, "frames_per_group must divide the 4 frames, got 3", frames_per_group=3),
+        Reject(
+            "heads",
+            lambda m: _inputs(m, 1, Grid(2, 1, 1), 3, 8, m=2),
+            ValueError,
+            "divided_attention: q must have a multiple of the heads of k, got n=3 m=2",
+        ),
+        Reject(
+            "tokens",
+            lambda m: {**_inputs(m, 1, Grid(2, 1, 1), 2, 8), "k": m.randn(1, 3, 2, 8)},
+            ShapeError,
+            r"divided_attention: k must have shape \(b s m d\), got \(1, 3, 2, 8\)",
+        ),
+    ],
+    cost=_cost,
+    source="TimeSformer, arXiv:2102.05095; BT-Adapter, arXiv:2309.15785",
+    differentiable=("q", "k", "v"),
+)

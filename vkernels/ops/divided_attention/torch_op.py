@@ -1,0 +1,62 @@
+"""torch's view of divided_attention: schemas, fakes, CPU kernels, backward.
+
+`layout` is [t, l, cls, spatial, patch-major, frames per group]. Nothing but q, k and v is saved: the backward computes
+the probabilities again, a whole row at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vkernels.library import native, op, ref, register, unit_stride
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(q, k, v, scale, layout):
+    return _like(q)
+
+
+def _cpu(q, k, v, scale, layout):
+    o = _like(q)
+    native().divided_attention_fwd(ref(unit_stride(q)), ref(unit_stride(k)), ref(unit_stride(v)), ref(o), scale, layout)
+    return o
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, ctx.layout = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward(ctx, grad_o):
+    grads = op("divided_attention_bwd", ctx.backend)(grad_o, *ctx.saved_tensors, ctx.scale, ctx.layout)
+    return *grads, None, None
+
+
+def _bwd_fake(grad_o, q, k, v, scale, layout):
+    return _like(q), _like(k), _like(v)
+
+
+def _bwd_cpu(grad_o, q, k, v, scale, layout):
+    grads = _like(q), _like(k), _like(v)
+    inputs = [ref(unit_stride(x)) for x in (grad_o, q, k, v)]
+    native().divided_attention_bwd(*inputs, *map(ref, grads), scale, layout)
+    return grads
+
+
+register(
+    "divided_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, float scale, int[] layout) -> Tensor",
+    fake=_fake,
+    backends={"cpu": _cpu},
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    "divided_attention_bwd",
+    "(Tensor grad_o, Tensor q, Tensor k, Tensor v, float scale, int[] layout) -> (Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    backends={"cpu": _bwd_cpu},
+)
