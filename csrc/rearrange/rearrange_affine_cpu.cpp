@@ -1,12 +1,12 @@
-// A pure move by strides. Neighbouring factors that run on are merged first. If the innermost factor is contiguous on
-// both sides the move is a copy of runs; otherwise the output's innermost factor and the input's are walked in square
-// tiles, so that both sides use whole cache lines.
+// A pure move by strides. Neighbouring factors that run on are merged first. What remains is walked in tiles of the
+// output's fastest factor x the input's fastest factor, so that both sides use whole lines and few pages at a time:
+//   the innermost factor is contiguous on both sides: a tile of runs is copied
+//   it is not (the channel axis moves): a tile of elements is read row by row into a buffer, turned there, and written
+//   row by row. Reading columns straight from x would put 32 lines of stride 4 KB into one 8-way cache set.
 #include "rows.h"
 
 namespace vk::VK_ISA {
 namespace {
-
-constexpr int kTile = 32;
 
 struct Loop {
   int rank = 0;
@@ -79,7 +79,7 @@ void move(const RearrangeAffineParams& p) {
   const int outer = l.rank - 1;
   const int64_t run = l.sizes[outer];
   const bool stream = total * kBytes > kCacheBytes;
-  if (run * kBytes >= 16 || outer < 2) {
+  if (outer < 2) {
     parallel_for(0, total / run, kGrainBytes / (run * kBytes) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t ox = 0, oy = 0;
@@ -91,7 +91,6 @@ void move(const RearrangeAffineParams& p) {
     });
     return;
   }
-  // Tile the factor that is fastest in y against the one that is fastest in x.
   int fast_y = 0, fast_x = 0;
   for (int d = 0; d < outer; ++d) {
     if (l.y[d] < l.y[fast_y]) fast_y = d;
@@ -106,22 +105,37 @@ void move(const RearrangeAffineParams& p) {
     rest.y[rest.rank++] = l.y[d];
   }
   const int64_t n_y = l.sizes[fast_y], n_x = l.sizes[fast_x];
+  const int64_t yy = l.y[fast_y], yx = l.x[fast_y], xy = l.y[fast_x], xx = l.x[fast_x];
+  constexpr int64_t kTile = kBytes >= 4 ? 32 : 64;
   const int64_t tiles_y = (n_y + kTile - 1) / kTile, tiles_x = (n_x + kTile - 1) / kTile;
   const int64_t tiles = total / run / (n_y * n_x) * tiles_y * tiles_x;
-  const int64_t yy = l.y[fast_y], yx = l.x[fast_y], xy = l.y[fast_x], xx = l.x[fast_x];
-  parallel_for(0, tiles, kGrainBytes / (kTile * kTile * kBytes) + 1, [&](int64_t begin, int64_t end) {
+  const bool turn = run == 1 && xx == 1 && yy == 1;
+  parallel_for(0, tiles, kGrainBytes / (kTile * kTile * run * kBytes) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t ox = 0, oy = 0;
       const int64_t ty = tile % tiles_y * kTile, tx = tile / tiles_y % tiles_x * kTile;
       offsets(rest, rest.rank, tile / (tiles_y * tiles_x), ox, oy);
-      const int64_t ey = ty + kTile < n_y ? ty + kTile : n_y, ex = tx + kTile < n_x ? tx + kTile : n_x;
-      for (int64_t j = tx; j < ex; ++j) {
-        const U* from = x + ox + j * xx;
-        U* to = y + oy + j * xy;
-        for (int64_t i = ty; i < ey; ++i)
-          for (int64_t e = 0; e < run; ++e) to[i * yy + e] = from[i * yx + e];
+      const int64_t count_y = n_y - ty < kTile ? n_y - ty : kTile, count_x = n_x - tx < kTile ? n_x - tx : kTile;
+      const U* from = x + ox + ty * yx + tx * xx;
+      U* to = y + oy + ty * yy + tx * xy;
+      if (!turn) {
+        for (int64_t j = 0; j < count_x; ++j)
+          for (int64_t i = 0; i < count_y; ++i)
+            copy_row(reinterpret_cast<char*>(to + j * xy + i * yy),
+                     reinterpret_cast<const char*>(from + j * xx + i * yx), run * kBytes, stream, nullptr);
+        continue;
+      }
+      U read[kTile][kTile + 1];
+      alignas(64) U turned[kTile];
+      for (int64_t i = 0; i < count_y; ++i)
+        for (int64_t j = 0; j < count_x; ++j) read[i][j] = from[i * yx + j];
+      for (int64_t j = 0; j < count_x; ++j) {
+        for (int64_t i = 0; i < count_y; ++i) turned[i] = read[i][j];
+        copy_row(reinterpret_cast<char*>(to + j * xy), reinterpret_cast<const char*>(turned), count_y * kBytes,
+                 stream, nullptr);
       }
     }
+    if (stream) streaming_fence();
   });
 }
 

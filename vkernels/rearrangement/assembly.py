@@ -17,7 +17,9 @@ def rows_of(mask: torch.Tensor, n: int) -> torch.Tensor:
     """Row numbers of the first n True entries of a bool mask (s) or (b s), int32, -1 where there are fewer; no host sync.
     `rearrange(..., out=embeds, rows=rows_of(is_video, n))` is what masked_scatter does."""
     if mask.dtype != torch.bool or mask.dim() not in (1, 2):
-        raise ValueError(refusal("rows_of", "mask", "be bool of shape (s) or (b s)", f"{mask.dtype} {tuple(mask.shape)}"))
+        raise ValueError(
+            refusal("rows_of", "mask", "be bool of shape (s) or (b s)", f"{mask.dtype} {tuple(mask.shape)}")
+        )
     order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices[..., :n]
     rows = torch.where(mask.gather(-1, order), order, -1).to(torch.int32)
     return torch.nn.functional.pad(rows, (0, n - rows.shape[-1]), value=-1)
@@ -47,7 +49,7 @@ def assemble(
         if layout.dtype != torch.bool or layout.dim() not in (1, 2):
             got = f"{layout.dtype} {tuple(layout.shape)}"
             raise ValueError(refusal("assemble", "layout", "be bool of shape (s) or (b s), or a list of parts", got))
-        mask = layout.reshape(-1, layout.shape[-1])
+        mask = layout if layout.dim() == 2 else layout[None]
         n_text = mask.shape[1]
         own = torch.arange(n_text, device=mask.device)
         used = mask.sum(1)
@@ -79,7 +81,9 @@ def assemble(
 
 def _after(n_text: int, video: RearrangePlan, idx: torch.Tensor) -> RearrangePlan:
     """Rows of the text source and of a video plan's result, picked by idx."""
-    require(len(video.sources) == 1 and video.reduce == "sum", "assemble", "video", "be a sum over one source", repr(video))
+    require(
+        len(video.sources) == 1 and video.reduce == "sum", "assemble", "video", "be a sum over one source", repr(video)
+    )
     require(video.out_groups == 1 and not video.whole, "assemble", "video", "give one sequence per sample", repr(video))
     p = video.samples
     own = torch.arange(n_text, dtype=torch.int32).expand(p, -1)

@@ -83,9 +83,7 @@ def spatial_back(t: int, l: int, *, layout: str = "t l", cls: str | None = None)
     require(cls in (None, "mean"), "spatial_back", "cls", "be 'mean' or None", repr(cls))
     if cls is None:
         plan = spatial(t, l, layout=layout).inverse
-        return RearrangePlan(
-            "spatial_back", sources=plan.sources, n_out=plan.n_out, idx=plan.idx, in_groups=t
-        )
+        return RearrangePlan("spatial_back", sources=plan.sources, n_out=plan.n_out, idx=plan.idx, in_groups=t)
     whole_numbers("spatial_back", 1, t=t)
     back = spatial(t, l, layout=layout).inverse.idx[0]
     patches = back // max(l, 1) * (l + 1) + 1 + back % max(l, 1)

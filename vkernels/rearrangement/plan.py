@@ -143,7 +143,9 @@ class RearrangePlan:
         if self.reduce == "max":
             raise ValueError(f"transpose: plan must be linear, got {self!r}")
         if self.pattern is not None:
-            raise ValueError(f"transpose: an affine plan must be turned into rows first (plan.rows(shape)), got {self!r}")
+            raise ValueError(
+                f"transpose: an affine plan must be turned into rows first (plan.rows(shape)), got {self!r}"
+            )
         ptr, idx, weight = self.transposed()
         return RearrangePlan(
             f"{self.name}.transpose",
@@ -183,7 +185,6 @@ class RearrangePlan:
         key = ("rows", tuple(shape), str(device))
         if key in self._memo:
             return self._memo[key]
-        affine = self.pattern.resolve(tuple(shape))
         if not self.pattern.ins[-1] or self.pattern.ins[-1][-1] != (self.pattern.outs[-1] or ("",))[-1]:
             raise ShapeError(f"rearrange: plan must keep the last axis last to be a plan of rows, got {self!r}")
         names_in = [n for g in self.pattern.ins for n in g][:-1]
@@ -200,7 +201,6 @@ class RearrangePlan:
             if name not in names_in:
                 index = index.unsqueeze(position)
         index = index.expand([sizes[n] for n in names_out]).reshape(1, -1).contiguous()
-        del affine
         made = RearrangePlan(self.name, sources=(n_in,), n_out=index.shape[1], idx=index, whole=True)
         if not torch.compiler.is_compiling():
             self._memo[key] = made
@@ -247,8 +247,11 @@ class RearrangePlan:
 def gather(name: str, idx: Any, sources: tuple[int, ...], *, fills: int = 0, **more: Any) -> RearrangePlan:
     """A fan-in-1 plan from row numbers (a list, `[n_out]` or `[p, n_out]`)."""
     index = torch.as_tensor(idx)
-    index = index.reshape(-1, index.shape[-1]) if index.dim() else index.reshape(1, 1)
-    index = index.to(torch.int32).contiguous()
+    if index.dim() not in (1, 2) or (index.numel() and index.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"{name}: rows must be int32 or int64 (n_out) or (p n_out), got {index.dtype} {tuple(index.shape)}"
+        )
+    index = (index if index.dim() == 2 else index[None]).to(torch.int32).contiguous()
     _check_rows(name, index, sum(sources) + fills, -1)
     return RearrangePlan(name, sources=sources, n_out=index.shape[1], idx=index, fills=fills, **more)
 
@@ -258,8 +261,10 @@ def csr(
 ) -> RearrangePlan:
     """A plan from CSR arrays (lists, or tensors with or without the leading `p`)."""
     rows, taps = (torch.as_tensor(v).to(torch.int32) for v in (ptr, idx))
-    rows = rows.reshape(-1, rows.shape[-1]).contiguous()
-    taps = taps.reshape(rows.shape[0], -1).contiguous()
+    rows = (rows if rows.dim() == 2 else rows[None]).contiguous()
+    taps = (taps if taps.dim() == 2 else taps[None]).contiguous()
+    if rows.dim() != 2 or taps.dim() != 2 or rows.shape[0] != taps.shape[0]:
+        raise ValueError(f"{name}: ptr must have as many samples as idx, got {tuple(rows.shape)} {tuple(taps.shape)}")
     if weight is not None:
         weight = torch.as_tensor(weight, dtype=torch.float32).reshape(taps.shape).contiguous()
     _check_rows(name, taps, sum(sources) + fills, 0)
@@ -335,9 +340,7 @@ def compose(first: RearrangePlan, then: RearrangePlan) -> RearrangePlan:
         if bool((idx >= 0).all()):
             weight = None if then.weight is None else then.weight.expand(p, -1).contiguous()
             ptr = then.ptr.expand(p, -1).contiguous()
-            return RearrangePlan(
-                name, n_out=then.n_out, idx=idx, ptr=ptr, weight=weight, reduce=then.reduce, **shared
-            )
+            return RearrangePlan(name, n_out=then.n_out, idx=idx, ptr=ptr, weight=weight, reduce=then.reduce, **shared)
     samples = [_compose_sample(first, then, sample) for sample in range(p)]
     longest = max(len(idx) for _, idx, _ in samples)
     ptr = torch.stack([s[0] for s in samples])

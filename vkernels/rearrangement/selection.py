@@ -13,7 +13,7 @@ def _rows(name: str, value: torch.Tensor) -> torch.Tensor:
     """p x n, from n or p x n."""
     if not isinstance(value, torch.Tensor) or value.dim() not in (1, 2):
         raise ValueError(refusal("keep", name, "be a tensor of shape (s) or (b s)", value))
-    return value.reshape(-1, value.shape[-1])
+    return value if value.dim() == 2 else value[None]
 
 
 def keep(

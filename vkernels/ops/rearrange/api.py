@@ -100,7 +100,9 @@ def prepare(
             rule = f"have the dtype and device of x ({first.dtype}, {first.device})"
             raise TypeError(refusal(OP, name, rule, f"{tensor.dtype}, {tensor.device}"))
     require(norm in torch_op.NORMS, OP, "norm", "be 'layer', 'rms' or None", repr(norm))
-    require(norm is not None or (norm_weight is None and norm_bias is None), OP, "norm", "be given with its weights", norm)
+    require(
+        norm is not None or (norm_weight is None and norm_bias is None), OP, "norm", "be given with its weights", norm
+    )
     require(rows is None or out is not None, OP, "rows", "come with out", "no out")
     require(not accumulate or out is not None, OP, "accumulate", "come with out", "no out")
     require(out is None or not return_sum, OP, "return_sum", "be False with out", return_sum)
@@ -114,7 +116,9 @@ def prepare(
 
     affine, shape = None, None
     if plan.is_affine:
-        require(len(tensors) == 1 and fill is None, OP, "x", "be one tensor, without fill, for an affine plan", len(tensors))
+        require(
+            len(tensors) == 1 and fill is None, OP, "x", "be one tensor, without fill, for an affine plan", len(tensors)
+        )
         affine = plan.pattern.resolve(tuple(first.shape))
         shape = affine.out_shape
         if not plain or out is not None or wanted != first.dtype:
@@ -142,7 +146,13 @@ def prepare(
             raise ShapeError(refusal(OP, f"x[{i}]", f"have 1 or {b} samples of {c} channels", tuple(source.shape)))
     require(plan.samples in (1, b), OP, "plan", f"hold 1 or {b} samples", plan.samples)
     require(plan.reduce != "max" or len(sources) == 1, OP, "plan", "take its maximum over one source", repr(plan))
-    bind(OP, ("x", sources[0][:1].flatten(0, -2), "s c"), ("bias", bias, "c"), ("norm_weight", norm_weight, "c"), ("norm_bias", norm_bias, "c"))
+    bind(
+        OP,
+        ("x", sources[0][:1].flatten(0, -2), "s c"),
+        ("bias", bias, "c"),
+        ("norm_weight", norm_weight, "c"),
+        ("norm_bias", norm_bias, "c"),
+    )
     if gate is not None:
         if gate.dim() > 1 or gate.numel() not in (1, c):
             raise ShapeError(refusal(OP, "gate", f"have shape ({c}) or hold one value", tuple(gate.shape)))
@@ -155,13 +165,17 @@ def prepare(
     if residual is not None:
         if tuple(residual.shape) not in (shape, (b, plan.n_out, c)):
             raise ShapeError(refusal(OP, "residual", f"have shape {shape}", tuple(residual.shape)))
-        require(residual.device == first.device, OP, "residual", f"be on the device of x ({first.device})", residual.device)
+        require(
+            residual.device == first.device, OP, "residual", f"be on the device of x ({first.device})", residual.device
+        )
         residual = residual.reshape(b, plan.n_out, c)
     if out is not None:
         out, rows = _target(out, rows, plan, b, c, shape)
         grown = [t for t in (*sources, bias, gate, residual, norm_weight, norm_bias, out) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in grown):
-            rule = "be used without gradients (torch.no_grad()); an assemble plan does the same in one differentiable pass"
+            rule = (
+                "be used without gradients (torch.no_grad()); an assemble plan does the same in one differentiable pass"
+            )
             raise ValueError(refusal(OP, "out", rule, "tensors that require grad"))
         shape = tuple(out.shape)
     return Call(
@@ -184,8 +198,8 @@ def _target(
     if target.dim() != 3 or target.shape[0] != b or target.shape[-1] != c:
         raise ShapeError(refusal(OP, "out", f"have shape ({b}, s, {c})", tuple(out.shape)))
     require(target.stride(-1) == 1 or c <= 1, OP, "out", "have stride 1 in its last dimension", target.stride())
-    rows = rows.reshape(-1, rows.shape[-1])
-    if rows.shape[0] not in (1, b) or rows.shape[1] != plan.n_out:
+    rows = rows if rows.dim() == 2 else rows[None]
+    if rows.dim() != 2 or rows.shape[0] not in (1, b) or rows.shape[1] != plan.n_out:
         raise ShapeError(refusal(OP, "rows", f"have shape ({plan.n_out}) or ({b}, {plan.n_out})", tuple(rows.shape)))
     require(rows.dtype in (torch.int32, torch.int64), OP, "rows", "have dtype int32 or int64", rows.dtype)
     return target, rows.to(torch.int32).contiguous()

@@ -107,9 +107,7 @@ def _rows_setup(ctx, inputs, output) -> None:
         ctx.reduce, ctx.norm, ctx.scale, ctx.eps, ctx.with_sum, _,
     ) = inputs  # fmt: skip
     ctx.sources = len(x)
-    ctx.save_for_backward(
-        *x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias
-    )
+    ctx.save_for_backward(*x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias)
 
 
 def _rows_backward(ctx, dy, dsum):

@@ -1,0 +1,170 @@
+"""Evidence for rearrange."""
+
+from __future__ import annotations
+
+import torch
+
+from vkernels import rearrangement as plans
+from vkernels.check import ShapeError
+from vkernels.ops.rearrange.api import BACKENDS, Call, prepare, rearrange
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+
+
+def _epilogue(m: Maker) -> dict:
+    keep = torch.tensor([[8, 1, 1, 4, 0], [2, 3, 5, 7, 8]])
+    return {
+        "x": m.randn(2, 9, 40),
+        "plan": plans.keep(indices=keep, n=9),
+        "bias": m.randn(40),
+        "gate": m.randn(40),
+        "scale": 0.5,
+        "residual": m.randn(2, 5, 40),
+        "norm": "layer",
+        "norm_weight": m.randn(40),
+        "norm_bias": m.randn(40),
+        "return_sum": True,
+    }
+
+
+def _assemble(m: Maker) -> dict:
+    video = plans.pool(2, 3, 5, mode="bilinear").compose(plans.newline(2, 2, 3))
+    plan = plans.assemble([("text", 3), ("video", 16), ("text", 2)], video=video)
+    return {"x": [m.randn(1, 5, 24), m.randn(1, 30, 24)], "plan": plan, "fill": m.randn(1, 24)}
+
+
+def _cost(call: Call) -> Cost:
+    size = call.x[0].element_size()
+    made = 1
+    for n in call.shape:
+        made *= n
+    read = sum(x.numel() for x in call.x) if call.affine is not None or call.plan.ptr is not None else made
+    again = made * ((call.residual is not None) + call.return_sum + call.accumulate)
+    taps = 0 if call.affine is not None else call.plan.idx.shape[-1] * call.x[0].shape[-1]
+    return Cost(
+        flop=2.0 * taps + 8.0 * made * (call.norm is not None),
+        bytes=float(size * (min(read, made * 64) + made + again)),
+    )
+
+
+def plan_and_inverse_are_the_identity(backend: str) -> None:
+    x = torch.randn(2, 24, 5)
+    for plan in (
+        plans.temporal(4, 6),
+        plans.window(1, 4, 6, 4),
+        plans.interleave_clips(2, 3, 4),
+        plans.merge_order(1, 4, 6),
+    ):
+        y = rearrange(x, plan, backend=backend)
+        assert torch.equal(rearrange(y, plan.inverse, backend=backend).view_as(x), x)
+
+
+def a_composition_is_one_run_after_the_other(backend: str) -> None:
+    x = torch.randn(2, 36, 5)
+    first, then = plans.pool(1, 6, 6, stride=2), plans.keep(indices=torch.tensor([7, 7, 0, 3]), n=9)
+    twice = rearrange(rearrange(x, first, backend=backend), then, backend=backend)
+    torch.testing.assert_close(rearrange(x, first.compose(then), backend=backend), twice)
+
+
+SPEC = OpSpec(
+    name="rearrange",
+    fn=rearrange,
+    prepare=prepare,
+    backends=BACKENDS,
+    cases=[
+        Case("epilogue", _epilogue),
+        Case("temporal", lambda m: {"x": m.randn(2, 13, 24), "plan": plans.temporal(3, 4, cls=1)}),
+        Case(
+            "einops",
+            lambda m: {"x": m.randn(2, 3, 6, 10), "plan": plans.from_einops("b t (h w) c -> (b h) c w t", h=2)},
+        ),
+        Case("repeat", lambda m: {"x": m.randn(2, 3, 10), "plan": plans.from_einops("b s c -> b r s c", r=4)}),
+        Case(
+            "affine-norm",
+            lambda m: {
+                "x": m.randn(2, 3, 6, 33),
+                "plan": plans.from_einops("b t l c -> (b l) t c"),
+                "norm": "rms",
+                "norm_weight": m.randn(33),
+            },
+        ),
+        Case("assemble", _assemble),
+        Case("max", lambda m: {"x": m.randn(2, 20, 19), "plan": plans.pool(1, 4, 5, mode="max", ceil=True)}),
+        Case(
+            "cls",
+            lambda m: {
+                "x": m.randn(6, 5, 16),
+                "plan": plans.spatial_back(3, 4, cls="mean"),
+                "residual": m.randn(2, 13, 16),
+            },
+        ),
+        Case(
+            "empty",
+            lambda m: {"x": m.randn(2, 0, 8), "plan": plans.keep(indices=torch.zeros(0, dtype=torch.int64), n=0)},
+        ),
+    ],
+    rejects=[
+        Reject(
+            "rows",
+            lambda m: {"x": m.randn(1, 5, 8), "plan": plans.temporal(2, 3)},
+            ShapeError,
+            r"x must have 6 rows for RearrangePlan.temporal\(6 rows -> 6\), got \(1, 5, 8\)",
+        ),
+        Reject(
+            "plan",
+            lambda m: {"x": m.randn(1, 5, 8), "plan": "b s c -> s b c"},
+            TypeError,
+            "plan must be a RearrangePlan, got str",
+        ),
+        Reject(
+            "fill",
+            lambda m: {"x": m.randn(1, 4, 8), "plan": plans.newline(1, 2, 2)},
+            ValueError,
+            "fill must hold the 1 fill vectors of",
+        ),
+        Reject(
+            "ints",
+            lambda m: {"x": m.randint(0, 9, 1, 4, 8), "plan": plans.pool(1, 2, 2)},
+            ValueError,
+            "must be a float dtype unless single rows",
+        ),
+        Reject(
+            "gate",
+            lambda m: {"x": m.randn(1, 4, 8), "plan": plans.merge_order(1, 2, 2), "gate": m.randn(4)},
+            ShapeError,
+            r"gate must have shape \(8\) or hold one value, got \(4,\)",
+        ),
+        Reject(
+            "residual",
+            lambda m: {"x": m.randn(1, 4, 8), "plan": plans.pool(1, 2, 2), "residual": m.randn(1, 4, 8)},
+            ShapeError,
+            r"residual must have shape \(1, 1, 8\), got \(1, 4, 8\)",
+        ),
+        Reject(
+            "norm",
+            lambda m: {"x": m.randn(1, 4, 8), "plan": plans.pool(1, 2, 2), "norm": "batch"},
+            ValueError,
+            "norm must be 'layer', 'rms' or None, got 'batch'",
+        ),
+        Reject(
+            "axes",
+            lambda m: {"x": m.randn(4, 8), "plan": plans.from_einops("b s c -> s b c")},
+            ShapeError,
+            r"x must have 3 axes for 'b s c -> s b c', got \(4, 8\)",
+        ),
+        Reject(
+            "twice",
+            lambda m: {
+                "x": m.randn(1, 4, 8),
+                "plan": plans.merge_order(1, 2, 2),
+                "out": m.randn(1, 4, 8),
+                "rows": torch.tensor([0, 1, 1, 2]),
+            },
+            ValueError,
+            "rows must name no row twice, got 1",
+        ),
+    ],
+    cost=_cost,
+    source="BT-Adapter arXiv:2309.15785, ST-LLM arXiv:2404.00308, LLaVA-OneVision arXiv:2408.03326, Qwen2.5-VL arXiv:2502.13923",
+    differentiable=("x", "bias", "gate", "residual", "norm_weight", "norm_bias", "fill"),
+    laws=[plan_and_inverse_are_the_identity, a_composition_is_one_run_after_the_other],
+)
