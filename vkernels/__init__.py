@@ -2,10 +2,13 @@
 
 from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
+from vkernels.kv_cache import KVCache
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
+from vkernels.ops.decode_attention import decode_attention
 from vkernels.ops.divided_attention import divided_attention
+from vkernels.ops.kv_append import kv_append
 from vkernels.ops.rearrange import rearrange
 from vkernels.rearrangement import RearrangePlan
 
@@ -13,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Grid",
+    "KVCache",
     "MaskPlan",
     "NoBackend",
     "RearrangePlan",
@@ -22,7 +26,9 @@ __all__ = [
     "VideoMask",
     "apply_rope",
     "attention",
+    "decode_attention",
     "divided_attention",
+    "kv_append",
     "lower_mask",
     "rearrange",
     "rearrangement",

@@ -1,0 +1,97 @@
+"""kv_append: the public door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vkernels.check import bind, refusal, require
+from vkernels.dispatch import Backend, choose
+from vkernels.kv_cache import KVCache
+from vkernels.library import cpu_why_not, op, unit_stride
+from vkernels.ops.kv_append import reference, torch_op  # noqa: F401  (registers the overload)
+
+
+@dataclass(frozen=True)
+class Call:
+    cache: KVCache
+    k: torch.Tensor
+    v: torch.Tensor
+    counts: list[int]
+
+
+def prepare(
+    cache: KVCache, k: torch.Tensor, v: torch.Tensor, *, count: Sequence[int] | torch.Tensor | None = None
+) -> Call:
+    name = "kv_append"
+    if not isinstance(cache, KVCache):
+        raise TypeError(refusal(name, "cache", "be a KVCache", type(cache).__name__))
+    sizes = bind(name, ("k", k, f"{cache.b} s {cache.m} {cache.d}"), ("v", v, f"{cache.b} s {cache.m} {cache.d}"))
+    for argument, x in (("k", k), ("v", v)):
+        rule = f"have the dtype of the cache ({str(cache.dtype).removeprefix('torch.')})"
+        require(x.dtype == cache.dtype, name, argument, rule, str(x.dtype).removeprefix("torch."), TypeError)
+        require(x.device == cache.device, name, argument, f"be on {cache.device}", x.device, TypeError)
+        rule = "not require a gradient, a cache is for inference"
+        require(not (x.requires_grad and torch.is_grad_enabled()), name, argument, rule, "requires_grad=True")
+    s = sizes["s"]
+    if count is None:
+        counts = [s] * cache.b
+    else:
+        counts = [int(c) for c in (count.tolist() if isinstance(count, torch.Tensor) else count)]
+        ok = len(counts) == cache.b and all(0 <= c <= s for c in counts)
+        require(ok, name, "count", f"be {cache.b} numbers of tokens up to {s}", counts)
+    cache.refuse_overflow(name, counts)
+    return Call(cache, k, v, counts)
+
+
+def kv_append(
+    cache: KVCache,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    count: Sequence[int] | torch.Tensor | None = None,
+    backend: str | None = None,
+) -> KVCache:
+    """Add the next tokens of every sequence to the cache, in place.
+
+    A token goes to the sinks, to the rows, or to the recent window; a window that holds a group more than `residual`
+    gives its oldest group to the codes. What was coded is never coded again.
+
+    Args:
+        cache:   changed in place
+        k, v:    keys and values (b s m d) in the cache's dtype
+        count:   real tokens of each sequence (b), the first of its s; None means all
+        backend: "cpu", "reference"; None takes the first that can run
+    Returns:
+        the cache
+    Raises:
+        ShapeError, TypeError, ValueError (overflow), NoBackend
+    Numbers: coded in float32, delta and zero in float16 rounded outward, so the error is at most half the stored delta.
+        Values are coded as if within +-65504; a NaN makes its group of keys channel or values token NaN.
+    Gradients: none.   Deterministic: yes, bit for bit, on every backend and for every split into calls.
+    Example:
+        >>> kv_append(cache, k, v).length()
+        257
+    Source: KIVI, arXiv:2402.02750.
+    """
+    call = prepare(cache, k, v, count=count)
+    chosen = choose("kv_append", BACKENDS, backend, call)
+    cache.reserve(call.counts)
+    chosen.run(call)
+    cache.advance(call.counts)
+    return cache
+
+
+def _cpu(call: Call) -> None:
+    c = call.cache
+    counts = torch.tensor(call.counts, dtype=torch.int32)
+    k, v = unit_stride(call.k), unit_stride(call.v)
+    op("kv_append", "cpu")(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
+
+
+BACKENDS = (
+    Backend("cpu", lambda c: cpu_why_not(c.k), _cpu),
+    Backend("reference", lambda c: None, lambda c: reference.kv_append(c.cache, c.k, c.v, c.counts)),
+)
