@@ -28,12 +28,12 @@ IMPLEMENTATIONS = (
     (
         "Attention over time",
         "einops permute to (patch, frame), F.scaled_dot_product_attention, permute back",
-        "vk.attention with VideoMask.temporal: the tokens stay where they are",
+        'vk.divided_attention(axis="temporal"): the tokens stay where they are',
     ),
     (
         "Attention in a frame",
         "a batch of frames through F.scaled_dot_product_attention",
-        "vk.attention with VideoMask.spatial",
+        'vk.divided_attention(axis="spatial")',
     ),
     (
         "Interleaved clips",

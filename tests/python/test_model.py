@@ -17,9 +17,6 @@ from transformers import LlamaForCausalLM
 from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.cache import DequantisingCache, dequantise, quantise
 from vkernels_video.model.decoder import Prompt, ntk_base
-from vkernels_video.model.encoder import Masks
-
-import vkernels as vk
 
 QUESTION = "what?"
 
@@ -128,10 +125,25 @@ def test_interleaving_is_not_chunking(impl):
     close(interleaved, chunked)
 
 
-def test_encoder_masks_by_hand():
-    masks = Masks.of(2, 2)  # tokens 0 1 | 2 3
-    assert masks.temporal.dense().int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
-    assert masks.spatial.dense().int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+@pytest.mark.parametrize("impl", ["eager", "vkernels"])
+def test_layer_is_attention_over_time_then_in_the_frame(impl):
+    """Written once more as a full softmax with each pattern's mask."""
+    layer, frames, tokens = tiny().encoder.layers[0], 4, 10
+    x = torch.randn(2, frames * tokens, 64)
+    number = torch.arange(frames * tokens)
+
+    def attend(attention, x, same):
+        q, k, v = (
+            p(x).unflatten(-1, (4, 16)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        scores = (q @ k.transpose(-1, -2) / 4).masked_fill(same[:, None] != same, -torch.inf)
+        return attention.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    with torch.no_grad():
+        y = x + layer.temporal_embedding.repeat_interleave(tokens, dim=1)
+        y = y + attend(layer.temporal_attn, layer.temporal_layer_norm1(y), number % tokens)
+        y = y + attend(layer.self_attn, layer.layer_norm1(y), number // tokens)
+        close(layer(x, frames, impl), y + layer.mlp(layer.layer_norm2(y)))
 
 
 # --- the decoder
@@ -235,7 +247,7 @@ def test_cache_token_by_token_equals_in_bulk():
     assert bulk.recent[0].shape == single.recent[0].shape
     for had, expected in zip(single.history(k.dtype), bulk.history(k.dtype), strict=True):
         assert torch.equal(had, expected)
-    assert bulk.nbytes == single.nbytes < 150 * 2 * 2 * 32 * 4 / 2
+    assert bulk.bytes == single.bytes < 150 * 2 * 2 * 32 * 4 / 2
 
 
 # --- refusals
@@ -257,8 +269,3 @@ def test_config_refusals(changes, sentence):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="config: size must be one of tiny, small, got huge"):
         preset("huge")
-
-
-def test_masks_are_values():
-    assert Masks.of(4, 10) == Masks.of(4, 10)
-    assert isinstance(PROMPT.mask("bidirectional"), vk.VideoMask)

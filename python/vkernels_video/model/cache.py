@@ -16,16 +16,27 @@ from vkernels_video.model.config import KV_BITS
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes packed along the last axis, scale and zero of groups [... groups size]: min-max over the last axis."""
-    zero, top = x.aminmax(dim=-1, keepdim=True)
-    scale = ((top - zero) / (2**bits - 1)).to(torch.float16)
-    zero = zero.to(torch.float16)
-    step = scale.float().clamp_min(1e-30)
-    codes = ((x.float() - zero.float()) / step).round().clamp_(0, 2**bits - 1).to(torch.uint8)
+    """Codes packed along the last axis, scale and zero of groups [... groups size]: min-max over the last axis.
+
+    Scale and zero are float16, rounded outward so that the codes cover the range.
+    """
+    low, high = x.float().aminmax(dim=-1, keepdim=True)
+    zero = _half(low, up=False)
+    scale = _half((high - zero.float()) / (2**bits - 1), up=True)
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    codes = ((x.float() - zero.float()) * inverse).round().clamp_(0, 2**bits - 1).to(torch.uint8)
     packed = codes[..., 0 :: 8 // bits]
     for i in range(1, 8 // bits):
         packed = packed | (codes[..., i :: 8 // bits] << (bits * i))
     return packed, scale, zero
+
+
+def _half(x: Tensor, up: bool) -> Tensor:
+    """The float16 next to x on the side asked for."""
+    half = x.to(torch.float16)
+    beyond = torch.full_like(half, float("inf") if up else -float("inf"))
+    wrong = half.float() < x if up else half.float() > x
+    return torch.where(wrong, torch.nextafter(half, beyond), half)
 
 
 def dequantise(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +68,7 @@ class DequantisingCache:
         return keys, values
 
     @property
-    def nbytes(self) -> int:
+    def bytes(self) -> int:
         """Bytes the cache holds between steps."""
         return sum(tensor.nbytes for tensor in (*self.k, *self.v, *(self.recent or ())))
 

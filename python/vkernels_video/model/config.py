@@ -42,6 +42,11 @@ class DecoderConfig:
     frame_attention: Literal["bidirectional", "causal"] = "bidirectional"
     eps: float = 1e-5
 
+    @property
+    def head(self) -> int:
+        """Head size."""
+        return self.width // self.heads
+
 
 @dataclass(frozen=True)
 class VideoLLMConfig:

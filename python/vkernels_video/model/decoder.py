@@ -67,7 +67,7 @@ def ntk_base(config: DecoderConfig, length: int) -> float:
     """The rotary base for prompts of `length`: b s^(d / (d - 2)), s = length / context (arXiv:2409.12963, Eq. 3.6)."""
     if config.rope_scaling == "none" or length <= config.context:
         return config.rope_theta
-    d = config.width // config.heads
+    d = config.head
     return config.rope_theta * (length / config.context) ** (d / (d - 2))
 
 
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, llama: LlamaConfig):
         super().__init__()
         self.config = config
-        self.head = config.width // config.heads
+        self.head = config.head
         kv_width = config.kv_heads * self.head
         self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
@@ -107,12 +107,16 @@ class DecoderLayer(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
         return out.transpose(1, 2).reshape(x.shape)
 
-    def _vkernels(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: Any) -> Tensor:
+    def _vkernels(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
+    ) -> Tensor:
         q, k, v = self._heads(x)
         cos, sin = (t[..., : self.head // 2] for t in rotary)
         q, k = vk.apply_rope(q, cos, sin), vk.apply_rope(k, cos, sin)
-        ks, vs = cache.update(k.transpose(1, 2), v.transpose(1, 2))
-        return vk.attention(q, ks.transpose(1, 2), vs.transpose(1, 2), mask=mask).flatten(2)
+        cache.append(k, v)
+        out = vk.decode_attention(q, cache) if mask is None else vk.attention(q, k, v, mask=mask)
+        assert isinstance(out, Tensor)
+        return out.flatten(2)
 
 
 class Decoder(nn.Module):

@@ -6,8 +6,6 @@ Token order is frame-major, b (clips) x t (frames) x l (CLS and patches).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,19 +13,6 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels_video.model.config import DecoderConfig, EncoderConfig
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Who sees whom in a clip of `frames` frames of `tokens` tokens, frame after frame."""
-
-    temporal: vk.VideoMask
-    spatial: vk.VideoMask
-
-    @classmethod
-    def of(cls, frames: int, tokens: int) -> Masks:
-        grid = vk.Grid(frames, 1, tokens)
-        return cls(vk.VideoMask.temporal(grid), vk.VideoMask.spatial(grid))
 
 
 class Attention(nn.Module):
@@ -47,12 +32,10 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)  # p n s d
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
-    def vkernels(self, x: Tensor, mask: vk.VideoMask) -> Tensor:
-        """Tokens [b s c] in any order the mask knows."""
+    def vkernels(self, x: Tensor, grid: vk.Grid, axis: str) -> Tensor:
+        """Tokens [b (t l) c] attend over time at each place ("temporal") or inside their frame ("spatial")."""
         q, k, v = (proj(x).view(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = vk.attention(q, k, v, mask=mask)
-        assert isinstance(out, Tensor)
-        return self.out_proj(out.flatten(2))
+        return self.out_proj(vk.divided_attention(q, k, v, grid, axis=axis).flatten(2))
 
 
 class EncoderLayer(nn.Module):
@@ -69,9 +52,9 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width, config.eps)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, frames: int, masks: Masks | None) -> Tensor:
-        """x [b (t l) c]; with `masks` on vkernels, without them in plain PyTorch."""
-        x = self._eager(x, frames) if masks is None else self._vkernels(x, frames, masks)
+    def forward(self, x: Tensor, frames: int, impl: str) -> Tensor:
+        """x [b (t l) c]."""
+        x = self._eager(x, frames) if impl == "eager" else self._vkernels(x, frames)
         return x + self.mlp(self.layer_norm2(x))
 
     def _eager(self, x: Tensor, frames: int) -> Tensor:
@@ -84,11 +67,12 @@ class EncoderLayer(nn.Module):
         x = x + self.self_attn.eager(self.layer_norm1(x))
         return rearrange(x, "(b t) l c -> b (t l) c", t=frames)
 
-    def _vkernels(self, x: Tensor, frames: int, masks: Masks) -> Tensor:
-        # The tokens stay where they are; the two masks say who sees whom.
+    def _vkernels(self, x: Tensor, frames: int) -> Tensor:
+        # The tokens stay where they are; CLS has a place of its own in every frame, so it is one more column here.
+        grid = vk.Grid(frames, 1, x.shape[1] // frames)
         x = (x.unflatten(1, (frames, -1)) + self.temporal_embedding[:, :frames, None]).flatten(1, 2)
-        x = x + self.temporal_attn.vkernels(self.temporal_layer_norm1(x), masks.temporal)
-        return x + self.self_attn.vkernels(self.layer_norm1(x), masks.spatial)
+        x = x + self.temporal_attn.vkernels(self.temporal_layer_norm1(x), grid, "temporal")
+        return x + self.self_attn.vkernels(self.layer_norm1(x), grid, "spatial")
 
 
 class Encoder(nn.Module):
@@ -110,9 +94,8 @@ class Encoder(nn.Module):
         cls = self.class_embedding.expand(b * t, 1, -1)
         x = self.pre_layrnorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
         x = x.reshape(b, -1, self.config.width)
-        masks = None if impl == "eager" else Masks.of(t, self.config.tokens)
         for layer in self.layers:
-            x = layer(x, t, masks)
+            x = layer(x, t, impl)
         return x.view(b, t, -1, self.config.width)
 
 

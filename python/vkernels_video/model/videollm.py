@@ -114,8 +114,12 @@ class VideoLLM(nn.Module):
     def new_caches(self, impl: Impl, length: int) -> list:
         """An empty cache per layer with room for `length` tokens."""
         config = self.config
-        layers = range(config.decoder.layers)
-        return [DequantisingCache(config.kv, config.kv_group, config.kv_residual, self.dequantise) for _ in layers]
+        layers, group, residual = range(config.decoder.layers), config.kv_group, config.kv_residual
+        if impl == "eager":
+            return [DequantisingCache(config.kv, group, residual, self.dequantise) for _ in layers]
+        shape = {"b": 1, "m": config.decoder.kv_heads, "d": config.decoder.head, "capacity": length}
+        dtype = self.decoder.lm_head.weight.dtype
+        return [vk.KVCache(config.kv, **shape, group=group, residual=residual, dtype=dtype) for _ in layers]
 
     @torch.inference_mode()
     def generate(
@@ -145,4 +149,4 @@ class VideoLLM(nn.Module):
                 position = prompt.length + len(chosen) - 1
                 logits.append(self.decoder(x, position, base, caches, None, impl))
                 chosen.append(int(logits[-1].argmax()))
-        return Generated(chosen, torch.cat(logits), prompt, base, sum(cache.nbytes for cache in caches))
+        return Generated(chosen, torch.cat(logits), prompt, base, sum(cache.bytes for cache in caches))
