@@ -84,8 +84,7 @@ void move(const RearrangeAffineParams& p) {
       for (int64_t i = begin; i < end; ++i) {
         int64_t ox = 0, oy = 0;
         offsets(l, outer, i, ox, oy);
-        copy_row(reinterpret_cast<char*>(y + oy), reinterpret_cast<const char*>(x + ox), run * kBytes, stream,
-                 nullptr);
+        copy_row(reinterpret_cast<char*>(y + oy), reinterpret_cast<const char*>(x + ox), run * kBytes, stream, nullptr);
       }
       if (stream) streaming_fence();
     });
@@ -131,8 +130,8 @@ void move(const RearrangeAffineParams& p) {
         for (int64_t j = 0; j < count_x; ++j) read[i][j] = from[i * yx + j];
       for (int64_t j = 0; j < count_x; ++j) {
         for (int64_t i = 0; i < count_y; ++i) turned[i] = read[i][j];
-        copy_row(reinterpret_cast<char*>(to + j * xy), reinterpret_cast<const char*>(turned), count_y * kBytes,
-                 stream, nullptr);
+        copy_row(reinterpret_cast<char*>(to + j * xy), reinterpret_cast<const char*>(turned), count_y * kBytes, stream,
+                 nullptr);
       }
     }
     if (stream) streaming_fence();

@@ -1,5 +1,5 @@
-// Forward of rearrange over rows. One task is a range of output rows; a row is gathered into float scratch that stays in
-// L1, goes through bias, gate, residual and norm there, and leaves once. A plain move never leaves its own dtype.
+// Forward of rearrange over rows. One task is a range of output rows; a row is gathered into float scratch that stays
+// in L1, goes through bias, gate, residual and norm there, and leaves once. A plain move never leaves its own dtype.
 #include "rows.h"
 
 namespace vk::VK_ISA {
@@ -31,11 +31,7 @@ void move_rows(const RearrangeRowsParams& p, int64_t b, int64_t n_out) {
         memset(y, 0, static_cast<size_t>(bytes));
         continue;
       }
-      const char* next = nullptr;
-      if (task + 1 < end) {
-        const Taps after = taps_of(p, (task + 1) / n_out, (task + 1) % n_out);
-        if (after.count > 0) next = rows.at((task + 1) / n_out, after.idx[0]);
-      }
+      const char* next = task + 1 < end ? first_row(p, rows, (task + 1) / n_out, (task + 1) % n_out) : nullptr;
       copy_row(y, rows.at(batch, taps.idx[0]), bytes, stream, next);
     }
     if (stream) streaming_fence();
@@ -58,20 +54,23 @@ void reduce_rows(const RearrangeRowsParams& p, int64_t b, int64_t n_out) {
       const int64_t batch = task / n_out, row = task % n_out;
       const int64_t to = target(p, batch, row);
       if (to < 0 && !p.sum.given) continue;
-      reduce_taps<T>(rows, batch, taps_of(p, batch, row), p.reduce, v, c);
+      const char* next = task + 1 < end ? first_row(p, rows, (task + 1) / n_out, (task + 1) % n_out) : nullptr;
+      reduce_taps<T>(rows, batch, taps_of(p, batch, row), p.reduce, v, c, next);
       if (epilogue) {
         if (p.residual.given) load_row(p.residual, batch, row, extra);
         add_scale(p, p.residual.given ? extra : nullptr, v, c);
         if (p.sum.given) store_row(p.sum, batch, row, v, stream);
         if (p.norm) {
           const Stats s = stats_of(v, c, p.norm, p.eps);
-          for (int64_t i = 0; i < c; i += kLanes) {
-            const int64_t n = c - i;
-            f32v y = (load(v + i, n) - s.mean) * s.rstd;
-            if (norm_weight) y = y * load(norm_weight + i, n);
-            if (norm_bias) y = y + load(norm_bias + i, n);
-            store(v + i, y, n);
+          if (to >= 0 && !p.accumulate) {
+            with_type(p.y.dtype, [&](auto type) {
+              using Y = decltype(type);
+              Y* y = p.y.ptr<Y>() + batch * p.y.stride(0) + to * p.y.stride(1);
+              store_normed(y, v, s, norm_weight, norm_bias, c, stream);
+            });
+            continue;
           }
+          store_normed(v, v, s, norm_weight, norm_bias, c, false);
         }
         if (p.accumulate && to >= 0) {
           load_row(p.y, batch, to, extra);

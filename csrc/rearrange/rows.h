@@ -143,9 +143,15 @@ VK_INLINE Taps taps_of(const RearrangeRowsParams& p, int64_t batch, int64_t row)
   return {idx + begin, weight ? weight + begin : nullptr, end - begin};
 }
 
-// v = sum (or max) of the taps, in float. Blocks of kBlock vectors keep the accumulators in registers.
+VK_INLINE f32v joined(f32v acc, f32v value, int reduce) {
+  return reduce == 1 ? (value > acc || value != value ? value : acc) : acc + value;
+}
+
+// v = sum (or max) of the taps, in float, while the first row of the next task is fetched. Blocks of kBlock vectors
+// keep the accumulators in registers.
 template <class T>
-VK_INLINE void reduce_taps(const Rows& rows, int64_t batch, const Taps& t, int reduce, float* v, int64_t c) {
+VK_INLINE void reduce_taps(const Rows& rows, int64_t batch, const Taps& t, int reduce, float* v, int64_t c,
+                           const char* next = nullptr) {
   if (t.count == 0) {
     for (int64_t i = 0; i < c; ++i) v[i] = 0.0f;
     return;
@@ -160,24 +166,31 @@ VK_INLINE void reduce_taps(const Rows& rows, int64_t batch, const Taps& t, int r
       x[k] = reinterpret_cast<const T*>(rows.at(batch, t.idx[k0 + k]));
       w[k] = t.weight ? t.weight[k0 + k] : 1.0f;
     }
-    for (int64_t i = 0; i < c; i += kBlock * kLanes) {
-      const int64_t left = c - i;
+    int64_t i = 0;
+    for (; i + kBlock * kLanes <= c; i += kBlock * kLanes) {
       f32v acc[kBlock];
-      for (int j = 0; j < kBlock; ++j) {
-        const int64_t at = i + j * kLanes, count = left - j * kLanes;
-        if (count <= 0) break;
-        if (k0 > 0)
-          acc[j] = load(v + at, count);
-        else
-          acc[j] = load(x[0] + at, count) * w[0];
-        for (int k = k0 > 0 ? 0 : 1; k < n; ++k) {
-          const f32v value = load(x[k] + at, count) * w[k];
-          acc[j] = reduce == 1 ? (value > acc[j] || value != value ? value : acc[j]) : acc[j] + value;
-        }
-        store(v + at, acc[j], count);
+      for (int j = 0; j < kBlock; ++j) acc[j] = k0 > 0 ? load(v + i + j * kLanes) : load(x[0] + i + j * kLanes) * w[0];
+      for (int k = k0 > 0 ? 0 : 1; k < n; ++k)
+        for (int j = 0; j < kBlock; ++j) acc[j] = joined(acc[j], load(x[k] + i + j * kLanes) * w[k], reduce);
+      for (int j = 0; j < kBlock; ++j) store(v + i + j * kLanes, acc[j]);
+      if (next) {
+        for (int64_t byte = 0; byte < int64_t(sizeof(T)) * kBlock * kLanes; byte += 64)
+          prefetch(next + i * int64_t(sizeof(T)) + byte);
       }
     }
+    for (; i < c; i += kLanes) {
+      const int64_t left = c - i;
+      f32v acc = k0 > 0 ? load(v + i, left) : load(x[0] + i, left) * w[0];
+      for (int k = k0 > 0 ? 0 : 1; k < n; ++k) acc = joined(acc, load(x[k] + i, left) * w[k], reduce);
+      store(v + i, acc, left);
+    }
   }
+}
+
+// The first input row of a task, or null.
+VK_INLINE const char* first_row(const RearrangeRowsParams& p, const Rows& rows, int64_t batch, int64_t row) {
+  const Taps t = taps_of(p, batch, row);
+  return t.count > 0 ? rows.at(batch, t.idx[0]) : nullptr;
 }
 
 // u = residual + scale * gate * (v + bias), in place.
@@ -198,23 +211,51 @@ VK_INLINE void add_scale(const RearrangeRowsParams& p, const float* residual, fl
 struct Stats {
   float mean, rstd;
 };
+// Two passes over a row that lies in L1; four accumulators hide the adder's latency.
 VK_INLINE Stats stats_of(const float* u, int64_t c, int norm, float eps) {
+  constexpr int kChains = 4;
   float mean = 0.0f;
   if (norm == 1) {
-    f32v total = f32v{};
-    for (int64_t i = 0; i < c; i += kLanes) total = total + load(u + i, c - i);
-    mean = reduce_add(total) / static_cast<float>(c);
+    f32v total[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= c; i += kChains * kLanes)
+      for (int j = 0; j < kChains; ++j) total[j] = total[j] + load(u + i + j * kLanes);
+    for (; i < c; i += kLanes) total[0] = total[0] + load(u + i, c - i);
+    mean = reduce_add((total[0] + total[1]) + (total[2] + total[3])) / static_cast<float>(c);
   }
-  f32v square = f32v{};
+  f32v square[kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes <= c; i += kLanes) {
-    const f32v d = load(u + i) - mean;
-    square = square + d * d;
-  }
+  for (; i + kChains * kLanes <= c; i += kChains * kLanes)
+    for (int j = 0; j < kChains; ++j) {
+      const f32v d = load(u + i + j * kLanes) - mean;
+      square[j] = square[j] + d * d;
+    }
   float tail = 0.0f;
   for (; i < c; ++i) tail += (u[i] - mean) * (u[i] - mean);
-  const float variance = (reduce_add(square) + tail) / static_cast<float>(c);
+  const float variance = (reduce_add((square[0] + square[1]) + (square[2] + square[3])) + tail) / static_cast<float>(c);
   return {mean, 1.0f / sqrtf(variance + eps)};
+}
+
+// y = (u - mean) * rstd * weight + bias, straight from scratch to the output.
+template <class T>
+VK_INLINE void store_normed(T* y, const float* u, const Stats& s, const float* weight, const float* bias, int64_t c,
+                            bool stream) {
+  int64_t i = 0;
+  for (; i + kLanes <= c; i += kLanes) {
+    f32v v = (load(u + i) - s.mean) * s.rstd;
+    if (weight) v = v * load(weight + i);
+    if (bias) v = v + load(bias + i);
+    if (stream)
+      store_streaming(y + i, v);
+    else
+      store(y + i, v);
+  }
+  if (i < c) {
+    f32v v = (load(u + i, c - i) - s.mean) * s.rstd;
+    if (weight) v = v * load(weight + i, c - i);
+    if (bias) v = v + load(bias + i, c - i);
+    store(y + i, v, c - i);
+  }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -155,6 +156,8 @@ VK_INLINE void store_streaming(T* p, f32v x) {
     if ((reinterpret_cast<uintptr_t>(p) & 63) == 0) return _mm512_stream_ps(p, (__m512)x);
   } else {
     if ((reinterpret_cast<uintptr_t>(p) & 31) == 0) {
+      if constexpr (std::is_same_v<T, bf16>)
+        return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bf16(x));
       T buffer[kLanes] __attribute__((aligned(32)));
       store(buffer, x);
       return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(buffer));
