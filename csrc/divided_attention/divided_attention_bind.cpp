@@ -17,12 +17,13 @@ DividedAttention lay_out(const char* op, const TensorRef& q, const TensorRef& k,
   VK_CHECK(layout.size() == 6, op, "layout", "hold 6 numbers", layout.size());
   const int64_t t = layout[0], l = layout[1], cls = layout[2], frames = layout[5];
   const int64_t limit = int64_t(1) << 31;
-  VK_CHECK(t >= 0 && l >= 0 && t < limit && l < limit, op, "grid", "have sizes from 0 to 2^31", t < 0 || t >= limit ? t : l);
+  VK_CHECK(t >= 0 && l >= 0 && t < limit && l < limit, op, "grid", "have sizes from 0 to 2^31",
+           t < 0 || t >= limit ? t : l);
   VK_CHECK(cls == 0 || cls == 1, op, "cls", "be 0 or 1", cls);
   VK_CHECK(frames >= 1 && t % frames == 0, op, "frames_per_group", "divide the frames", frames);
   VK_CHECK(q.size(1) == cls + t * l, op, "q", "have one token per patch and cls first", shape_text(q));
-  VK_CHECK(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0, op, "q",
-           "have a multiple of the heads of k", shape_text(q));
+  VK_CHECK(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0, op, "q", "have a multiple of the heads of k",
+           shape_text(q));
   for (const auto& [name, x] : {std::pair{"k", k}, std::pair{"v", v}}) {
     check_dtype(op, name, x, q.dtype);
     check_size(op, name, x, 0, q.size(0));

@@ -15,215 +15,11 @@
 
 #include "vkernels/cpu/parallel.h"
 #include "vkernels/cpu/short_attention.h"
-#include "vkernels/cpu/simd.h"
+#include "vkernels/cpu/short_attention_math.h"
 
 namespace vk::VK_ISA {
 namespace short_attention {
 namespace {
-
-constexpr int kHalf = kLanes / 2;                    // keys of one score vector; it holds 2 queries x kHalf keys
-constexpr int kRowTile = kHalf < 4 ? kHalf : 4;      // output rows of one product tile
-constexpr int kColTile = kLanes == 16 ? 4 : 2;       // vectors of one product tile
-constexpr int64_t kQueryBlock = 32;                  // queries whose scores are alive at once
-constexpr int64_t kAhead = 6;                        // row pieces prefetched ahead: less than the ways of a cache set
-constexpr int64_t kStreamBytes = int64_t(16) << 20;  // larger outputs bypass the caches
-
-VK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Keeps a loaded value in a register: the compiler would rather load it again for each of its uses, and loads are what
-// these loops run out of first.
-VK_INLINE f32v hold(f32v x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__x86_64__)
-  asm("" : "+x"(x));
-#endif
-  return x;
-}
-
-// ---- vector pieces ------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-#define VK_UNPACK_LO32(a, b) (f32v) _mm512_unpacklo_ps((__m512)(a), (__m512)(b))
-#define VK_UNPACK_HI32(a, b) (f32v) _mm512_unpackhi_ps((__m512)(a), (__m512)(b))
-#define VK_UNPACK_LO64(a, b) (f32v) _mm512_unpacklo_pd((__m512d)(a), (__m512d)(b))
-#define VK_UNPACK_HI64(a, b) (f32v) _mm512_unpackhi_pd((__m512d)(a), (__m512d)(b))
-#else
-#if defined(__AVX2__)
-#define VK_UNPACK_LO32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define VK_UNPACK_HI32(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define VK_UNPACK_LO64(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define VK_UNPACK_HI64(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#else
-#define VK_UNPACK_LO32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define VK_UNPACK_HI32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#define VK_UNPACK_LO64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
-#define VK_UNPACK_HI64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
-#endif
-#endif
-
-// Lane i of the result is the sum of the lanes of v[i].
-VK_INLINE f32v transposed_sum(const f32v (&v)[kLanes]) {
-  f32v quad[kLanes / 4];
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes / 4; ++i) {
-    const f32v ab = VK_UNPACK_LO32(v[4 * i], v[4 * i + 1]) + VK_UNPACK_HI32(v[4 * i], v[4 * i + 1]);
-    const f32v cd = VK_UNPACK_LO32(v[4 * i + 2], v[4 * i + 3]) + VK_UNPACK_HI32(v[4 * i + 2], v[4 * i + 3]);
-    quad[i] = VK_UNPACK_LO64(ab, cd) + VK_UNPACK_HI64(ab, cd);
-  }
-#if defined(__AVX512F__)
-  const __m512 q0 = (__m512)quad[0], q1 = (__m512)quad[1], q2 = (__m512)quad[2], q3 = (__m512)quad[3];
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(q0, q1, 0x88), _mm512_shuffle_f32x4(q0, q1, 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(q2, q3, 0x88), _mm512_shuffle_f32x4(q2, q3, 0xdd));
-  return (f32v)_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-#elif defined(__AVX2__)
-  const __m256 q0 = (__m256)quad[0], q1 = (__m256)quad[1];
-  return (f32v)_mm256_add_ps(_mm256_permute2f128_ps(q0, q1, 0x20), _mm256_permute2f128_ps(q0, q1, 0x31));
-#else
-  return quad[0];
-#endif
-}
-
-// The lanes of each half of x combined by `f`, in every lane of that half.
-template <class Combine>
-VK_INLINE f32v within_halves(f32v x, const Combine& f) {
-#if defined(__AVX512F__)
-  x = f(x, (f32v)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1));
-  x = f(x, (f32v)_mm512_permute_ps((__m512)x, 0x4e));
-  return f(x, (f32v)_mm512_permute_ps((__m512)x, 0xb1));
-#elif defined(__AVX2__)
-  x = f(x, (f32v)_mm256_permute_ps((__m256)x, 0x4e));
-  return f(x, (f32v)_mm256_permute_ps((__m256)x, 0xb1));
-#else
-  return f(x, (f32v)__builtin_shufflevector(x, x, 1, 0, 3, 2));
-#endif
-}
-VK_INLINE f32v half_max(f32v x) {
-  return within_halves(x, [](f32v a, f32v b) { return max(a, b); });
-}
-VK_INLINE f32v half_sum(f32v x) {
-  return within_halves(x, [](f32v a, f32v b) { return a + b; });
-}
-// lo in the first half of the lanes, hi in the second.
-VK_INLINE f32v two_halves(float lo, float hi) {
-  f32v x = splat(lo);
-  for (int i = kHalf; i < kLanes; ++i) x[i] = hi;
-  return x;
-}
-
-// ---- the two small products, over packed float rows -----------------------------------------------------------------
-// Scores are kept in pairs of queries: element (i, j) of a score block stands at pair(i) * blocks * kLanes + ..., see
-// score_at. A block of kHalf keys of two queries is one vector.
-
-VK_INLINE int64_t score_at(int64_t blocks, int64_t i, int64_t j) {
-  return (i / 2 * blocks + j / kHalf) * kLanes + (i & 1) * kHalf + j % kHalf;
-}
-
-// out(i, j) = rows_a[i] . rows_b[j] for an even number of rows_a and whole blocks of rows_b.
-template <int kD>
-VK_INLINE void dot_rows(float* out, const float* rows_a, const float* rows_b, int64_t count_a, int64_t blocks,
-                        int64_t width) {
-  const int64_t w = kD ? kD : width;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const float* b = rows_b + block * kHalf * w;
-    for (int64_t i = 0; i < count_a; i += 2) {
-      const float* a = rows_a + i * w;
-      f32v acc[kLanes] = {};
-      for (int64_t c = 0; c < w; c += kLanes) {
-        const f32v a0 = load(a + c), a1 = load(a + w + c);
-#pragma GCC unroll 8
-        for (int j = 0; j < kHalf; ++j) {
-          const f32v bj = hold(load(b + j * w + c));
-          acc[j] += a0 * bj;
-          acc[kHalf + j] += a1 * bj;
-        }
-      }
-      store(out + (i / 2 * blocks + block) * kLanes, transposed_sum(acc));
-    }
-  }
-}
-
-// One tile of out[x] = sum_y weight(x, y) rows[y]: kRowTile rows from `x`, kCols vectors from column c.
-template <bool kTransposed, int kCols>
-VK_INLINE void product_tile(f32v (&acc)[kRowTile][kCols], const float* weights, const float* rows, int64_t blocks,
-                            int64_t x, int64_t count_y, int64_t w, int64_t c) {
-  constexpr int kStep = kTransposed ? 2 : kHalf;
-  const float* weight[kRowTile];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRowTile; ++r)
-    weight[r] = weights + (kTransposed ? score_at(blocks, 0, x + r) : score_at(blocks, x + r, 0));
-  const int64_t stride = kTransposed ? blocks * kLanes : kLanes;
-  const float* row = rows + c;
-  for (int64_t y = 0; y < count_y; y += kStep) {
-#pragma GCC unroll 8
-    for (int u = 0; u < kStep; ++u) {
-      f32v b[kCols];
-#pragma GCC unroll 4
-      for (int i = 0; i < kCols; ++i) b[i] = hold(load(row + i * kLanes));
-#pragma GCC unroll 4
-      for (int r = 0; r < kRowTile; ++r) {
-        const f32v a = hold(splat(weight[r][kTransposed ? u * kHalf : u]));
-#pragma GCC unroll 4
-        for (int i = 0; i < kCols; ++i) acc[r][i] += a * b[i];
-      }
-      row += w;
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowTile; ++r) weight[r] += stride;
-  }
-}
-
-// out[x] = sum_y weight(x, y) rows[y] for x < count_x: emit(x, c, value) for every vector. kTransposed: weight(x, y) is
-// element (y, x) of the score block. count_x is rounded up to whole tiles, count_y to whole steps; padding holds zeros.
-template <int kD, bool kTransposed, class Emit>
-VK_INLINE void product(const float* weights, const float* rows, int64_t blocks, int64_t count_x, int64_t count_y,
-                       int64_t width, const Emit& emit) {
-  const int64_t w = kD ? kD : width;
-  for (int64_t x = 0; x < count_x; x += kRowTile) {
-    int64_t c = 0;
-    for (; c + kColTile * kLanes <= w; c += kColTile * kLanes) {
-      f32v acc[kRowTile][kColTile] = {};
-      product_tile<kTransposed, kColTile>(acc, weights, rows, blocks, x, count_y, w, c);
-      for (int r = 0; r < kRowTile; ++r)
-        if (x + r < count_x)
-          for (int i = 0; i < kColTile; ++i) emit(x + r, c + i * kLanes, acc[r][i]);
-    }
-    for (; c < w; c += kLanes) {
-      f32v acc[kRowTile][1] = {};
-      product_tile<kTransposed, 1>(acc, weights, rows, blocks, x, count_y, w, c);
-      for (int r = 0; r < kRowTile; ++r)
-        if (x + r < count_x) emit(x + r, c, acc[r][0]);
-    }
-  }
-}
-
-// Scores become probabilities in place, every query's summing to 1. lse, if given, receives log(sum(exp)) of the two.
-VK_INLINE void softmax_pair(float* scores, int64_t blocks, int64_t len_k, float scale, float* lse) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  const int64_t tail = len_k - (blocks - 1) * kHalf;  // live keys of the last block
-  const i32v dead = (iota() & (kHalf - 1)) >= splat(static_cast<int32_t>(tail));
-  const f32v factor = splat(scale * kLog2E);
-  float* last = scores + (blocks - 1) * kLanes;
-  const f32v ends = dead ? splat(-kInf) : load(last) * factor;
-  f32v top = ends;
-  for (int64_t i = 0; i < blocks - 1; ++i) top = max(top, load(scores + i * kLanes) * factor);
-  top = half_max(top);
-  const f32v last_p = exp2(ends - top);
-  f32v sum = last_p;
-  for (int64_t i = 0; i < blocks - 1; ++i) {
-    const f32v p = exp2(load(scores + i * kLanes) * factor - top);
-    store(scores + i * kLanes, p);
-    sum += p;
-  }
-  sum = half_sum(sum);
-  const f32v inverse = 1.0f / sum;
-  for (int64_t i = 0; i < blocks - 1; ++i) store(scores + i * kLanes, load(scores + i * kLanes) * inverse);
-  store(last, last_p * inverse);
-  if (lse) {
-    lse[0] = (top[0] + std::log2(sum[0])) / kLog2E;
-    lse[1] = (top[kHalf] + std::log2(sum[kHalf])) / kLog2E;
-  }
-}
 
 // ---- rows in and out ------------------------------------------------------------------------------------------------
 
@@ -231,11 +27,53 @@ VK_INLINE void prefetch_piece(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
+// One row to words along d.
 template <class T>
 VK_INLINE void pack_row(float* to, const T* from, int64_t d) {
+#if defined(__AVX512BF16__)
+  if constexpr (MultipliesPairs<T>::value) {
+    for (int64_t c = 0; c < d; c += 32) {
+      const __mmask32 live = d - c >= 32 ? ~__mmask32{0} : (__mmask32{1} << (d - c)) - 1;
+      _mm512_storeu_si512(to + c / 2, _mm512_maskz_loadu_epi16(live, from + c));
+    }
+    return;
+  }
+#endif
   int64_t c = 0;
   for (; c + kLanes <= d; c += kLanes) store(to + c, load(from + c));
   if (c < d) store(to + c, load(from + c, d - c));
+}
+
+// Two rows (the second may be absent) to words across them.
+VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int64_t d) {
+#if defined(__AVX512BF16__)
+  for (int64_t c = 0; c < d; c += kLanes) {
+    const __mmask16 live = d - c >= 16 ? ~__mmask16{0} : static_cast<__mmask16>((1u << (d - c)) - 1u);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, first + c));
+    const __mmask16 also = second ? live : __mmask16{0};
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(also, second + c));
+    _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+#endif
+}
+
+// Packed rows, stacked.
+VK_INLINE void stack(float* to, const float* rows, int64_t count, int64_t words, int64_t d, int64_t columns) {
+  for (int64_t i = 0; i < count; i += 2, to += columns)
+    stack_rows(to, reinterpret_cast<const bf16*>(rows + i * words),
+               reinterpret_cast<const bf16*>(rows + (i + 1) * words), d);
+}
+
+// A packed row times `factor`.
+template <class T>
+VK_INLINE void scale_row(float* row, float factor, int64_t d) {
+  const auto scale = [&](auto* x) {
+    for (int64_t c = 0; c < d; c += kLanes) store(x + c, load(x + c, d - c) * factor, d - c);
+  };
+  if constexpr (MultipliesPairs<T>::value)
+    scale(reinterpret_cast<T*>(row));
+  else
+    scale(row);
 }
 
 // One tensor's rows in one group.
@@ -256,11 +94,11 @@ struct Rows {
   T* at(int64_t i, int64_t h) const { return batch + rows->row(outer, inner, i) * token + h * head; }
 };
 
-// Packs heads [first, first + heads) of `count` rows to [head][row][width], asking for row i + kAhead while row i is
-// read and, at the end, for the first rows of `next`.
-template <class T>
+// Packs heads [first, first + heads) of `count` rows to [head][row][words], or (kStacked) [head][row / 2][words],
+// asking for row i + kAhead while row i is read and, at the end, for the first rows of `next`.
+template <bool kStacked, class T>
 VK_INLINE void pack(float* to, const Rows<const T>& rows, int64_t count, int64_t padded, int64_t first, int64_t heads,
-                    int64_t d, int64_t width, const Rows<const T>& next, int64_t next_count, int64_t next_first) {
+                    int64_t d, int64_t words, const Rows<const T>& next, int64_t next_count, int64_t next_first) {
   const bool joined = rows.head == d;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t ahead = i + kAhead;
@@ -268,8 +106,15 @@ VK_INLINE void pack(float* to, const Rows<const T>& rows, int64_t count, int64_t
                       : ahead - count < next_count ? next.at(ahead - count, next_first)
                                                    : nullptr;
     if (wanted && joined) prefetch_piece(reinterpret_cast<const char*>(wanted), heads * d * int64_t(sizeof(T)));
-    const T* row = rows.at(i, first);
-    for (int64_t h = 0; h < heads; ++h) pack_row(to + (h * padded + i) * width, row + h * rows.head, d);
+    if constexpr (kStacked) {
+      if (i % 2 == 0 && i + 1 < count) continue;  // with its partner
+      const T *a = rows.at(i / 2 * 2, first), *b = i % 2 ? rows.at(i, first) : nullptr;
+      for (int64_t h = 0; h < heads; ++h)
+        stack_rows(to + (h * padded + i) / 2 * words, a + h * rows.head, b ? b + h * rows.head : nullptr, d);
+    } else {
+      const T* row = rows.at(i, first);
+      for (int64_t h = 0; h < heads; ++h) pack_row(to + (h * padded + i) * words, row + h * rows.head, d);
+    }
   }
 }
 
@@ -287,13 +132,14 @@ constexpr int64_t kBlockBytes = 160 << 10;  // of a block's packed rows
 
 // Sizes of a call, and how its key heads are blocked.
 struct ShortShape {
-  int64_t n, m, d, width, per_key, len_q, len_k, padded_q, padded_k, blocks, block_heads, head_blocks;
+  int64_t n, m, d, words, columns, per_key, len_q, len_k, padded_q, padded_k, blocks, block_heads, head_blocks;
 
-  ShortShape(const ShortAttention& p, int64_t lanes)
+  ShortShape(const ShortAttention& p, bool pairs)
       : n(p.q.size(2)),
         m(p.k.size(2)),
         d(p.q.size(3)),
-        width(round_up(d, lanes)),
+        words(pairs ? round_up(d, 2 * kLanes) / 2 : round_up(d, kLanes)),  // of a packed row
+        columns(round_up(d, kLanes)),                                      // of a stacked row
         per_key(n / m),
         len_q(p.len_q),
         len_k(p.len_k),
@@ -301,7 +147,7 @@ struct ShortShape {
         padded_k(round_up(p.len_k, kHalf)),
         blocks(padded_k / kHalf) {
     const int64_t piece = d * (p.q.dtype == Dtype::f32 ? 4 : 2) * per_key;
-    const int64_t packed = 4 * width * (2 * padded_k + 2 * padded_q * per_key);
+    const int64_t packed = 4 * words * (2 * padded_k + 2 * padded_q * per_key);
     const int64_t fits = kPieceBytes / piece < kBlockBytes / packed ? kPieceBytes / piece : kBlockBytes / packed;
     block_heads = fits < 1 ? 1 : fits > m ? m : fits;
     head_blocks = (m + block_heads - 1) / block_heads;
@@ -324,17 +170,19 @@ struct ShortTask {
 // Few groups: their heads are shared out too.
 VK_INLINE bool split_heads(const ShortAttention& p) { return p.q.size(0) * p.groups() < 8 * int64_t(num_threads()); }
 
-template <class T, int kD>
+template <class T>
 void forward_range(const ShortAttention& p, int64_t begin, int64_t end, bool split, bool stream) {
-  const ShortShape s(p, kLanes);
-  const int64_t w = kD ? kD : s.width;
+  constexpr bool kPairs = MultipliesPairs<T>::value;
+  const ShortShape s(p, kPairs);
+  const int64_t w = s.words, unit = kPairs ? 2 : 1;
   const int64_t rows_k = s.block_heads * s.padded_k * w, rows_q = s.block_heads * s.per_key * s.padded_q * w;
-  const int64_t floats = 2 * rows_k + rows_q + kQueryBlock / 2 * s.blocks * kLanes;
+  const int64_t rows_v = s.block_heads * s.padded_k / unit * s.columns;
+  const int64_t floats = rows_k + rows_v + rows_q + kQueryBlock / 2 * s.blocks * kLanes;
   float* const packed_k = static_cast<float*>(scratch(0, sizeof(float) * static_cast<size_t>(floats)));
   float* const packed_v = packed_k + rows_k;
-  float* const packed_q = packed_v + rows_k;
+  float* const packed_q = packed_v + rows_v;
   float* const scores = packed_q + rows_q;
-  memset(packed_k, 0, sizeof(float) * static_cast<size_t>(2 * rows_k + rows_q));
+  memset(packed_k, 0, sizeof(float) * static_cast<size_t>(rows_k + rows_v + rows_q));
 
   for (int64_t task = begin; task < end; ++task) {
     const ShortTask t(p, s, task, split), after(p, s, task + 1 < end ? task + 1 : task, split);
@@ -346,27 +194,28 @@ void forward_range(const ShortAttention& p, int64_t begin, int64_t end, bool spl
       const int64_t heads = t.end_head - head < s.block_heads ? t.end_head - head : s.block_heads;
       const int64_t head_q = head * s.per_key, heads_q = heads * s.per_key;
       const bool more = head + heads < t.end_head;
-      pack(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
-      pack(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, w, q, s.len_q, head_q);
-      pack(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, more ? k : after_k, s.len_k,
-           more ? head + heads : after.first_head);
+      pack<false>(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
+      pack<kPairs>(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, s.columns, q, s.len_q, head_q);
+      pack<false>(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, more ? k : after_k, s.len_k,
+                  more ? head + heads : after.first_head);
       for (int64_t h = 0; h < heads_q; ++h) {
         const float* key = packed_k + h / s.per_key * s.padded_k * w;
-        const float* value = packed_v + h / s.per_key * s.padded_k * w;
+        const float* value = packed_v + h / s.per_key * s.padded_k / unit * s.columns;
         float* shared = p.q_rows.shared ? p.shared_q + (t.group(p) * s.n + head_q + h) * s.d : nullptr;
         for (int64_t i0 = 0; i0 < s.len_q; i0 += kQueryBlock) {
           const int64_t count = s.len_q - i0 < kQueryBlock ? s.len_q - i0 : kQueryBlock;
-          dot_rows<kD>(scores, packed_q + (h * s.padded_q + i0) * w, key, count, s.blocks, w);
+          dot_rows<kPairs>(scores, packed_q + (h * s.padded_q + i0) * w, key, count, s.blocks, w);
           for (int64_t i = 0; i < count; i += 2) {
             float lse[2];
-            softmax_pair(scores + i / 2 * s.blocks * kLanes, s.blocks, s.len_k, p.scale, p.lse ? lse : nullptr);
+            softmax_pair<kPairs>(scores + i / 2 * s.blocks * kLanes, s.blocks, s.len_k, p.scale, p.lse ? lse : nullptr);
             for (int64_t u = 0; p.lse && u < 2 && i + u < count; ++u)
               *p.at(p.lse, t.batch, head_q + h, t.outer, t.inner, i0 + i + u) = lse[u];
           }
-          product<kD, false>(scores, value, s.blocks, count, s.padded_k, w, [&](int64_t x, int64_t c, f32v sum) {
-            if (shared && i0 + x == 0) return store(shared + c, sum, s.d - c);
-            put(o.at(i0 + x, head_q + h) + c, sum, s.d - c, stream);
-          });
+          product<kPairs, false>(scores, value, s.blocks, count, s.padded_k, s.columns,
+                                 [&](int64_t x, int64_t c, f32v sum) {
+                                   if (shared && i0 + x == 0) return store(shared + c, sum, s.d - c);
+                                   put(o.at(i0 + x, head_q + h) + c, sum, s.d - c, stream);
+                                 });
         }
       }
     }
@@ -415,40 +264,21 @@ void forward(const ShortAttention& p) {
     return;
   }
   const bool split = split_heads(p), stream = p.o.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const int64_t tasks = b * p.groups() * (split ? ShortShape(p, kLanes).head_blocks : 1);
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    switch (round_up(p.q.size(3), kLanes)) {
-      case 64:
-        return forward_range<T, 64>(p, begin, end, split, stream);
-      case 96:
-        return forward_range<T, 96>(p, begin, end, split, stream);
-      default:
-        return forward_range<T, 0>(p, begin, end, split, stream);
-    }
-  });
+  const int64_t tasks = b * p.groups() * (split ? ShortShape(p, MultipliesPairs<T>::value).head_blocks : 1);
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { forward_range<T>(p, begin, end, split, stream); });
   if (p.q_rows.shared) gather_shared<T>(p, p.o, p.shared_q, 1.0f / static_cast<float>(p.groups()));
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-// With P the probabilities, recomputed: dP = dO V', dS = scale P (dP - sum_j P dP + dlse), dQ = dS K, dK = dS' Q,
-// dV = P' dO. The sum over j needs no saved output, and P no saved lse: the row is whole.
-
-// dp becomes dS, in place.
-VK_INLINE void softmax_pair_backward(const float* p, float* dp, int64_t blocks, float scale, f32v grad_lse) {
-  f32v sum = {};
-  for (int64_t i = 0; i < blocks; ++i) sum += load(p + i * kLanes) * load(dp + i * kLanes);
-  sum = half_sum(sum) - grad_lse;
-  for (int64_t i = 0; i < blocks; ++i)
-    store(dp + i * kLanes, load(p + i * kLanes) * (load(dp + i * kLanes) - sum) * scale);
-}
-
-template <class T, int kD>
+template <class T>
 void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool split, bool stream) {
-  const ShortShape s(p, kLanes);
-  const int64_t w = kD ? kD : s.width;
+  constexpr bool kPairs = MultipliesPairs<T>::value;
+  const ShortShape s(p, kPairs);
+  const int64_t w = s.words, unit = kPairs ? 2 : 1;
   const int64_t rows_k = s.block_heads * s.padded_k * w, rows_q = s.block_heads * s.per_key * s.padded_q * w;
-  const int64_t sums = s.padded_k * w, score_count = kQueryBlock / 2 * s.blocks * kLanes;
-  const int64_t floats = 2 * rows_k + 2 * rows_q + 2 * sums + 2 * score_count;
+  const int64_t sums = s.padded_k * s.columns, stacked = kPairs ? s.columns / 2 : 0,
+                score_count = kQueryBlock / 2 * s.blocks * kLanes;
+  const int64_t floats = 2 * rows_k + 2 * rows_q + 2 * sums + 2 * score_count + stacked * (s.padded_k + 2 * s.padded_q);
   float* const packed_k = static_cast<float*>(scratch(0, sizeof(float) * static_cast<size_t>(floats)));
   float* const packed_v = packed_k + rows_k;
   float* const packed_q = packed_v + rows_k;
@@ -457,6 +287,9 @@ void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool sp
   float* const sum_v = sum_k + sums;
   float* const scores = sum_v + sums;
   float* const grads = scores + score_count;
+  float* const stacked_k = grads + score_count;
+  float* const stacked_q = stacked_k + stacked * s.padded_k;
+  float* const stacked_g = stacked_q + stacked * s.padded_q;
   memset(packed_k, 0, sizeof(float) * static_cast<size_t>(2 * rows_k + 2 * rows_q));
   const float share = 1.0f / static_cast<float>(p.groups());
 
@@ -473,31 +306,32 @@ void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool sp
     for (int64_t head = t.first_head; head < t.end_head; head += s.block_heads) {
       const int64_t heads = t.end_head - head < s.block_heads ? t.end_head - head : s.block_heads;
       const int64_t head_q = head * s.per_key, heads_q = heads * s.per_key;
-      pack(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
-      pack(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, w, q, s.len_q, head_q);
-      pack(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, g, s.len_q, head_q);
-      pack(packed_g, g, s.len_q, s.padded_q, head_q, heads_q, s.d, w, k, head + heads < t.end_head ? s.len_k : 0,
-           head + heads);
+      pack<false>(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
+      pack<false>(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, w, q, s.len_q, head_q);
+      pack<false>(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, g, s.len_q, head_q);
+      pack<false>(packed_g, g, s.len_q, s.padded_q, head_q, heads_q, s.d, w, k, head + heads < t.end_head ? s.len_k : 0,
+                  head + heads);
       for (int64_t h = 0; h < heads_q; ++h) {
         const float* key = packed_k + h / s.per_key * s.padded_k * w;
         const float* value = packed_v + h / s.per_key * s.padded_k * w;
         const int64_t to_query = head_q + h, to_key = head + h / s.per_key;
         const bool shared = p.q_rows.shared != 0;
         float* shared_q = shared ? p.shared_q + (t.group(p) * s.n + to_query) * s.d : nullptr;
-        if (shared)
-          for (int64_t c = 0; c < w; c += kLanes) {
-            float* row = packed_g + h * s.padded_q * w + c;
-            store(row, load(row) * share);
-          }
+        if (shared) scale_row<T>(packed_g + h * s.padded_q * w, share, s.d);
+        if constexpr (kPairs) {
+          stack(stacked_k, key, s.padded_k, w, s.d, s.columns);
+          stack(stacked_q, packed_q + h * s.padded_q * w, s.padded_q, w, s.d, s.columns);
+          stack(stacked_g, packed_g + h * s.padded_q * w, s.padded_q, w, s.d, s.columns);
+        }
         for (int64_t i0 = 0; i0 < s.len_q; i0 += kQueryBlock) {
           const int64_t count = s.len_q - i0 < kQueryBlock ? s.len_q - i0 : kQueryBlock;
           const float* query = packed_q + (h * s.padded_q + i0) * w;
           const float* grad = packed_g + (h * s.padded_q + i0) * w;
-          dot_rows<kD>(scores, query, key, count, s.blocks, w);
-          dot_rows<kD>(grads, grad, value, count, s.blocks, w);
+          dot_rows<kPairs>(scores, query, key, count, s.blocks, w);
+          dot_rows<kPairs>(grads, grad, value, count, s.blocks, w);
           for (int64_t i = 0; i < count; i += 2) {
             const int64_t at = i / 2 * s.blocks * kLanes;
-            softmax_pair(scores + at, s.blocks, s.len_k, p.scale, nullptr);
+            softmax_pair<false>(scores + at, s.blocks, s.len_k, p.scale, nullptr);
             f32v grad_lse = {};
             if (p.grad_lse) {
               const auto at_query = [&](int64_t x) {
@@ -505,25 +339,28 @@ void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool sp
               };
               grad_lse = two_halves(at_query(i0 + i), i + 1 < count ? at_query(i0 + i + 1) : 0.0f);
             }
-            softmax_pair_backward(scores + at, grads + at, s.blocks, p.scale, grad_lse);
+            softmax_pair_backward<kPairs>(scores + at, grads + at, s.blocks, p.scale, grad_lse);
           }
-          product<kD, false>(grads, key, s.blocks, count, s.padded_k, w, [&](int64_t x, int64_t c, f32v sum) {
-            if (shared && i0 + x == 0) return store(shared_q + c, sum, s.d - c);
-            put(dq.at(i0 + x, to_query) + c, sum, s.d - c, stream);
-          });
+          product<kPairs, false>(grads, kPairs ? stacked_k : key, s.blocks, count, s.padded_k, s.columns,
+                                 [&](int64_t x, int64_t c, f32v sum) {
+                                   if (shared && i0 + x == 0) return store(shared_q + c, sum, s.d - c);
+                                   put(dq.at(i0 + x, to_query) + c, sum, s.d - c, stream);
+                                 });
           const bool first = h % s.per_key == 0 && i0 == 0;
           const bool last = h % s.per_key == s.per_key - 1 && i0 + kQueryBlock >= s.len_q;
           const auto add = [&](const float* weights, const float* rows, float* partial, const Rows<T>& to,
                                float* parts) {
-            product<kD, true>(weights, rows, s.blocks, s.len_k, count, w, [&](int64_t x, int64_t c, f32v sum) {
-              if (!first) sum += load(partial + x * w + c);
-              if (!last) return store(partial + x * w + c, sum);
-              if (shared && x == 0) return store(parts + (t.group(p) * s.m + to_key) * s.d + c, sum, s.d - c);
-              put(to.at(x, to_key) + c, sum, s.d - c, stream);
-            });
+            product<kPairs, true>(weights, rows, s.blocks, s.len_k, count, s.columns,
+                                  [&](int64_t x, int64_t c, f32v sum) {
+                                    if (!first) sum += load(partial + x * s.columns + c);
+                                    if (!last) return store(partial + x * s.columns + c, sum);
+                                    if (shared && x == 0)
+                                      return store(parts + (t.group(p) * s.m + to_key) * s.d + c, sum, s.d - c);
+                                    put(to.at(x, to_key) + c, sum, s.d - c, stream);
+                                  });
           };
-          add(grads, query, sum_k, dk, p.shared_k);
-          add(scores, grad, sum_v, dv, p.shared_v);
+          add(grads, kPairs ? stacked_q + i0 / 2 * s.columns : query, sum_k, dk, p.shared_k);
+          add(scores, kPairs ? stacked_g + i0 / 2 * s.columns : grad, sum_v, dv, p.shared_v);
         }
       }
     }
@@ -541,17 +378,8 @@ void backward(const ShortAttention& p) {
     return zero_rows<T>(p, p.dv, p.k_rows, p.len_k);
   }
   const bool split = split_heads(p), stream = p.dq.numel() * int64_t(sizeof(T)) >= kStreamBytes;
-  const int64_t tasks = b * p.groups() * (split ? ShortShape(p, kLanes).head_blocks : 1);
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    switch (round_up(p.q.size(3), kLanes)) {
-      case 64:
-        return backward_range<T, 64>(p, begin, end, split, stream);
-      case 96:
-        return backward_range<T, 96>(p, begin, end, split, stream);
-      default:
-        return backward_range<T, 0>(p, begin, end, split, stream);
-    }
-  });
+  const int64_t tasks = b * p.groups() * (split ? ShortShape(p, MultipliesPairs<T>::value).head_blocks : 1);
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { backward_range<T>(p, begin, end, split, stream); });
   if (p.q_rows.shared) {
     gather_shared<T>(p, p.dq, p.shared_q, 1.0f);
     gather_shared<T>(p, p.dk, p.shared_k, 1.0f);
