@@ -188,6 +188,7 @@ def summarise(
         "peak_bytes": {side: max(m.peak.values()) for side, m in measured.items()},
         "agreement": {
             "tokens_equal": all(m.generated.tokens == eager.generated.tokens for m in measured.values()),
+            "largest_logit_difference_prefill": measure.largest_difference(eager.generated, fast.generated, rows=1),
             "largest_logit_difference": measure.largest_difference(eager.generated, fast.generated),
             "logit_spread": float(logits.std()),
         },
@@ -243,7 +244,8 @@ def show(console: Console, results: dict[str, Any], page: Path) -> None:
     equal = "the same tokens" if agreement["tokens_equal"] else "[red]DIFFERENT tokens[/]"
     console.print(
         f"Greedy decoding gives {equal} on all sides; largest logit difference "
-        f"{agreement['largest_logit_difference']:.1e} (logits spread {agreement['logit_spread']:.2f})."
+        f"{agreement['largest_logit_difference']:.1e} ({agreement['largest_logit_difference_prefill']:.1e} after prefill, "
+        f"before the cache rounds keys and values to {results['config']['kv']}; logits spread {agreement['logit_spread']:.2f})."
     )
     console.print(f"Medians of {results['repeats']} alternating runs; peak memory as torch's allocator records it.")
     console.print(results["note"], style="dim")

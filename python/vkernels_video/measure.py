@@ -100,12 +100,12 @@ def alternate(
     return results
 
 
-def largest_difference(a: Generated, b: Generated) -> float:
-    """Largest logit difference over the tokens both sides produced from the same beginning."""
+def largest_difference(a: Generated, b: Generated, rows: int | None = None) -> float:
+    """Largest logit difference over the tokens (or the first `rows`) both sides produced from the same beginning."""
     same = 0
     while same < len(a.tokens) and a.tokens[same] == b.tokens[same]:
         same += 1
-    rows = min(same + 1, len(a.tokens))
+    rows = min(same + 1, len(a.tokens), rows or len(a.tokens))
     return float((a.logits[:rows].float() - b.logits[:rows].float()).abs().max()) if rows else 0.0
 
 

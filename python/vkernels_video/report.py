@@ -102,7 +102,7 @@ def _headline(results: dict[str, Any]) -> str:
         (
             f"{agreement['largest_logit_difference']:.0e}",
             "largest logit difference",
-            f"logits spread {agreement['logit_spread']:.2f}",
+            f"{agreement['largest_logit_difference_prefill']:.0e} before the cache rounds; spread {agreement['logit_spread']:.2f}",
         ),
         (equal, "greedy tokens", f"{results['steps'] + 1} generated on each side"),
     )

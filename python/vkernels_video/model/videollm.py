@@ -66,7 +66,7 @@ class VideoLLM(nn.Module):
                     parameter.normal_(0, 0.5, generator=generator)
                 elif parameter.dim() >= 2:
                     fan_in = 1 if "embed_tokens" in name else parameter[0].numel()
-                    gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                    gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
                     parameter.normal_(0, gain * fan_in**-0.5, generator=generator)
                 elif name.endswith("bias"):
                     parameter.normal_(0, 0.02, generator=generator)
