@@ -242,10 +242,11 @@ def show(console: Console, results: dict[str, Any], page: Path) -> None:
     cache = " / ".join(report.size(results["kv_cache_bytes"][side]) for side in sides[:2])
     console.print(f"KV cache ({results['config']['kv']}): {cache}")
     equal = "the same tokens" if agreement["tokens_equal"] else "[red]DIFFERENT tokens[/]"
+    difference, before = agreement["largest_logit_difference"], agreement["largest_logit_difference_prefill"]
     console.print(
-        f"Greedy decoding gives {equal} on all sides; largest logit difference "
-        f"{agreement['largest_logit_difference']:.1e} ({agreement['largest_logit_difference_prefill']:.1e} after prefill, "
-        f"before the cache rounds keys and values to {results['config']['kv']}; logits spread {agreement['logit_spread']:.2f})."
+        f"Greedy decoding gives {equal} on all sides; largest logit difference {difference:.1e} "
+        f"({before:.1e} after prefill, before the cache rounds keys and values to {results['config']['kv']}; "
+        f"logits spread {agreement['logit_spread']:.2f})."
     )
     console.print(f"Medians of {results['repeats']} alternating runs; peak memory as torch's allocator records it.")
     console.print(results["note"], style="dim")

@@ -88,6 +88,7 @@ def _headline(results: dict[str, Any]) -> str:
     agreement, prompt, total = results["agreement"], results["prompt"], results["total_seconds"]
     equal = "identical" if agreement["tokens_equal"] else "different"
     memory = results["peak_bytes"]["eager"] / max(1, results["peak_bytes"]["vkernels"])
+    before, spread = agreement["largest_logit_difference_prefill"], agreement["logit_spread"]
     tiles = (
         (
             f"{results['total_speedup']['vkernels']:.2f}×",
@@ -102,7 +103,7 @@ def _headline(results: dict[str, Any]) -> str:
         (
             f"{agreement['largest_logit_difference']:.0e}",
             "largest logit difference",
-            f"{agreement['largest_logit_difference_prefill']:.0e} before the cache rounds; spread {agreement['logit_spread']:.2f}",
+            f"{before:.0e} before the cache rounds, logits spread {spread:.2f}",
         ),
         (equal, "greedy tokens", f"{results['steps'] + 1} generated on each side"),
     )
