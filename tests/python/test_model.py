@@ -37,7 +37,7 @@ def close(a: Tensor, b: Tensor) -> None:
     assert (a - b).norm() <= 1e-4 * b.norm()
 
 
-def agree(fast, eager) -> None:
+def agree(fast, eager, tolerance: float = 0.03) -> None:
     """The same generation. Before anything is quantised, to rounding; afterwards a key that rounding moved across the
     edge between two codes may move logits by a little, and a choice may differ only where it was that close."""
     assert fast.prompt == eager.prompt
@@ -46,10 +46,10 @@ def agree(fast, eager) -> None:
         same += 1
     close(fast.logits[:1], eager.logits[:1])
     rows = min(same + 1, len(eager.tokens))
-    assert (fast.logits[:rows] - eager.logits[:rows]).norm() <= 0.03 * eager.logits[:rows].norm()
+    assert (fast.logits[:rows] - eager.logits[:rows]).norm() <= tolerance * eager.logits[:rows].norm()
     if same < len(eager.tokens):
         first, second = eager.logits[same].topk(2).values
-        assert first - second < 0.1, (same, float(first - second))
+        assert first - second < 3 * tolerance, (same, float(first - second))
 
 
 # --- one model, two implementations
@@ -69,7 +69,7 @@ def test_caches_of_every_width_agree(kv):
     model = tiny(kv=kv)
     eager = model.generate(pixels(8), QUESTION, 70, "eager")
     fast = model.generate(pixels(8), QUESTION, 70, "vkernels")
-    agree(fast, eager)
+    agree(fast, eager, 0.1 if kv == "int2" else 0.03)
 
 
 def test_gradients_agree():
