@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -40,7 +41,7 @@ class NinjaBuild(build_ext):
 
         (objects / "build.ninja").write_text(self.ninja_file(objects, output, sanitize))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.check_call(["ninja", "-C", str(objects), *(["-j", jobs] if jobs else [])])
+        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", str(objects), *(["-j", jobs] if jobs else [])])
 
     @staticmethod
     def ninja_file(objects, output, sanitize):

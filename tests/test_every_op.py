@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from vkernels import NoBackend
 from vkernels.spec import Maker, all_specs
 from vkernels.testing import assert_gradient, assert_within_budget, guarded_memory, poisoned_memory, strided
+from vkernels.testing.results import tensors_of
 
 SPECS = all_specs()
 BY_CASE = [
@@ -29,12 +30,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 by_case = pytest.mark.parametrize(("spec", "backend", "case"), BY_CASE)
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-
-
-def tensors_of(spec, result):
-    if spec.outputs is not None:
-        return list(spec.outputs(result))
-    return [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
 
 
 def skip_unless_runnable(spec, backend, kwargs):

@@ -11,6 +11,7 @@ from vkernels.ops.divided_attention import divided_attention
 from vkernels.ops.kv_append import kv_append
 from vkernels.ops.rearrange import rearrange
 from vkernels.rearrangement import RearrangePlan
+from vkernels.rope import RopeSpec, rope_positions
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "MaskPlan",
     "NoBackend",
     "RearrangePlan",
+    "RopeSpec",
     "ShapeError",
     "Text",
     "Video",
@@ -32,4 +34,5 @@ __all__ = [
     "lower_mask",
     "rearrange",
     "rearrangement",
+    "rope_positions",
 ]

@@ -1,15 +1,14 @@
 #pragma once
 
 #include "vkernels/cpu/isa.h"
-#include "vkernels/tensor.h"
+#include "vkernels/rope.h"
 
 namespace vk {
 
 struct ApplyRopeParams {
-  TensorRef x;    // b s n d
-  TensorRef cos;  // b|1 s r, float
-  TensorRef sin;
-  TensorRef out;  // like x
+  TensorRef x[2];    // q: b s n d; k: b s m d, or absent
+  TensorRef out[2];  // like x; may be x itself
+  RopeArgs rope;
 };
 
 VK_DECLARE_KERNEL(void apply_rope(const ApplyRopeParams& p))

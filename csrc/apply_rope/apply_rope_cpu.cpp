@@ -1,45 +1,61 @@
-// y = rotate(x): pair (j, j + r) of every head turns by the angle of its token. One task per token.
+// Every token's angles are computed once and turn all heads of q and k. One piece of work is a range of tokens.
 #include "apply_rope.h"
-#include "vkernels/cpu/parallel.h"
-#include "vkernels/cpu/simd.h"
+#include "vkernels/cpu/rope_rows.h"
 
 namespace vk::VK_ISA {
 namespace {
 
-template <class T>
-void rotate_half_layout(const ApplyRopeParams& p) {
-  const int64_t b = p.x.size(0), s = p.x.size(1), n = p.x.size(2), r = p.cos.size(2);
-  parallel_for(0, b * s, 64, [&](int64_t begin, int64_t end) {
+constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs beyond the caches are written past them
+
+template <class T, bool kStream>
+void rotate_tensor(const ApplyRopeParams& p, const TokenAngles& angles, int64_t i, int64_t ib, int64_t is) {
+  const TensorRef &x = p.x[i], &y = p.out[i];
+  const int64_t heads = x.size(2), d = x.size(3), group = heads / p.rope.heads();
+  const int64_t begin = p.rope.offset, end = begin + 2 * p.rope.pairs();
+  for (int64_t head = 0; head < heads; ++head) {
+    const T* from = x.ptr<const T>() + ib * x.stride(0) + is * x.stride(1) + head * x.stride(2);
+    T* to = y.ptr<T>() + ib * y.stride(0) + is * y.stride(1) + head * y.stride(2);
+    angles.rotate<kStream>(from, to, head / group);
+    if (from != to) {
+      memcpy(to, from, sizeof(T) * static_cast<size_t>(begin));
+      memcpy(to + end, from + end, sizeof(T) * static_cast<size_t>(d - end));
+    }
+  }
+}
+
+template <class T, bool kStream>
+void run(const ApplyRopeParams& p) {
+  const int64_t b = p.x[0].size(0), s = p.x[0].size(1);
+  const int tensors = p.x[1].given ? 2 : 1;
+  parallel_for(0, b * s, 16, [&](int64_t begin, int64_t end) {
+    TokenAngles angles(p.rope, 0);
     for (int64_t token = begin; token < end; ++token) {
       const int64_t ib = token / s, is = token % s;
-      const int64_t table = (p.cos.size(0) == 1 ? 0 : ib) * p.cos.stride(0) + is * p.cos.stride(1);
-      const float* cos = p.cos.ptr<const float>() + table;
-      const float* sin = p.sin.ptr<const float>() + table;
-      for (int64_t in = 0; in < n; ++in) {
-        const T* x = p.x.ptr<const T>() + ib * p.x.stride(0) + is * p.x.stride(1) + in * p.x.stride(2);
-        T* y = p.out.ptr<T>() + ib * p.out.stride(0) + is * p.out.stride(1) + in * p.out.stride(2);
-        for (int64_t j = 0; j < r; j += kLanes) {
-          const int64_t count = r - j;
-          const f32v c = load(cos + j, count), w = load(sin + j, count);
-          const f32v x0 = load(x + j, count), x1 = load(x + r + j, count);
-          store(y + j, x0 * c - x1 * w, count);
-          store(y + r + j, x1 * c + x0 * w, count);
-        }
-      }
+      angles.set(ib, is);
+      for (int i = 0; i < tensors; ++i) rotate_tensor<T, kStream>(p, angles, i, ib, is);
     }
+    if (kStream) streaming_fence();
   });
+}
+
+template <class T>
+void run(const ApplyRopeParams& p) {
+  const bool in_place = p.x[0].data == p.out[0].data;
+  const int64_t elements = p.x[0].numel() + (p.x[1].given ? p.x[1].numel() : 0);
+  if (!in_place && elements * static_cast<int64_t>(sizeof(T)) > kStreamBytes) return run<T, true>(p);
+  run<T, false>(p);
 }
 
 }  // namespace
 
 void apply_rope(const ApplyRopeParams& p) {
-  switch (p.x.dtype) {
+  switch (p.x[0].dtype) {
     case Dtype::bf16:
-      return rotate_half_layout<bf16>(p);
+      return run<bf16>(p);
     case Dtype::f16:
-      return rotate_half_layout<f16>(p);
+      return run<f16>(p);
     default:
-      return rotate_half_layout<float>(p);
+      return run<float>(p);
   }
 }
 

@@ -38,7 +38,7 @@ def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
     if segment.globals or not segment.tokens or not axes or len(axes) != len(segment.relations):
         return None
     grid = axes[0].grid
-    same = {r.attribute.axis for r in segment.relations if r.same}
+    same = {axis.axis for axis, r in zip(axes, segment.relations, strict=True) if r.same}
     real = [axis for axis in range(3) if grid.shape[axis] > 1]
     cut, free = [a for a in real if a in same], [a for a in real if a not in same]
     if not same or real not in (cut + free, free + cut):
@@ -81,9 +81,7 @@ def _code(segment: Segment, device: torch.device) -> _Part:
     loose = [r for r in relations if not r.attribute.monotone]
     classes = [r for r in loose if r.same]
     box = [r for r in loose if not r.same]
-    leader = next((r for r in box if isinstance(r.attribute, Ids)), None)
-    if leader is None and box and not any(not r.same for r in steady):
-        leader = box[0] if not steady else None
+    leader = next((r for r in box if isinstance(r.attribute, Ids)), box[0] if box and not steady else None)
     width = n + 1
     if leader is None:
         start = torch.zeros((1, n), dtype=torch.int64, device=device)
@@ -105,20 +103,17 @@ def _code(segment: Segment, device: torch.device) -> _Part:
         cells *= max(relation.attribute.size, 1)
         if cells > 2**20 and cells > n:
             cell, cells = _dense_rank(cell), n
-    if not classes and leader is None:
-        # positions themselves: globals are 0..g-1, so nothing has to be sorted
-        code, start, end, codes = order + g, start + g, end + g, g + n
-        first = torch.arange(g, device=device)[None]
-    else:
-        offset = g + (0 if cell is None else cell * width)
-        code, start, end, codes = order + offset, start + offset, end + offset, g + cells * width
-        first = torch.arange(g, device=device)[None]
+    in_order = not classes and leader is None  # codes are positions themselves, globals first: nothing to sort
+    offset = g + (0 if cell is None else cell * width)
+    code, start, end = order + offset, start + offset, end + offset
+    codes = g + (n if in_order else cells * width)
     if g:
+        first = torch.arange(g, device=device)[None]
         code, start, end = (
             torch.cat([ahead.expand(tail.shape[0], -1), tail], 1)
             for ahead, tail in ((first, code), (torch.zeros_like(first), start), (torch.full_like(first, codes), end))
         )
-    return _Part(code, start, end, codes, not classes and leader is None, box, not relations)
+    return _Part(code, start, end, codes, in_order, box, not relations)
 
 
 def _dense_rank(cell: Tensor) -> Tensor:
@@ -162,6 +157,7 @@ def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
     ranges = None
     if code is not None:
         if not in_order:
+            assert k_rows is not None  # sorted above
             live = code if keep_k is None else code.masked_fill(~keep_k, base)
             ladder = live.gather(1, k_rows)
 
@@ -177,6 +173,8 @@ def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
             def locate(bound: Tensor) -> Tensor:
                 return bound
 
+        assert start is not None
+        assert end is not None
         first, last = locate(start), locate(end)
         ends = [first, torch.maximum(first, last)]
         if globals_:

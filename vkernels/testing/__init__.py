@@ -1,4 +1,4 @@
-"""What tests, benchmarks and users' own checks share: one tolerance policy, poisoned and guarded memory, strided twins."""
+"""Shared by tests, benchmarks and users: one tolerance policy, poisoned and guarded memory, strided views."""
 
 from vkernels.testing.memory import guarded_memory, poisoned_memory, strided
 from vkernels.testing.numerics import assert_gradient, assert_within_budget, rounding_band

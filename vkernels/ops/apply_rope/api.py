@@ -10,29 +10,177 @@ from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, choose
 from vkernels.library import cpu_why_not, op
 from vkernels.ops.apply_rope import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.rope import RopeSpec
+
+POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Call:
-    x: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor | None
+    spec: RopeSpec
+    pos: torch.Tensor | None  # axes b|1 s
+    cos: torch.Tensor | None  # b|1 s r
+    sin: torch.Tensor | None
+    inverse: bool
+    scale: float
+    inplace: bool
 
 
-def prepare(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Call:
-    axes = bind("apply_rope", ("x", x, "b s n d"), ("cos", cos, "b|1 s r"), ("sin", sin, "b|1 s r"))
-    same_dtype("apply_rope", ("x", x))
-    require(axes["d"] == 2 * axes["r"], "apply_rope", "cos", "have one angle per pair", f"r={axes['r']} d={axes['d']}")
-    return Call(x, cos, sin)
+def canonical_positions(name: str, spec: RopeSpec, pos: torch.Tensor, b: int, s: int) -> torch.Tensor:
+    """`pos` as [axes, b|1, s]; one-axis specs also take [s] and [b, s]."""
+    require(isinstance(pos, torch.Tensor), name, "pos", "be a tensor", type(pos).__name__, TypeError)
+    require(pos.dtype in POSITIONS, name, "pos", "be int32, int64, float32 or float64", pos.dtype, TypeError)
+    axes = spec.n_axes
+    if pos.dim() == 1:
+        pos = pos[None, None]
+    elif pos.dim() == 2:
+        by_batch = axes == 1 and pos.shape[0] != 1 and pos.shape[0] == b
+        pos = pos[None] if by_batch else pos[:, None]
+    good = pos.dim() == 3 and axes <= pos.shape[0] <= 4 and pos.shape[1] in (1, b) and pos.shape[2] == s
+    rule = f"have shape (axes={axes}, s={s}) or (axes={axes}, b={b}, s={s})"
+    require(good, name, "pos", rule, tuple(pos.shape))
+    return pos
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """Rotate queries or keys by their position."""
-    call = prepare(x, cos, sin)
-    return choose("apply_rope", BACKENDS, backend, call).run(call)
+def tables_of(
+    name: str, spec: RopeSpec, pos: torch.Tensor | None, angle: str | tuple[torch.Tensor, torch.Tensor], b: int, s: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(pos, cos, sin) of a call: positions for exact angles, else float32 tables [b|1, s, r]."""
+    if isinstance(angle, str):
+        require(angle in ("exact", "hf_fp32"), name, "angle", "be exact, hf_fp32 or (cos, sin)", repr(angle))
+        require(pos is not None, name, "pos", f"be given with angle={angle!r}", None)
+        assert pos is not None
+        pos = canonical_positions(name, spec, pos, b, s)
+        if angle == "exact":
+            return pos, None, None
+        require(len(spec.axis_rows) == 1, name, "angle", "be exact where heads follow different axes", angle)
+        freq = torch.tensor(spec.freq_fp32 or spec.freq, dtype=torch.float32, device=pos.device)
+        axis = spec.tables(pos.device)[0][0]
+        table = pos.float()[axis.clamp(min=0).long()].permute(1, 2, 0) * torch.where(axis < 0, 0.0, freq)
+        return None, table.cos(), table.sin()
+    require(len(angle) == 2, name, "angle", "be exact, hf_fp32 or (cos, sin)", angle)
+    tables = []
+    for argument, table in zip(("cos", "sin"), angle, strict=True):
+        if table.dim() == 2:
+            table = table[None]
+        good = table.dim() == 3 and table.shape[0] in (1, b) and table.shape[1] == s
+        good = good and table.shape[2] in (spec.pairs, spec.rotary_dim)
+        rule = f"have shape (b|1, s={s}, r={spec.pairs}), or twice r as Hugging Face repeats it"
+        require(good, name, argument, rule, tuple(table.shape))
+        if table.shape[2] != spec.pairs:
+            table = (
+                table[..., ::2]
+                if spec.layout == "pair"
+                else table.unflatten(-1, (spec.blocks, 2, -1))[..., 0, :].flatten(-2)
+            )
+        tables.append(table.float())
+    return None, tables[0], tables[1]
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    spec: RopeSpec,
+    pos: torch.Tensor | None = None,
+    *,
+    inverse: bool = False,
+    inplace: bool = False,
+    angle: str | tuple[torch.Tensor, torch.Tensor] = "exact",
+) -> Call:
+    name = "apply_rope"
+    require(isinstance(spec, RopeSpec), name, "spec", "be a RopeSpec", type(spec).__name__, TypeError)
+    sizes = bind(name, ("q", q, "b s n d"), ("k", k, "b s m d"))
+    same_dtype(name, ("q", q), ("k", k))
+    end = spec.offset + spec.rotary_dim
+    require(end <= sizes["d"], name, "spec", f"rotate within the head (d={sizes['d']})", f"{spec.offset}..{end}")
+    heads = len(spec.axis_rows)
+    for argument, x in (("q", q), ("k", k)):
+        fits = x is None or x.shape[2] % heads == 0
+        require(fits, name, argument, f"have a multiple of the {heads} heads of spec", x is not None and x.shape[2])
+    pos, cos, sin = tables_of(name, spec, pos, angle, sizes["b"], sizes["s"])
+    for argument, given in (("pos", pos), ("cos", cos), ("sin", sin)):
+        on = given is None or given.device == q.device
+        require(
+            on, name, argument, f"be on the device of q ({q.device})", given is not None and given.device, TypeError
+        )
+    if inplace:
+        tracked = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
+        require(not tracked, name, "inplace", "be False where q or k requires grad", True)
+        for argument, x in (("q", q), ("k", k)):
+            unit = x is None or x.stride(-1) == 1 or x.shape[-1] <= 1
+            require(unit, name, argument, "have stride 1 in its last dimension to be rotated in place", "another")
+    scale = 1.0 / spec.scale if inverse else spec.scale
+    return Call(q, k, spec, pos, cos, sin, inverse, scale, inplace)
+
+
+def apply_rope(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    spec: RopeSpec,
+    pos: torch.Tensor | None = None,
+    *,
+    inverse: bool = False,
+    inplace: bool = False,
+    angle: str | tuple[torch.Tensor, torch.Tensor] = "exact",
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by their positions.
+
+    Args:
+        q: `[b, s, n, d]` float32, bfloat16 or float16, any strides.
+        k: `[b, s, m, d]`, or None.
+        spec: which angle each pair turns by.
+        pos: `[axes, s]` or `[axes, b, s]` (one axis: also `[s]`, `[b, s]`), int or float, finite and below 2^31 in
+            magnitude. Integer positions are exact; real ones are taken to 2^-32.
+        inverse: undo the rotation (and the attention scale).
+        inplace: mutate `q` and `k` and return them; refused where a gradient would need them.
+        angle: "exact"; "hf_fp32", the float32 table Hugging Face computes; or the caller's `(cos, sin)` tables
+            `[b|1, s, r]` or with r repeated to 2 r. A given table is still multiplied by `spec.scale`.
+        backend: None takes the first that can run the call.
+
+    Returns:
+        `(q, k)` rotated, contiguous, or only q where `k` is None. Rotated in float32, rounded once. Gradients for q and
+        k. Deterministic.
+
+    Raises:
+        ValueError, TypeError, ShapeError: an argument breaks the rules above.
+
+    Example:
+        >>> spec = RopeSpec.build(64)
+        >>> q, k = apply_rope(torch.randn(1, 5, 4, 64), torch.randn(1, 5, 2, 64), spec, torch.arange(5))
+
+    Source: RoFormer, arXiv:2104.09864.
+    """
+    call = prepare(q, k, spec, pos, inverse=inverse, inplace=inplace, angle=angle)
+    q_out, k_out = choose("apply_rope", BACKENDS, backend, call).run(call)
+    if call.k is None:
+        return q_out
+    return q_out, k_out
+
+
+def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    axis, freq = (None, None) if call.pos is None else call.spec.tables(call.q.device)
+    layout = [call.spec.blocks, call.spec.offset]
+    rest = (call.pos, axis, freq, call.cos, call.sin, call.scale, call.inverse, layout)
+    if call.inplace:
+        op("apply_rope_", backend)(call.q, call.k, *rest)
+        return call.q, call.k
+    return op("apply_rope", backend)(call.q, call.k, *rest)
+
+
+def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = reference.apply_rope(call.q, call.k, call.spec, call.pos, call.cos, call.sin, call.inverse, call.scale)
+    if not call.inplace:
+        return out
+    for x, y in zip((call.q, call.k), out, strict=True):
+        if x is not None and y is not None:
+            x.copy_(y)
+    return call.q, call.k
 
 
 BACKENDS = (
-    Backend("cpu", lambda c: cpu_why_not(c.x), lambda c: op("apply_rope", "cpu")(c.x, c.cos, c.sin)),
-    Backend("reference", lambda c: None, lambda c: reference.apply_rope(c.x, c.cos, c.sin)),
+    Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
+    Backend("reference", lambda c: None, _reference),
 )

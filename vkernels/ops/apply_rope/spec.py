@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from vkernels.check import ShapeError
 from vkernels.ops.apply_rope.api import BACKENDS, Call, apply_rope, prepare
+from vkernels.rope import RopeSpec, rope_positions
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
 
 
-def _inputs(m: Maker, b: int, s: int, n: int, d: int) -> dict:
-    angle = m.randn(1, s, d // 2).float()
-    return {"x": m.randn(b, s, n, d), "cos": angle.cos(), "sin": angle.sin()}
+def _inputs(m: Maker, b: int, s: int, n: int, kv: int, d: int, spec: RopeSpec, pos: torch.Tensor | None = None) -> dict:
+    pos = torch.arange(s) if pos is None else pos
+    return {"q": m.randn(b, s, n, d), "k": m.randn(b, s, kv, d) if kv else None, "spec": spec, "pos": pos}
 
 
 def _cost(call: Call) -> Cost:
-    return Cost(flop=3.0 * call.x.numel(), bytes=2.0 * call.x.numel() * call.x.element_size())
+    elements = call.q.numel() + (0 if call.k is None else call.k.numel())
+    return Cost(flop=3.0 * elements, bytes=2.0 * elements * call.q.element_size())
 
+
+_MROPE = RopeSpec.build(128, 1e6, axes="mrope", sections=(16, 24, 24))
+_VIDEO = RopeSpec.build(64, axes="videorope", sections=(8, 12, 12))
+_YARN = RopeSpec.build(36, 1e6, "yarn", factor=4, original=32768, layout="pair", offset=8)
+_HEADS = RopeSpec.build(16, axes=((0,) * 8, (1,) * 8, (-1,) * 8))
 
 SPEC = OpSpec(
     name="apply_rope",
@@ -22,19 +31,44 @@ SPEC = OpSpec(
     prepare=prepare,
     backends=BACKENDS,
     cases=[
-        Case("square", lambda m: _inputs(m, 2, 8, 4, 32)),
-        Case("odd", lambda m: _inputs(m, 1, 7, 3, 72)),
-        Case("empty", lambda m: _inputs(m, 1, 0, 3, 64)),
+        Case("plain", lambda m: _inputs(m, 2, 8, 4, 2, 32, RopeSpec.build(32))),
+        Case("odd", lambda m: _inputs(m, 1, 7, 3, 1, 72, RopeSpec.build(72))),
+        Case("mrope", lambda m: _inputs(m, 1, 14, 4, 2, 128, _MROPE, rope_positions("qwen2_vl", [2, (2, 2, 3)]))),
+        Case(
+            "real",
+            lambda m: _inputs(m, 1, 14, 2, 2, 64, _VIDEO, rope_positions("videorope", [2, (2, 2, 3)], delta=0.7)),
+        ),
+        Case("partial_pairs_yarn", lambda m: _inputs(m, 2, 5, 3, 0, 80, _YARN, m.randint(0, 99, 1, 2, 5))),
+        Case("heads", lambda m: _inputs(m, 1, 5, 6, 3, 16, _HEADS, m.randint(0, 99, 2, 5))),
+        Case(
+            "axial",
+            lambda m: _inputs(m, 1, 6, 2, 2, 24, RopeSpec.grid((12, 12), layout="axial"), m.randint(0, 9, 2, 6)),
+        ),
+        Case("inverse", lambda m: {**_inputs(m, 1, 5, 2, 2, 48, RopeSpec.build(32)), "inverse": True}),
+        Case("hf_fp32", lambda m: {**_inputs(m, 1, 5, 2, 2, 32, RopeSpec.build(32)), "angle": "hf_fp32"}),
+        Case("empty", lambda m: _inputs(m, 1, 0, 3, 1, 64, RopeSpec.build(64))),
     ],
     rejects=[
         Reject(
             "rank",
-            lambda m: {**_inputs(m, 1, 4, 2, 8), "cos": m.randn(4, 4)},
+            lambda m: {**_inputs(m, 1, 4, 2, 1, 8, RopeSpec.build(8)), "q": m.randn(4, 8)},
             ShapeError,
-            r"apply_rope: cos must have shape \(b\|1 s r\), got \(4, 4\)",
+            r"apply_rope: q must have shape \(b s n d\), got \(4, 8\)",
+        ),
+        Reject(
+            "pos",
+            lambda m: _inputs(m, 1, 4, 2, 1, 8, RopeSpec.build(8), torch.arange(3)),
+            ValueError,
+            r"apply_rope: pos must have shape \(axes=1, s=4\)",
+        ),
+        Reject(
+            "nan",
+            lambda m: _inputs(m, 1, 2, 2, 1, 8, RopeSpec.build(8), torch.tensor([0.0, float("nan")])),
+            ValueError,
+            "apply_rope: pos must be finite and below 2\\^31 in magnitude, got nan",
         ),
     ],
     cost=_cost,
     source="RoFormer, arXiv:2104.09864",
-    differentiable=("x",),
+    differentiable=("q", "k"),
 )

@@ -1,4 +1,4 @@
-"""torch's view of apply_rope: schema, fake, CPU kernel, backward (the rotation by the opposite angle)."""
+"""torch's view of apply_rope: schemas, fakes, CPU kernel, backward (the rotation by the opposite angle)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,58 @@ import torch
 
 from vkernels.library import native, op, ref, register, unit_stride
 
-
-def _fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_ROPE = "Tensor? pos, Tensor? axis, Tensor? freq, Tensor? cos, Tensor? sin, float scale, bool inverse, int[] layout"
 
 
-def _cpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    native().apply_rope(ref(unit_stride(x)), ref(cos), ref(sin), ref(out))
-    return out
+def _empty(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(q, k, pos, axis, freq, cos, sin, scale, inverse, layout):
+    return _empty(q, q), _empty(k, q)
+
+
+def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+    native().apply_rope(
+        *(ref(x) for x in (q, k, q_out, k_out, pos, axis, freq, cos, sin)), scale, inverse, layout[0], layout[1]
+    )
+
+
+def _cpu(q, k, pos, axis, freq, cos, sin, scale, inverse, layout):
+    q_out, k_out = _empty(q, q), _empty(k, q)
+    q, k, cos, sin = (None if x is None else unit_stride(x) for x in (q, k, cos, sin))
+    _run(q, k, q_out, None if k is None else k_out, pos, axis, freq, cos, sin, scale, inverse, layout)
+    return q_out, k_out
+
+
+def _cpu_in_place(q, k, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+    _run(q, k, q, k, pos, axis, freq, cos, sin, scale, inverse, layout)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, cos, sin = inputs
-    ctx.save_for_backward(cos, sin)
+    _, k, pos, axis, freq, cos, sin, ctx.scale, ctx.inverse, ctx.layout = inputs
+    ctx.has_k = k is not None
+    ctx.save_for_backward(pos, axis, freq, cos, sin)
 
 
-def _backward(ctx, dout):
-    cos, sin = ctx.saved_tensors
-    return op("apply_rope", ctx.backend)(dout, cos, -sin), None, None
+def _backward(ctx, dq, dk):
+    dq, dk = op("apply_rope", ctx.backend)(
+        dq, dk if ctx.has_k else None, *ctx.saved_tensors, ctx.scale, not ctx.inverse, ctx.layout
+    )
+    return dq, (dk if ctx.has_k else None), *[None] * 8
 
 
 register(
     "apply_rope",
-    "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    f"(Tensor q, Tensor? k, {_ROPE}) -> (Tensor, Tensor)",
     fake=_fake,
     backends={"cpu": _cpu},
     backward=_backward,
     setup_context=_setup_context,
+)
+register(
+    "apply_rope_",
+    f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE}) -> ()",
+    fake=lambda *args: None,
+    backends={"cpu": _cpu_in_place},
 )

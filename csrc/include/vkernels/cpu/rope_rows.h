@@ -1,0 +1,159 @@
+// Angles of one token and the rotation of one head's row. Include only from *_cpu.cpp files.
+#pragma once
+
+#include "vkernels/cpu/parallel.h"
+#include "vkernels/cpu/simd.h"
+#include "vkernels/rope.h"
+
+namespace vk::VK_ISA {
+
+// sin and cos of phase / 2^32 turns, each within 1e-7: the nearest quarter turn is split off in integers.
+VK_INLINE void sincos_turns(u32v phase, f32v& sin, f32v& cos) {
+  const u32v quarter = (phase + 0x20000000u) >> 30;
+  const f32v t = __builtin_convertvector((i32v)(phase - (quarter << 30)), f32v) * 1.4629180792671596e-9f;
+  const f32v z = t * t;
+  const f32v s = t + t * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+  const f32v c =
+      1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const i32v swap = (i32v)((quarter & 1u) != 0u);
+  const f32v sin_size = swap ? c : s, cos_size = swap ? s : c;
+  sin = (f32v)((u32v)sin_size ^ ((quarter & 2u) << 30));
+  cos = (f32v)((u32v)cos_size ^ (((quarter + 1u) & 2u) << 30));
+}
+
+// The rotation of every pair of one token, held for all its heads. Neighbouring pairs (blocks == 0) are kept spread out as
+// (c, c) and (-s, s), so that a row turns with one swap per vector.
+namespace {  // each instruction set its own
+
+class TokenAngles {
+ public:
+  // Slots of scratch() that are free in the caller.
+  TokenAngles(const RopeArgs& r, int slot) : r_(r), pairs_(r.pairs()), stride_(round_up(r.blocks == 0 ? 2 * pairs_ : pairs_)) {
+    const size_t tables = static_cast<size_t>(2 * r.heads() * stride_ + 2 * round_up(pairs_)) * sizeof(float);
+    cos_ = static_cast<float*>(scratch(slot, tables + static_cast<size_t>(round_up(pairs_)) * sizeof(uint32_t)));
+    sin_ = cos_ + r.heads() * stride_;
+    c_ = sin_ + r.heads() * stride_;
+    s_ = c_ + round_up(pairs_);
+    phase_ = reinterpret_cast<uint32_t*>(s_ + round_up(pairs_));
+    for (int64_t j = 0; j < round_up(pairs_); ++j) phase_[j] = 0;
+  }
+
+  void set(int64_t ib, int64_t is) {
+    const float scale = static_cast<float>(r_.scale), sign = r_.inverse ? -scale : scale;
+    for (int64_t h = 0; h < r_.heads(); ++h) {
+      if (r_.cos.given) {
+        const int64_t row = (r_.cos.size(0) == 1 ? 0 : ib) * r_.cos.stride(0) + is * r_.cos.stride(1);
+        const int64_t row_s = (r_.sin.size(0) == 1 ? 0 : ib) * r_.sin.stride(0) + is * r_.sin.stride(1);
+        for (int64_t j = 0; j < pairs_; ++j) {
+          c_[j] = r_.cos.ptr<const float>()[row + j] * scale;
+          s_[j] = r_.sin.ptr<const float>()[row_s + j] * sign;
+        }
+      } else {
+        set_phases(h, ib, is);
+        for (int64_t j = 0; j < pairs_; j += kLanes) {
+          u32v phase;
+          memcpy(&phase, phase_ + j, sizeof phase);
+          f32v s, c;
+          sincos_turns(phase, s, c);
+          VK_ISA::store(c_ + j, c * scale);
+          VK_ISA::store(s_ + j, s * sign);
+        }
+      }
+      float *cos = cos_ + h * stride_, *sin = sin_ + h * stride_;
+      if (r_.blocks == 0) {
+        for (int64_t j = 0; j < pairs_; ++j) {
+          cos[2 * j] = cos[2 * j + 1] = c_[j];
+          sin[2 * j] = -s_[j];
+          sin[2 * j + 1] = s_[j];
+        }
+      } else {
+        memcpy(cos, c_, sizeof(float) * static_cast<size_t>(pairs_));
+        memcpy(sin, s_, sizeof(float) * static_cast<size_t>(pairs_));
+      }
+    }
+  }
+
+  // y = the rotated part of x (both point at the head's first element); `head` counts the spec's heads. x may be y.
+  template <bool kStream, class X, class Y>
+  __attribute__((always_inline)) void rotate(const X* x, Y* y, int64_t head) const {
+    const float *cos = cos_ + head * stride_, *sin = sin_ + head * stride_;
+    x += r_.offset;
+    y += r_.offset;
+    if (r_.blocks == 0) {
+      for (int64_t j = 0; j < 2 * pairs_; j += kLanes) {
+        const int64_t count = 2 * pairs_ - j;
+        const f32v v = VK_ISA::load(x + j, count);
+        put<kStream>(y + j, v * VK_ISA::load(cos + j) + swap_neighbours(v) * VK_ISA::load(sin + j), count);
+      }
+      return;
+    }
+    const int64_t half = pairs_ / r_.blocks;
+    for (int64_t block = 0; block < r_.blocks; ++block, x += 2 * half, y += 2 * half, cos += half, sin += half)
+      for (int64_t j = 0; j < half; j += kLanes) {
+        const int64_t count = half - j;
+        const f32v c = VK_ISA::load(cos + j, count), s = VK_ISA::load(sin + j, count);
+        const f32v x0 = VK_ISA::load(x + j, count), x1 = VK_ISA::load(x + half + j, count);
+        put<kStream>(y + j, x0 * c - x1 * s, count);
+        put<kStream>(y + half + j, x1 * c + x0 * s, count);
+      }
+  }
+
+ private:
+  static int64_t round_up(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+  template <bool kStream, class Y>
+  __attribute__((always_inline)) static void put(Y* y, f32v v, int64_t count) {
+    if (kStream && count >= kLanes) return store_streaming(y, v);
+    VK_ISA::store(y, v, count);
+  }
+
+  __attribute__((always_inline)) static f32v swap_neighbours(f32v v) {
+    i32v order;
+    for (int i = 0; i < kLanes; ++i) order[i] = i ^ 1;
+    return __builtin_shuffle(v, order);
+  }
+
+  void set_phases(int64_t h, int64_t ib, int64_t is) {
+    int64_t fixed[kMaxAxes];
+    const bool real = r_.pos.dtype == Dtype::f32 || r_.pos.dtype == Dtype::f64;
+    const int64_t axes = r_.pos.size(0) < kMaxAxes ? r_.pos.size(0) : kMaxAxes;
+    for (int64_t a = 0; a < axes; ++a) {
+      const int64_t at = a * r_.pos.stride(0) + (r_.pos.size(1) == 1 ? 0 : ib) * r_.pos.stride(1) + is * r_.pos.stride(2);
+      switch (r_.pos.dtype) {
+        case Dtype::i32:
+          fixed[a] = r_.pos.ptr<const int32_t>()[at];
+          break;
+        case Dtype::i64:
+          fixed[a] = r_.pos.ptr<const int64_t>()[at];
+          break;
+        case Dtype::f32:
+          fixed[a] = to_fixed(static_cast<double>(r_.pos.ptr<const float>()[at]));
+          break;
+        default:
+          fixed[a] = to_fixed(r_.pos.ptr<const double>()[at]);
+      }
+    }
+    const int32_t* axis = r_.axis.ptr<const int32_t>() + h * r_.axis.stride(0);
+    const int64_t* freq = r_.freq.ptr<const int64_t>();
+    for (int64_t j = 0; j < pairs_; ++j) {
+      const uint64_t f = static_cast<uint64_t>(freq[j]);
+      const int64_t p = axis[j] < 0 ? 0 : fixed[axis[j]];
+      // The 32 bits kept are the nearest, not the lower.
+      phase_[j] = static_cast<uint32_t>(((real ? turns_fixed(p, f) : turns(p, f)) + 0x80000000u) >> 32);
+    }
+  }
+  static int64_t to_fixed(double p) {
+    const double scaled = p * 4294967296.0;
+    return static_cast<int64_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+  }
+
+  static constexpr int64_t kMaxAxes = 4;
+  const RopeArgs& r_;
+  int64_t pairs_, stride_;
+  float *cos_, *sin_, *c_, *s_;
+  uint32_t* phase_;
+};
+
+}  // namespace
+
+}  // namespace vk::VK_ISA

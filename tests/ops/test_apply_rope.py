@@ -1,0 +1,181 @@
+"""apply_rope against angles worked in long double and in exact fractions, and the laws of rotations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vkernels import RopeSpec, apply_rope
+
+BACKENDS = ["cpu", "reference"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def by_hand(x: torch.Tensor, spec: RopeSpec, pos: np.ndarray) -> np.ndarray:
+    """One element at a time in long double; x [s, d], pos [axes, s]."""
+    x = x.double().numpy().astype(np.longdouble)
+    y = x.copy()
+    r, o = spec.pairs, spec.offset
+    for s in range(x.shape[0]):
+        for j in range(r):
+            axis = spec.axis_rows[0][j]
+            angle = np.longdouble(0) if axis < 0 else np.longdouble(spec.freq[j]) * np.longdouble(pos[axis][s])
+            half = r // max(spec.blocks, 1)
+            a = 2 * j if spec.layout == "pair" else j // half * 2 * half + j % half
+            b = a + (1 if spec.layout == "pair" else half)
+            c, w = np.cos(angle), np.sin(angle)
+            y[s, o + a] = spec.scale * (x[s, o + a] * c - x[s, o + b] * w)
+            y[s, o + b] = spec.scale * (x[s, o + b] * c + x[s, o + a] * w)
+    return y
+
+
+@backends
+@pytest.mark.parametrize("layout", ["half", "pair", "axial"])
+@pytest.mark.parametrize("d", [72, 80, 88, 96, 128])
+def test_against_long_double(backend, layout, d):
+    torch.manual_seed(d)
+    spec = RopeSpec.build(d - 16, 1e6, "yarn", factor=4, original=4096, layout=layout, offset=5)
+    x, pos = torch.randn(1, 6, 3, d), torch.randint(0, 5000, (1, 6))
+    y = apply_rope(x, None, spec, pos, backend=backend)
+    for head in range(3):
+        want = by_hand(x[0, :, head], spec, pos.numpy())
+        assert np.abs(y[0, :, head].double().numpy() - want).max() < 3e-6
+
+
+@backends
+@pytest.mark.parametrize("base", [1e4, 1e6])
+def test_a_million_tokens_away(backend, base):
+    spec = RopeSpec.build(128, base)
+    x = torch.zeros(1, 1, 1, 128)
+    x[..., :64] = 1
+    for p in (2000, 131071, 1048575, 2**31 - 1):
+        y = apply_rope(x, None, spec, torch.tensor([p]), backend=backend)[0, 0, 0].double()
+        for j, f in enumerate(spec.freq):
+            angle = _reduced(f, p)
+            assert abs(y[j].item() - math.cos(angle)) < 1e-6
+            assert abs(y[64 + j].item() - math.sin(angle)) < 1e-6
+
+
+def _reduced(frequency: float, position: int) -> float:
+    from fractions import Fraction
+
+    tau = Fraction(6283185307179586476925286766559005768394338798750, 10**48)
+    angle = Fraction(frequency) * position
+    return float(angle - tau * round(angle / tau))
+
+
+@backends
+def test_one_quarter_turn(backend):
+    spec = RopeSpec((math.pi / 2,))
+    x = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+    y = apply_rope(x, None, spec, torch.tensor([1]), backend=backend)
+    assert y.flatten().tolist() == pytest.approx([-4.0, 3.0], abs=1e-6)
+
+
+@backends
+def test_text_only_mrope_is_one_axis_rope_bit_for_bit(backend):
+    q, k = torch.randn(1, 9, 4, 128), torch.randn(1, 9, 2, 128)
+    three = RopeSpec.build(128, axes="mrope", sections=(16, 24, 24))
+    one = RopeSpec.build(128)
+    pos = torch.arange(9) + 1000
+    a = apply_rope(q, k, three, pos.expand(3, -1), backend=backend)
+    b = apply_rope(q, k, one, pos, backend=backend)
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+
+
+@backends
+def test_requests_do_not_touch_each_other(backend):
+    spec = RopeSpec.build(64, axes="mrope", sections=(8, 12, 12))
+    q, pos = torch.randn(3, 5, 2, 64), torch.randint(0, 500, (3, 3, 5))
+    together = apply_rope(q, None, spec, pos, backend=backend)
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], apply_rope(q[i : i + 1], None, spec, pos[:, i], backend=backend))
+
+
+@backends
+@given(shift=st.floats(-1e4, 1e4, width=32), pair=st.booleans(), real=st.booleans(), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_scores_depend_on_differences(backend, shift, pair, real, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spec = RopeSpec.build(32, layout="pair" if pair else "half")
+    q, k = (torch.randn(1, 1, 1, 32, generator=generator) for _ in range(2))
+    shift = shift if real else float(int(shift))
+    a, b = torch.tensor([3.5], dtype=torch.float64), torch.tensor([90.25], dtype=torch.float64)
+
+    def score(c):
+        x = apply_rope(q, None, spec, a + c, backend=backend)
+        return (x * apply_rope(k, None, spec, b + c, backend=backend)).sum().item()
+
+    assert score(shift) == pytest.approx(score(0.0), abs=2e-5)
+
+
+@backends
+@given(p=st.integers(-(2**31) + 1, 2**31 - 1), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_norm_and_inverse(backend, p, seed):
+    spec = RopeSpec.build(24, 1e6, "yarn", factor=4, original=4096, offset=3)
+    x = torch.randn(1, 1, 2, 40, generator=torch.Generator().manual_seed(seed))
+    y = apply_rope(x, None, spec, torch.tensor([p]), backend=backend)
+    assert torch.equal(y[..., :3], x[..., :3])
+    assert torch.equal(y[..., 27:], x[..., 27:])
+    torch.testing.assert_close(y[..., 3:27].norm(), x[..., 3:27].norm() * spec.scale, rtol=1e-5, atol=0)
+    back = apply_rope(y, None, spec, torch.tensor([p]), inverse=True, backend=backend)
+    torch.testing.assert_close(back, x, rtol=0, atol=2e-6)
+
+
+@backends
+def test_layouts_are_one_permutation_apart(backend):
+    x, pos = torch.randn(1, 4, 2, 64), torch.arange(4) * 7
+    half = apply_rope(x, None, RopeSpec.build(64), pos, backend=backend)
+    pairs = x.unflatten(-1, (2, 32)).transpose(-1, -2).flatten(-2)
+    pair = apply_rope(pairs, None, RopeSpec.build(64, layout="pair"), pos, backend=backend)
+    torch.testing.assert_close(pair.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2), half, rtol=0, atol=1e-6)
+
+
+@backends
+def test_in_place_mutates_and_refuses_gradients(backend):
+    spec, pos = RopeSpec.build(36), torch.arange(5)
+    q, k = torch.randn(2, 5, 3, 40).transpose(1, 2).contiguous().transpose(1, 2), torch.randn(2, 5, 1, 40)
+    want = apply_rope(q, k, spec, pos, backend=backend)
+    got = apply_rope(q, k, spec, pos, inplace=True, backend=backend)
+    assert got[0] is q
+    assert got[1] is k
+    assert torch.equal(q, want[0])
+    assert torch.equal(k, want[1])
+    with pytest.raises(ValueError, match="apply_rope: inplace must be False where q or k requires grad"):
+        apply_rope(q.requires_grad_(), k, spec, pos, inplace=True, backend=backend)
+
+
+def test_hugging_face_bit_for_bit():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from vkernels.ops.apply_rope.api import tables_of
+
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128)
+    pos = torch.arange(500)[None] * 7
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), pos)
+    spec = RopeSpec.from_hf(config)
+    _, c, s = tables_of("apply_rope", spec, pos, "hf_fp32", 1, 500)
+    assert torch.equal(cos[..., :64], c)
+    assert torch.equal(sin[..., :64], s)
+
+
+def test_native_refuses_what_python_would():
+    q = torch.randn(1, 2, 1, 8)
+    axis = torch.full((1, 4), 2, dtype=torch.int32)
+    freq, pos = torch.ones(4, dtype=torch.int64), torch.zeros(1, 1, 2)
+    run = torch.ops.vkernels.apply_rope.cpu
+    with pytest.raises(ValueError, match="axis must name an axis of pos"):
+        run(q, None, pos, axis, freq, None, None, 1.0, False, [1, 0])
+    with pytest.raises(ValueError, match="offset must leave the rotary part inside the head"):
+        run(q, None, pos, axis * 0, freq, None, None, 1.0, False, [1, 1])
+    with pytest.raises(ValueError, match="pos must be finite"):
+        run(q, None, pos + math.inf, axis * 0, freq, None, None, 1.0, False, [1, 0])

@@ -1,0 +1,205 @@
+"""RopeSpec and positions against numbers from outside: long-double golden frequencies, axis strings, transformers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vkernels import RopeSpec, rope_positions
+from vkernels.rope.axes import repeat
+
+NAMES = "THW"
+QWEN_YARN = {"scheme": "yarn", "factor": 4, "original": 32768}
+LLAMA_YARN = {"scheme": "yarn", "factor": 16, "original": 4096}
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "expected"),
+    [
+        (1e4, {}, {0: 1.0, 1: 8.659643234e-1, 16: 1e-1, 32: 1e-2, 63: 1.154781985e-4}),
+        (1e6, {}, {1: 8.058421878e-1, 16: 3.162277660e-2, 32: 1e-3, 63: 1.240937761e-6}),
+        (5e6, {}, {63: 2.545079788e-7}),
+        (1e4, {"scheme": "ntk", "factor": 4}, {1: 8.471171852e-1, 32: 4.945289841e-3, 63: 2.886954962e-5}),
+        (
+            1e4,
+            {"scheme": "dynamic", "factor": 2, "original": 2048, "length": 8192},
+            {1: 8.396257426e-1, 63: 1.649688550e-5},
+        ),
+        (
+            1e4,
+            {"scheme": "ntk_vllm", "factor": 4, "mixed_b": 0.625},
+            {0: 9.020936451e-1, 1: 7.387348190e-1, 63: 2.886954962e-5},
+        ),
+        (1e4, {"scheme": "ntk_vllm", "factor": 4}, {0: 4 ** (-2 / 128)}),
+        (1e6, QWEN_YARN, {24: 5.375321491e-3, 32: 6.029411765e-4, 40: 4.445698525e-5}),
+        (1e4, LLAMA_YARN, {24: 2.706179921e-2, 32: 5.673076923e-3, 40: 8.817889629e-4}),
+        (
+            5e5,
+            {"scheme": "llama3", "factor": 8},
+            {24: 7.292664737e-3, 32: 5.248461610e-4, 40: 3.428102196e-5, 63: 3.068925989e-7},
+        ),
+        (1e4, {"scheme": "linear", "factor": 4}, {63: 2.886954962e-5}),
+    ],
+)
+def test_golden_frequencies(base, options, expected):
+    spec = RopeSpec.build(128, base, **options)
+    for j, value in expected.items():
+        assert spec.freq[j] == pytest.approx(value, rel=1e-6), j
+
+
+def test_attention_scales():
+    assert RopeSpec.build(128, 1e6, **QWEN_YARN).scale == pytest.approx(1.138629436, rel=1e-9)
+    assert RopeSpec.build(128, 1e4, **LLAMA_YARN).scale == pytest.approx(1.277258872, rel=1e-9)
+    ones = [1.0] * 64
+    long = {"short_factor": ones, "long_factor": ones, "original": 4096, "factor": 32}
+    assert RopeSpec.build(128, 1e4, "longrope", **long).scale == pytest.approx(1.19023807, rel=1e-8)
+    assert RopeSpec.build(128, 1e6, "ntk_by_parts", factor=4, original=32768).scale == 1.0
+
+
+def test_proportional_keeps_the_exponent_of_the_whole_head():
+    spec = RopeSpec.build(512, 1e6, "proportional", portion=0.25)
+    assert spec.freq[63] == pytest.approx(3.337624694e-2, rel=1e-6)
+    assert spec.freq[64:] == (0.0,) * 192
+
+
+def test_untruncated_yarn_ramp():
+    spec = RopeSpec.build(128, 1e6, **QWEN_YARN, truncate=False)
+    keep = 1 - (24 - 23.5959) / (39.6509 - 23.5959)
+    theta = 1e6 ** (-48 / 128)
+    assert spec.freq[24] == pytest.approx(theta * keep + theta / 4 * (1 - keep), rel=1e-5)
+
+
+def test_longrope_switches_at_the_original_window():
+    args = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original": 16}
+    short = RopeSpec.build(8, scheme="longrope", length=16, **args)
+    long = RopeSpec.build(8, scheme="longrope", length=17, **args)
+    assert long.freq[1] == pytest.approx(short.freq[1] / 2)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sections", "string"),
+    [
+        ("mrope", (16, 24, 24), "T" * 16 + "H" * 24 + "W" * 24),
+        ("mrope_interleaved", (24, 20, 20), "THW" * 20 + "TTTT"),
+        ("mrope_interleaved", (11, 11, 10), "THW" * 10 + "TH"),
+        ("glm4v", (8, 12, 12), "T" * 8 + "H" * 12 + "W" * 12),
+        ("ernie", (22, 22, 20), "HW" * 22 + "T" * 20),
+        ("videorope", (16, 24, 24), "HW" * 24 + "T" * 16),
+        ("videorope_shifted", (16, 24, 24), "T" + "HW" * 23 + "H" + "T" * 16),
+        ("hope", (16, 24, 24), "HW" * 24 + "-" * 16),
+    ],
+)
+def test_axis_maps(axes, sections, string):
+    spec = RopeSpec.build(2 * sum(sections), axes=axes, sections=sections)
+    assert "".join("-" if a < 0 else NAMES[a] for a in spec.axis) == string
+
+
+def test_repeating_maps_and_grids():
+    assert "".join(NAMES[a] for a in repeat((0, 0, 1, 2, 1, 2, 1, 2), 16)) == "TTHWHWHW" * 2
+    wan = RopeSpec.grid((44, 42, 42), layout="pair")
+    assert [wan.axis.count(a) for a in range(3)] == [22, 21, 21]
+    assert wan.freq[22] == wan.freq[43] == 1.0
+
+
+def test_riflex():
+    spec = RopeSpec.grid((16, 56, 56), 256.0, layout="pair").riflex(4, 66)
+    assert spec.freq[3] == pytest.approx(0.0857, abs=5e-5)
+
+
+def test_turns_are_exact():
+    from fractions import Fraction
+
+    spec = RopeSpec.build(128)
+    _, turns = spec.tables(torch.device("cpu"))
+    for f, t in zip(spec.freq, turns.tolist(), strict=True):
+        assert abs(Fraction(t % 2**64, 2**64) - Fraction(f) / Fraction(math.tau)) < Fraction(1, 2**53)
+
+
+def test_spec_is_a_value():
+    spec = RopeSpec.build(16, axes=((0,) * 8, (1,) * 8))
+    again = RopeSpec.from_dict(spec.to_dict())
+    assert spec == again
+    assert hash(spec) == hash(again)
+    assert "freq" in repr(spec)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: RopeSpec((7.0,)), r"RopeSpec: freq must lie in \[0, 2 pi\)"),
+        (lambda: RopeSpec.build(7), "RopeSpec.build: d must be even"),
+        (lambda: RopeSpec.build(8, scheme="magic"), "RopeSpec.build: scheme must be one of"),
+        (lambda: RopeSpec.build(8, axes="mrope", sections=(1, 1, 1)), "RopeSpec: axis must name an axis for 4 pairs"),
+        (lambda: rope_positions("magic", [1]), "rope_positions: kind must be one of"),
+    ],
+)
+def test_refusals(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_positions_worked_by_hand():
+    got = rope_positions("qwen2_vl", [2, (2, 1, 2), 1])
+    assert got.tolist() == [[0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 3, 2, 3, 4]]
+    got = rope_positions("videorope", [1, (2, 3, 1), 1])
+    assert got.tolist() == [[0, 1, 1, 1, 3, 3, 3, 4], [0, 0, 1, 2, 2, 3, 4, 4], [0, 1, 1, 1, 3, 3, 3, 4]]
+    got = rope_positions("v2pe", [1, (1, 1, 3), 1], delta=0.25)
+    assert got.tolist() == [[0, 1, 1.25, 1.5, 3]]
+    assert rope_positions("tad", [1, (2, 1, 2), 1]).tolist() == [[0, 1, 2, 4, 5, 5]]
+    got = rope_positions("qwen2_5_vl", [(3, 1, 1)], tokens_per_second=2, second_per_grid=0.25)
+    assert got[0].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "truncate": False,
+        },
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0 + 0.01 * j for j in range(64)],
+            "long_factor": [1.0 + 0.5 * j for j in range(64)],
+            "original_max_position_embeddings": 4096,
+        },
+        {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    ],
+    ids=lambda rope: rope["rope_type"] + str(rope.get("truncate", "")),
+)
+def test_transformers_frequencies_bit_for_bit(rope):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        hidden_size=1024, num_attention_heads=8, head_dim=128, max_position_embeddings=131072, rope_parameters=rope
+    )
+    spec = RopeSpec.from_hf(config)
+    if rope["rope_type"] == "default":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        theirs, scale = LlamaRotaryEmbedding(config).inv_freq, 1.0
+    else:
+        theirs, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    assert torch.equal(torch.tensor(spec.freq_fp32, dtype=torch.float32), theirs.float())
+    assert spec.scale == pytest.approx(scale)
+    torch.testing.assert_close(torch.tensor(spec.freq, dtype=torch.float64), theirs.double(), rtol=1e-6, atol=0)

@@ -1,0 +1,109 @@
+"""python -m vkernels  info | check | table"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+
+import torch
+
+import vkernels
+from vkernels.library import native, native_missing
+
+
+def info(_: argparse.Namespace) -> int:
+    """What is active, and for what is not, why."""
+    print(f"vkernels {vkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    missing = native_missing()
+    print("backend reference: active")
+    if missing is None:
+        c = native()
+        print(f"backend cpu: active, {c.isa_active()} of {', '.join(c.isa_names())} (compiler {c.compiler()})")
+        unusable = sorted(set(c.isa_names()) - set(c.isa_usable()))
+        if unusable:
+            print(f"  not usable on this processor: {', '.join(unusable)}")
+        print(f"  threads: {c.num_threads()}, torch's own")
+    else:
+        print(f"backend cpu: not active: {missing}")
+    for backend in ("triton", "cuda"):
+        print(f"backend {backend}: not active: this version has no {backend} kernels yet")
+    forced = os.environ.get("VKERNELS_CPU_ISA")
+    print(f"environment: VKERNELS_CPU_ISA={forced or '(unset)'}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Every op's cases against the reference on this machine."""
+    from vkernels.spec import Maker, all_specs
+    from vkernels.testing import assert_within_budget
+    from vkernels.testing.results import tensors_of
+
+    failures = 0
+    for spec in all_specs():
+        if arguments.op and spec.name not in arguments.op:
+            continue
+        for backend in spec.backends:
+            passed, skipped = 0, []
+            for case in spec.cases:
+                reason = backend.why_not(spec.prepare(**case.make(Maker())))
+                if reason is not None:
+                    skipped.append(reason)
+                    continue
+                got = tensors_of(spec, spec.fn(**case.make(Maker()), backend=backend.name))
+                eager = tensors_of(spec, spec.fn(**case.make(Maker()), backend="reference"))
+                truth = tensors_of(spec, spec.fn(**case.make(Maker(torch.float64)), backend="reference"))
+                try:
+                    for g, e, t in zip(got, eager, truth, strict=True):
+                        assert_within_budget(g, e, t)
+                    passed += 1
+                except AssertionError as error:
+                    failures += 1
+                    print(f"FAILED {spec.name} {backend.name} {case.id}: {error}")
+            note = f"; {len(skipped)} refused: {skipped[0]}" if skipped else ""
+            print(f"{spec.name:20} {backend.name:10} {passed} of {len(spec.cases)} cases{note}")
+    return 1 if failures else 0
+
+
+def support_table() -> str:
+    """Markdown: op x backend, forward and backward, read off the specs."""
+    from vkernels.spec import Maker, all_specs
+
+    lines = ["| op | backend | float32 | bfloat16 | float16 | gradients |", "|---|---|---|---|---|---|"]
+    for spec in all_specs():
+        for backend in spec.backends:
+            cells = []
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                runs = dtype in spec.dtypes and any(
+                    backend.why_not(spec.prepare(**case.make(Maker(dtype)))) is None for case in spec.cases
+                )
+                cells.append("yes" if runs else "no")
+            gradients = ", ".join(spec.differentiable) or "none"
+            lines.append(f"| `{spec.name}` | {backend.name} | {' | '.join(cells)} | {gradients} |")
+    return "\n".join(lines)
+
+
+def table(_: argparse.Namespace) -> int:
+    """The support table in Markdown, read off the specs."""
+    print(support_table())
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vkernels", description=vkernels.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    sub = commands.add_parser("info", help=info.__doc__)
+    sub.set_defaults(run=info)
+    sub = commands.add_parser("check", help=check.__doc__)
+    sub.add_argument("--op", nargs="*")
+    sub.set_defaults(run=check)
+    sub = commands.add_parser("table", help=table.__doc__)
+    sub.set_defaults(run=table)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
