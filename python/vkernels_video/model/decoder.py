@@ -111,8 +111,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
     ) -> Tensor:
         q, k, v = self._heads(x)
-        cos, sin = (t[..., : self.head // 2] for t in rotary)
-        q, k = vk.apply_rope(q, cos, sin), vk.apply_rope(k, cos, sin)
+        q, k = vk.apply_rope(q, k, *rotary, angle="hf_fp32", inplace=not torch.is_grad_enabled())
         cache.append(k, v)
         out = vk.decode_attention(q, cache) if mask is None else vk.attention(q, k, v, mask=mask)
         assert isinstance(out, Tensor)
@@ -145,10 +144,14 @@ class Decoder(nn.Module):
         self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
     ) -> Tensor:
         """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
-        rotary: Any = self._rotary(base)(x, torch.arange(start, start + x.shape[1])[None])
+        positions = torch.arange(start, start + x.shape[1])
+        rotary: Any
+        mask: Any
         if impl == "eager":
-            mask: Any = self._dense_mask(x, prompt)
+            rotary = self._rotary(base)(x, positions[None])
+            mask = self._dense_mask(x, prompt)
         else:
+            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
             mask = prompt.mask(self.config.frame_attention) if prompt else None
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotary, mask, cache, impl)
