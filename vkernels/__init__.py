@@ -2,6 +2,7 @@
 
 from vkernels import rearrangement
 from vkernels.check import NoBackend, ShapeError
+from vkernels.explain import explain
 from vkernels.kv_cache import KVCache
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
 from vkernels.ops.apply_rope import apply_rope
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "decode_attention",
     "divided_attention",
+    "explain",
     "kv_append",
     "lower_mask",
     "rearrange",

@@ -2,6 +2,7 @@
 // and zeros where dropped tokens stand.
 #include "attention.h"
 #include "vkernels/cpu/attention_backward.h"
+#include "vkernels/cpu/short_attention_kernel.h"
 
 namespace vk::VK_ISA {
 namespace {
@@ -60,9 +61,33 @@ void zero_dropped(const TensorRef& x, const TensorRef& rows, int64_t live, int64
   for (int64_t i = live; i < length; ++i) memset(x.ptr<T>() + batch * x.stride(0) + map[i] * x.stride(1), 0, bytes);
 }
 
+// Groups this short are bound by memory and packing, not by arithmetic: they have a kernel of their own.
+constexpr int64_t kShort = 64;
+
+bool is_short(const AttentionMask& mask) {
+  const AttentionLayout& l = mask.layout;
+  return l.groups > 1 && l.len_q == l.len_k && l.len_q <= kShort && !mask.ranges && !mask.q_attr && !mask.q_rows &&
+         !mask.k_rows;
+}
+
+ShortAttention short_problem(const AttentionParams& p) {
+  const AttentionLayout& l = p.mask.layout;
+  ShortAttention x;
+  x.q = p.q, x.k = p.k, x.v = p.v, x.o = p.o, x.lse = p.lse;
+  x.grad_o = p.dout, x.grad_lse = p.dlse;
+  x.dq = p.dq, x.dk = p.dk, x.dv = p.dv;
+  x.inner = l.groups;
+  x.len_q = l.len_q, x.len_k = l.len_k;
+  x.q_rows.inner_stride = l.q_group, x.q_rows.token_stride = l.q_token;
+  x.k_rows.inner_stride = l.k_group, x.k_rows.token_stride = l.k_token;
+  x.scale = static_cast<float>(p.scale);
+  return x;
+}
+
 template <class T>
 void forward(const AttentionParams& p, const AttentionTask* tasks, int64_t count) {
   const AttentionMask& mask = p.mask;
+  if (is_short(mask)) return short_attention::forward<T>(short_problem(p));
   const int64_t b = p.q.size(0), n = p.q.size(2), len_q = mask.layout.len_q;
   for (int64_t batch = 0; batch < b && mask.q_rows; ++batch) {
     const int64_t live = mask.live_q(batch);
@@ -79,6 +104,7 @@ void forward(const AttentionParams& p, const AttentionTask* tasks, int64_t count
 template <class T>
 void backward(const AttentionParams& p, const AttentionTask* tasks, int64_t count) {
   const AttentionMask& mask = p.mask;
+  if (is_short(mask)) return short_attention::backward<T>(short_problem(p));
   for (int64_t batch = 0; batch < p.q.size(0); ++batch) {
     zero_dropped<T>(p.dq, mask.q_rows, mask.live_q(batch), mask.layout.len_q, batch);
     zero_dropped<T>(p.dk, mask.k_rows, mask.live_k(batch), mask.layout.len_k, batch);

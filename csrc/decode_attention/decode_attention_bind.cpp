@@ -1,8 +1,7 @@
-#include "decode_attention.h"
-
 #include <cmath>
 
 #include "bind.h"
+#include "decode_attention.h"
 
 namespace vk {
 

@@ -298,8 +298,8 @@ void load_queries(const DecodeAttentionParams& p, int64_t rows, float* q, float*
   for (int64_t i = 0; i < c.b * c.m * rows; ++i) {
     const int64_t row = i % rows, im = i / rows % c.m, ib = i / rows / c.m;
     for (int64_t j = 0; j < d_pad; ++j) {
-      const Q* from = p.q.ptr<const Q>() + ib * p.q.stride(0) + row % s * p.q.stride(1) +
-                      (im * share + row / s) * p.q.stride(2);
+      const Q* from =
+          p.q.ptr<const Q>() + ib * p.q.stride(0) + row % s * p.q.stride(1) + (im * share + row / s) * p.q.stride(2);
       const float x = j < c.d ? to_float(from[j]) * (p.scale * kLog2e) : 0.0f;
       q[i * d_pad + j] = x;
       q_place[i * d_pad + j] = c.layout.bits ? x / place_value(j, c.layout.bits) : x;
@@ -315,7 +315,9 @@ void merge(const DecodeAttentionParams& p, int64_t rows, const Pieces& pieces, c
     const int64_t row = i % rows, head = i / rows, in = head % c.m * share + row / s, ib = head / c.m;
     const int64_t block = row / kRows * kRows, width = rows - block < kRows ? 1 : kRows;
     const int64_t first = width == 1 ? row : block;
-    const auto part = [&](int64_t piece) { return results + (head * pieces.count + piece) * piece_size + first * (2 + d_pad); };
+    const auto part = [&](int64_t piece) {
+      return results + (head * pieces.count + piece) * piece_size + first * (2 + d_pad);
+    };
     const int64_t at = row - first;
     float top = -kInf, sum = 0.0f;
     for (int64_t j = 0; j < pieces.count; ++j) top = part(j)[at] > top ? part(j)[at] : top;

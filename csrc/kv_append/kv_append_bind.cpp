@@ -18,8 +18,7 @@ static void kv_append_cpu(TensorRef k, TensorRef v, TensorRef count, TensorRef l
   const int32_t* counts = count.ptr<const int32_t>();
   for (int64_t i = 0; i < k.size(0); ++i)
     VK_CHECK(counts[i] >= 0 && counts[i] <= k.size(1), op, "count", "be at most s", counts[i]);
-  const CacheRef cache =
-      checked_cache(op, length, table, storage, layout, k.size(0), k.size(2), k.size(3), counts);
+  const CacheRef cache = checked_cache(op, length, table, storage, layout, k.size(0), k.size(2), k.size(3), counts);
   check_dtype(op, "k", k, cache.dtype);
   check_dtype(op, "v", v, cache.dtype);
   VK_DISPATCH(kv_append, {k, v, counts, cache});

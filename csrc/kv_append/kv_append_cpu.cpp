@@ -12,7 +12,7 @@ constexpr int kMostTokens = 128, kMostChannels = 256;
 
 VK_INLINE f32v clamped(f32v x) { return min(splat(kHalfMax), max(splat(-kHalfMax), x)); }  // keeps NaN
 VK_INLINE i32v code(f32v x, f32v zero, f32v inverse, f32v top) {
-  const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32v magic = splat(12582912.0f);                            // 1.5 * 2^23: adding it rounds to an integer
   const f32v t = min(max((x - zero) * inverse, splat(0.0f)), top);  // NaN becomes 0
   return (i32v)(t + magic) - (i32v)magic;
 }

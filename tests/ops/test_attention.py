@@ -1,6 +1,7 @@
 """Witness of attention: values worked by hand, an oracle that is not the reference, laws, and bad input.
 
-Planted and seen red here: PLANTED
+Planted in the kernel and seen red here: edge slabs not compared, the key at an interval's end seen, sums not rescaled
+to a new maximum, the sign of dlse in delta, states reset at the second chunk of keys.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Witness of rearrange and its plans: small arrays written out, einops, torch's own pooling and indexing, laws.
 
 Planted and seen red here: a tap weight dropped, the last tap of a row skipped, the batch stride of a plan per sample
-ignored, fill rows numbered one too high, the mean left in RMSNorm, the tail of a row not written, the transposed weights
-not sorted with their taps, window padding kept, `-1` read as the last row.
+ignored, fill rows numbered one too low, the mean left in RMSNorm, the tail of a row not written, the transposed
+weights not sorted with their taps, window padding kept, `-1` read as the last row, a gate's gradient without the scale,
+the edge of an affine tile, the native check of row numbers, the order of interleaved clips.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def order(plan, n):
     return vk.rearrange(numbers(n), plan)[..., 0].flatten().int().tolist()
 
 
-# ---- builders, by hand ------------------------------------------------------------------------------------------------
+# ---- builders, by hand ---------------------------------------------------------------------------------------------
 
 
 def test_temporal_and_spatial_by_hand():
@@ -248,7 +249,7 @@ def test_pair_mean():
     assert vk.rearrange(numbers(8), plans.pair_mean(4, 2))[0, :, 0].tolist() == [1, 2, 5, 6]
 
 
-# ---- einops as the oracle ---------------------------------------------------------------------------------------------
+# ---- einops as the oracle ------------------------------------------------------------------------------------------
 
 PATTERNS = [
     ("b t (h w) c -> (b h w) t c", (2, 3, 12, 5), {"h": 3}),
@@ -302,7 +303,7 @@ def test_repeat_is_einops_with_its_gradient():
     assert torch.equal(x.grad, torch.full((2, 3), 6.0))
 
 
-# ---- laws -------------------------------------------------------------------------------------------------------------
+# ---- laws ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -386,7 +387,7 @@ def test_moves_keep_every_bit(backend):
     assert torch.equal(got.view(torch.int32).flatten(), bits.flip(0))
 
 
-# ---- the epilogue -----------------------------------------------------------------------------------------------------
+# ---- the epilogue --------------------------------------------------------------------------------------------------
 
 
 @both
@@ -500,7 +501,7 @@ def test_every_instruction_set_agrees():
         torch.testing.assert_close(y, results[0], rtol=1e-2, atol=1e-2)
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -556,7 +557,7 @@ def test_builders_refuse_with_a_sentence(make, error, match):
 def test_sizes_that_do_not_fit():
     with pytest.raises(ShapeError, match=r"x must be divisible as 'b \(h w\) c -> b h w c' says, got \(1, 7, 2\)"):
         vk.rearrange(torch.zeros(1, 7, 2), plans.from_einops("b (h w) c -> b h w c", h=2))
-    with pytest.raises(ShapeError, match="with .'h', 'w'. unknown"):
+    with pytest.raises(ShapeError, match=r"with .'h', 'w'. unknown"):
         vk.rearrange(torch.zeros(1, 6, 2), plans.from_einops("b (h w) c -> b h w c"))
     with pytest.raises(ValueError, match="plan must hold 1 or 3 samples, got 2"):
         vk.rearrange(torch.zeros(3, 4, 2), plans.keep(indices=torch.zeros(2, 1, dtype=torch.int64), n=4))

@@ -1,4 +1,4 @@
-"""Plans of token rearrangement: what `vkernels.rearrange` runs. docs/rearrange.md lists which builder serves which model."""
+"""Plans of token rearrangement: what `vkernels.rearrange` runs. docs/rearrange.md says which builder serves whom."""
 
 from vkernels.rearrangement.assembly import assemble, pack, rows_of, scatter_rows
 from vkernels.rearrangement.layout import (

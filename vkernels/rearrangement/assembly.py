@@ -14,8 +14,8 @@ Part = tuple[str, int]
 
 
 def rows_of(mask: torch.Tensor, n: int) -> torch.Tensor:
-    """Row numbers of the first n True entries of a bool mask (s) or (b s), int32, -1 where there are fewer; no host sync.
-    `rearrange(..., out=embeds, rows=rows_of(is_video, n))` is what masked_scatter does."""
+    """Row numbers of the first n True entries of a bool mask (s) or (b s): int32, -1 where there are fewer. No host
+    sync. `rearrange(..., out=embeds, rows=rows_of(is_video, n))` is what masked_scatter does."""
     if mask.dtype != torch.bool or mask.dim() not in (1, 2):
         raise ValueError(
             refusal("rows_of", "mask", "be bool of shape (s) or (b s)", f"{mask.dtype} {tuple(mask.shape)}")
@@ -36,12 +36,12 @@ def assemble(
     """Text embeddings and video rows to the LLM's input: sources (text, video input) -> (b s c).
 
     Args:
-        layout: a bool mask (s) or (b s), True where a video row goes: the text source then has s rows too, its rows at the
-                placeholders are not read. Or parts in order, [("text", 12), ("video", 2048), ("text", 30)]: the text
-                source has just the text rows
+        layout: a bool mask (s) or (b s), True where a video row goes: the text source then has s rows too (those at
+                the placeholders are not read). Or parts in order, [("text", 12), ("video", 2048), ("text", 30)]: the
+                text source has just the text rows
         text:   rows of the text source, where it has more than the layout uses
-        video:  how many video rows there are, or the plan that makes them (pool, newline, interleave_clips, ..), which is
-                then done in the same pass
+        video:  how many video rows there are, or the plan that makes them (pool, newline, interleave_clips, ..),
+                which is then done in the same pass
     Returns:
         the plan; `plan.apply_index(labels, fill=-100)` and `apply_index(positions)` follow the tokens.
     """
@@ -88,7 +88,7 @@ def _after(n_text: int, video: RearrangePlan, idx: torch.Tensor) -> RearrangePla
     p = video.samples
     own = torch.arange(n_text, dtype=torch.int32).expand(p, -1)
     if video.is_gather:
-        moved = torch.where(video.idx < 0, video.idx, video.idx + n_text)
+        moved = torch.where(video.index < 0, video.index, video.index + n_text)
         both = gather("assemble", torch.cat([own, moved], 1), (n_text, video.n_in), fills=video.fills)
     else:
         ptr = video.ptr
@@ -99,14 +99,14 @@ def _after(n_text: int, video: RearrangePlan, idx: torch.Tensor) -> RearrangePla
         if video.weight is not None:
             weight = torch.cat([torch.ones(p, n_text), video.weight], 1)
         both = csr(
-            "assemble", ptr, torch.cat([own, video.idx + n_text], 1), weight, (n_text, video.n_in), fills=video.fills
+            "assemble", ptr, torch.cat([own, video.index + n_text], 1), weight, (n_text, video.n_in), fills=video.fills
         )
     return both.compose(gather("assemble", idx, (both.n_out,)))
 
 
 def pack(layouts: Sequence[Sequence[Part]]) -> RearrangePlan:
-    """Several samples packed into one sequence: sources (all text rows c) and (all video rows c), sample after sample ->
-    (total c). Carries `cu_seqlens`; `positions` of the samples are `arange` minus their start."""
+    """Several samples packed into one sequence: sources (all text rows c) and (all video rows c), sample after sample,
+    to (total c). Carries `cu_seqlens`; `positions` of the samples are `arange` minus their start."""
     parts = [part for layout in layouts for part in layout]
     plan = assemble(parts)
     lengths = torch.tensor([0] + [sum(size for _, size in layout) for layout in layouts])

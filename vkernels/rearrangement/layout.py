@@ -59,7 +59,7 @@ def temporal_back(t: int, l: int, *, layout: str = "t l", cls: int = 0) -> Rearr
     """The way back of `temporal`: (b*l t c) -> (b cls+t*l c). With `cls` the tokens that stayed out come from a second
     source (b cls c)."""
     whole_numbers("temporal_back", t=t, l=l, cls=cls)
-    back = temporal(t, l, layout=layout).inverse.idx[0]
+    back = temporal(t, l, layout=layout).inverse.index[0]
     idx = torch.cat([t * l + torch.arange(cls, dtype=torch.int32), back])
     sources = (t * l, cls) if cls else (t * l,)
     return gather("temporal_back", idx, sources, in_groups=l)
@@ -85,7 +85,7 @@ def spatial_back(t: int, l: int, *, layout: str = "t l", cls: str | None = None)
         plan = spatial(t, l, layout=layout).inverse
         return RearrangePlan("spatial_back", sources=plan.sources, n_out=plan.n_out, idx=plan.idx, in_groups=t)
     whole_numbers("spatial_back", 1, t=t)
-    back = spatial(t, l, layout=layout).inverse.idx[0]
+    back = spatial(t, l, layout=layout).inverse.index[0]
     patches = back // max(l, 1) * (l + 1) + 1 + back % max(l, 1)
     copies = torch.arange(t, dtype=torch.int32) * (l + 1)
     ptr = torch.cat([torch.tensor([0]), t + torch.arange(t * l + 1)])

@@ -1,7 +1,7 @@
 """RearrangePlan: output rows described by input rows. A value, made once, run on any payload.
 
 Two forms. *Affine*: an axis pattern, no index memory. *Rows*: a CSR matrix over rows; `ptr` absent means that every
-output row reads exactly one input row (`idx`, -1: none). The input rows of all sources are numbered one after the other,
+output row reads exactly one input row (`idx`, -1: none). The input rows of all sources are numbered in a row,
 the fill vectors after them, so a newline token or a CLS embedding is an ordinary row number.
 """
 
@@ -77,7 +77,7 @@ class RearrangePlan:
         if self.pattern is not None:
             sizes = "".join(f", {n}={s}" for n, s in self.pattern.sizes)
             return f"RearrangePlan.{self.name}('{self.pattern}'{sizes})"
-        taps = "" if self.ptr is None else f", {self.reduce} of {self.idx.shape[-1]} taps"
+        taps = "" if self.ptr is None else f", {self.reduce} of {self.index.shape[-1]} taps"
         fills = f", {self.fills} fill" if self.fills else ""
         per = f", {self.samples} samples" if self.samples > 1 else ""
         rows = " + ".join(map(str, self.sources))
@@ -116,7 +116,7 @@ class RearrangePlan:
             return RearrangePlan(self.name, pattern=self.pattern.inverse)
         if not self.is_gather or self.fills or len(self.sources) > 1:
             raise ValueError(f"inverse: plan must move single rows of one source, got {self!r}")
-        idx = self._index
+        idx = self.index
         p = idx.shape[0]
         place = torch.where(idx < 0, self.n_in, idx).long()
         rows = torch.arange(self.n_out, dtype=torch.int32, device=idx.device).expand(p, -1)
@@ -162,18 +162,26 @@ class RearrangePlan:
     def transposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(ptr, idx, weight) of the transpose, memoised."""
         if torch.compiler.is_compiling():
-            return transpose_csr(self._index, self.ptr, self.weight, self.n_in + self.fills, self.n_out)
+            return transpose_csr(self.index, self.ptr, self.weight, self.n_in + self.fills, self.n_out)
         if "transposed" not in self._memo:
             self._memo["transposed"] = transpose_csr(
-                self._index, self.ptr, self.weight, self.n_in + self.fills, self.n_out
+                self.index, self.ptr, self.weight, self.n_in + self.fills, self.n_out
             )
         return self._memo["transposed"]
 
     @property
-    def _index(self) -> torch.Tensor:
+    def index(self) -> torch.Tensor:
+        """`idx` of a plan of rows; an affine plan is refused."""
         if self.idx is None:
             raise ValueError(f"rearrange: plan must have rows, got {self!r}; call plan.rows(shape)")
         return self.idx
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """`ptr`, also where it is implied: int32 (p, n_out + 1)."""
+        if self.ptr is not None:
+            return self.ptr
+        return torch.arange(self.n_out + 1, dtype=torch.int32, device=self.index.device).expand(self.samples, -1)
 
     def rows(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> RearrangePlan:
         """An affine plan on an input of `shape` as a rows plan over the whole tensor; other plans as they are.
@@ -221,7 +229,7 @@ class RearrangePlan:
         n = values.shape[-1]
         if n != self.sources[0]:
             raise ShapeError(f"apply_index: values must have {self.sources[0]} rows, got {tuple(values.shape)}")
-        idx = self._index
+        idx = self.index
         if self.ptr is not None:
             ptr = self.ptr.long()
             single = ptr[:, 1:] - ptr[:, :-1] == 1
@@ -288,8 +296,8 @@ def _check_rows(name: str, idx: torch.Tensor, n: int, lowest: int) -> None:
 def transpose_csr(
     idx: torch.Tensor, ptr: torch.Tensor | None, weight: torch.Tensor | None, n_rows: int, n_out: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """CSR of the transpose, on the device of `idx`, without a host sync: a stable sort by input row. Taps that belong to
-    no row sort past the end."""
+    """CSR of the transpose, on the device of `idx`, without a host sync: a stable sort by input row. Taps of no row
+    sort past the end."""
     p, nnz = idx.shape
     if ptr is None:
         row = torch.arange(nnz, dtype=torch.int32, device=idx.device).expand(p, -1)
@@ -315,10 +323,10 @@ def compose(first: RearrangePlan, then: RearrangePlan) -> RearrangePlan:
     if first.whole != then.whole or first.out_groups != then.in_groups:
         raise ShapeError(f"compose: then must take the batch as {first!r} leaves it, got {then!r}")
     if "max" in (first.reduce, then.reduce) and not (
-        (first.is_gather and bool((first._index >= 0).all())) or (then.is_gather and bool((then._index >= 0).all()))
+        (first.is_gather and bool((first.index >= 0).all())) or (then.is_gather and bool((then.index >= 0).all()))
     ):
         raise ValueError(f"compose: a max must be composed with a gather, got {first!r} and {then!r}")
-    shared = dict(
+    shared: dict[str, Any] = dict(
         sources=first.sources,
         fills=first.fills + then.fills,
         in_groups=first.in_groups,
@@ -328,7 +336,7 @@ def compose(first: RearrangePlan, then: RearrangePlan) -> RearrangePlan:
     )
     name = f"{first.name}.{then.name}"
     total = first.n_in + first.fills
-    a, b = first._index.long(), then._index.long()
+    a, b = first.index.long(), then.index.long()
     p = max(a.shape[0], b.shape[0])
     a, b = a.expand(p, -1), b.expand(p, -1)
     if first.ptr is None and first.weight is None:
@@ -355,7 +363,7 @@ def compose(first: RearrangePlan, then: RearrangePlan) -> RearrangePlan:
 def _taps(plan: RearrangePlan, sample: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(start, count, idx, weight) of one sample in general CSR form, empty rows dropped."""
     k = sample if plan.samples > 1 else 0
-    idx = plan._index[k].long()
+    idx = plan.index[k].long()
     weight = torch.ones_like(idx, dtype=torch.float32) if plan.weight is None else plan.weight[k]
     if plan.ptr is None:
         ptr = torch.nn.functional.pad((idx >= 0).long().cumsum(0), (1, 0))

@@ -88,20 +88,20 @@ def pool(t: int, h: int, w: int, *, mode: str = "mean", stride: int = 2, ceil: b
     whole_numbers("pool", 1, stride=stride)
     require(mode in ("mean", "max", "bilinear"), "pool", "mode", "be 'mean', 'max' or 'bilinear'", repr(mode))
     if mode == "bilinear":
-        axes = [_linear(n, -(-n // stride), False) for n in (h, w)]
+        rows, columns = (_linear(n, -(-n // stride), False) for n in (h, w))
     else:
-        axes = [_blocks(n, stride, ceil) for n in (h, w)]
-    frame = _product("pool", (1, h, w), (_blocks(1, 1, False), *axes), "max" if mode == "max" else "sum")
+        rows, columns = (_blocks(n, stride, ceil) for n in (h, w))
+    frame = _product("pool", (1, h, w), (_blocks(1, 1, False), rows, columns), "max" if mode == "max" else "sum")
     return _each_frame(frame, t)
 
 
 def _each_frame(plan: RearrangePlan, t: int) -> RearrangePlan:
     """The plan of one frame for t frames in a row."""
-    nnz, rows = plan.idx.shape[1], plan.sources[0]
+    nnz, rows = plan.index.shape[1], plan.sources[0]
     step = torch.arange(t, dtype=torch.int32)[:, None]
-    idx = (plan.idx + step * rows).view(1, -1)
-    ptr = torch.cat([plan.ptr[:, :-1] + step * nnz, torch.full((1, plan.n_out), t * nnz, dtype=torch.int32)]).view(-1)
-    ptr = torch.cat([ptr[: t * plan.n_out], torch.tensor([t * nnz], dtype=torch.int32)])
+    idx = (plan.index + step * rows).view(1, -1)
+    starts = (plan.starts[:, :-1] + step * nnz).view(-1)
+    ptr = torch.cat([starts, starts.new_tensor([t * nnz])])
     weight = None if plan.weight is None else plan.weight.expand(t, -1).reshape(-1)
     return csr(plan.name, ptr, idx, weight, (t * rows,), reduce=plan.reduce)
 
@@ -110,7 +110,7 @@ def adaptive_pool(t: int, h: int, w: int, *, out: tuple[int, int, int]) -> Rearr
     """PLLaVA: AdaptiveAvgPool3d over the token grid, (b t*h*w c) -> (b t'*h'*w' c)."""
     whole_numbers("adaptive_pool", 1, t=t, h=h, w=w)
     require(len(out) == 3 and min(out) > 0, "adaptive_pool", "out", "be three sizes above 0", out)
-    axes = tuple(_adaptive(n, o) for n, o in zip((t, h, w), out, strict=True))
+    axes = (_adaptive(t, out[0]), _adaptive(h, out[1]), _adaptive(w, out[2]))
     return _product("adaptive_pool", (t, h, w), axes, "sum")
 
 
@@ -131,8 +131,8 @@ def pair_mean(t: int, l: int) -> RearrangePlan:  # noqa: E741
 
 
 def newline(t: int, h: int, w: int, *, mode: str = "grid") -> RearrangePlan:
-    """LLaVA newline tokens, the plan's one fill vector: after every row ("grid"), after every frame ("frame"), once at the
-    end ("one_token"), or nowhere ("none")."""
+    """LLaVA newline tokens, the plan's one fill vector: after every row ("grid"), after every frame ("frame"), once at
+    the end ("one_token"), or nowhere ("none")."""
     whole_numbers("newline", t=t, h=h, w=w)
     n = t * h * w
     shapes = {"grid": (t * h, w), "frame": (t, h * w), "one_token": (1, n), "none": (1, n)}
@@ -145,9 +145,14 @@ def newline(t: int, h: int, w: int, *, mode: str = "grid") -> RearrangePlan:
 
 
 def pos_embed(
-    table: tuple[int, int], grid: tuple[int, int], *, mode: str = "bilinear", align_corners: bool = False, merge: int = 1,
+    table: tuple[int, int],
+    grid: tuple[int, int],
+    *,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    merge: int = 1,
     t: int = 1,
-) -> RearrangePlan:  # fmt: skip
+) -> RearrangePlan:
     """A learned position table of another size: (1 table_h*table_w c) -> (1 t*h*w c), 4 or 16 taps per token.
 
     align_corners=True is Qwen3-VL's linspace, False is torch's interpolate; merge > 1 bakes in `merge_order`.
@@ -155,8 +160,8 @@ def pos_embed(
     require(mode in ("bilinear", "bicubic"), "pos_embed", "mode", "be 'bilinear' or 'bicubic'", repr(mode))
     whole_numbers("pos_embed", 1, table_h=table[0], table_w=table[1], h=grid[0], w=grid[1], merge=merge, t=t)
     taps = _linear if mode == "bilinear" else _cubic
-    axes = tuple(taps(n, o, align_corners) for n, o in zip(table, grid, strict=True))
-    plan = _product("pos_embed", (1, *table), (_blocks(1, 1, False), *axes), "sum")
+    rows, columns = taps(table[0], grid[0], align_corners), taps(table[1], grid[1], align_corners)
+    plan = _product("pos_embed", (1, *table), (_blocks(1, 1, False), rows, columns), "sum")
     n = grid[0] * grid[1]
-    order = merge_order(1, *grid, merge).idx[0] if merge > 1 else torch.arange(n, dtype=torch.int32)
+    order = merge_order(1, *grid, merge).index[0] if merge > 1 else torch.arange(n, dtype=torch.int32)
     return plan.compose(gather("merge", order.repeat(t), (n,)))

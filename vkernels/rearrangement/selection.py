@@ -87,7 +87,7 @@ def global_local(t: int, r: int, l: int) -> RearrangePlan:  # noqa: E741
 
     The global frame is `frame_mean(t, l)` of the video, after the model's small MLP.
     """
-    local = local_frames(t, r, l).idx[0]
+    local = local_frames(t, r, l).index[0]
     shared = t * l + torch.arange(l, dtype=torch.int32).repeat(r)
     idx = torch.stack([local, shared], 1).reshape(-1)
     return csr("global_local", torch.arange(r * l + 1) * 2, idx, None, (t * l, l))
@@ -120,8 +120,8 @@ def tome(metric: torch.Tensor, r: int, *, size: torch.Tensor | None = None, prot
 ]:  # fmt: skip
     """ToMe: merge the r most similar pairs (even, odd) of tokens: (b s c) -> (b s-r c), and the new sizes (b s-r).
 
-    metric (b s d) is what similarity is measured on; size (b s) how many patches a token stands for; the first `protect`
-    even tokens (CLS) are never merged. Kept even tokens come first, in order, then all odd ones.
+    metric (b s d) is what similarity is measured on; size (b s) how many patches a token stands for; the first
+    `protect` even tokens (CLS) are never merged. Kept even tokens come first, in order, then all odd ones.
     """
     if metric.dim() != 3:
         raise ValueError(refusal("tome", "metric", "have shape (b s d)", tuple(metric.shape)))

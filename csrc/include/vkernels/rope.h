@@ -8,11 +8,12 @@
 
 namespace vk {
 
-// An angle in turns: frequency is a fraction of a turn per unit of position, times 2^64. Wrapping is the range reduction,
-// so an integer position is exact. A real position is fixed point with 32 fractional bits.
+// An angle in turns: frequency is a fraction of a turn per unit of position, times 2^64. Wrapping is the range
+// reduction, so an integer position is exact. A real position is fixed point with 32 fractional bits.
 VK_HD uint64_t turns(int64_t position, uint64_t frequency) { return static_cast<uint64_t>(position) * frequency; }
 VK_HD uint64_t turns_fixed(int64_t position, uint64_t frequency) {
-  const uint64_t whole = static_cast<uint64_t>(position >> 32), fraction = static_cast<uint64_t>(position) & 0xffffffffu;
+  const uint64_t whole = static_cast<uint64_t>(position >> 32),
+                 fraction = static_cast<uint64_t>(position) & 0xffffffffu;
   return whole * frequency + fraction * (frequency >> 32) + ((fraction * (frequency & 0xffffffffu)) >> 32);
 }
 

@@ -44,7 +44,7 @@ def decode_attention(
     q: torch.Tensor, cache: KVCache, scale: float, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inner = torch.promote_types(q.dtype, torch.float32)
-    b, s, n, d = q.shape
+    b, s, n, _ = q.shape
     outputs, lses = [], []
     for i in range(b):
         k, v = (t.repeat_interleave(n // cache.m, 1) for t in dequantised(cache, i, inner))  # keys n d

@@ -114,8 +114,9 @@ def prepare(
         both = value.is_floating_point or (plain and wanted == first.dtype and plan.is_gather and not accumulate)
         require(both, OP, name, "be a float dtype unless single rows are moved as they are", value)
 
-    affine, shape = None, None
-    if plan.is_affine:
+    affine: Affine | None = None
+    shape: tuple[int, ...] | None = None
+    if plan.pattern is not None:
         require(
             len(tensors) == 1 and fill is None, OP, "x", "be one tensor, without fill, for an affine plan", len(tensors)
         )
@@ -125,11 +126,11 @@ def prepare(
             one = len(plan.pattern.outs[-1]) == 1
             require(one, OP, "plan", "keep whole rows to be followed by an epilogue", repr(plan))
             plan, affine = plan.rows(tuple(first.shape), first.device), None
-    if affine is not None:
+    if affine is not None and shape is not None:
         none = (None, 1.0, None, None, None, None, None, eps, False, None, None, False)
         return Call(tensors, plan, affine, *none, wanted, shape)
 
-    if plan.idx.device != first.device:
+    if plan.index.device != first.device:
         plan = plan.to(first.device)
     sources = _sources(tensors, plan)
     c = sources[0].shape[-1]
@@ -140,7 +141,7 @@ def prepare(
         sources.append(fill.reshape(1, plan.fills, c))
     else:
         require(fill is None, OP, "fill", f"be None: {plan!r} takes no fill vectors", "a tensor")
-    b = torch_op._batch(sources, plan.idx)
+    b = torch_op._batch(sources, plan.index)
     for i, source in enumerate(sources):
         if source.shape[0] not in (1, b) or source.shape[-1] != c:
             raise ShapeError(refusal(OP, f"x[{i}]", f"have 1 or {b} samples of {c} channels", tuple(source.shape)))
@@ -273,7 +274,7 @@ def _run_reference(call: Call) -> tuple[torch.Tensor, ...]:
     if call.affine is not None:
         return (reference.move(call.x[0], call.affine),)
     plan = call.plan
-    y = u = reference.gather(call.x, plan.ptr, plan.idx, plan.weight, plan.n_out, plan.reduce)
+    y = u = reference.gather(call.x, plan.ptr, plan.index, plan.weight, plan.n_out, plan.reduce)
     if call.bias is not None or call.gate is not None or call.residual is not None or call.norm or call.scale != 1.0:
         y, u = reference.epilogue(
             y, call.bias, call.gate, call.residual, call.norm, call.norm_weight, call.norm_bias, call.scale, call.eps

@@ -164,7 +164,7 @@ SPEC = OpSpec(
         ),
     ],
     cost=_cost,
-    source="BT-Adapter arXiv:2309.15785, ST-LLM arXiv:2404.00308, LLaVA-OneVision arXiv:2408.03326, Qwen2.5-VL arXiv:2502.13923",
+    source="BT-Adapter arXiv:2309.15785, ST-LLM arXiv:2404.00308, LLaVA-OneVision arXiv:2408.03326",
     differentiable=("x", "bias", "gate", "residual", "norm_weight", "norm_bias", "fill"),
     laws=[plan_and_inverse_are_the_identity, a_composition_is_one_run_after_the_other],
 )

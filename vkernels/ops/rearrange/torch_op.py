@@ -1,6 +1,6 @@
-"""torch's view of rearrange: four operators, their fakes, CPU kernels and backward.
+"""torch's view of rearrange: operators, fakes, CPU kernels and backward.
 
-`rearrange_affine` moves by strides. `rearrange_rows` gathers and runs the epilogue; its backward takes the epilogue back
+`rearrange_affine` moves by strides. `rearrange_rows` gathers and runs the epilogue; its backward undoes the epilogue
 row by row (`rearrange_rows_bwd`) and then runs `rearrange_rows` again with the transposed plan. `rearrange_rows_into`
 writes into a tensor that exists (the schema marks it). `rearrange_max_bwd` hands a maximum's gradient to its winners.
 """

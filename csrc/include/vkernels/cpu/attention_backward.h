@@ -120,7 +120,7 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = q_begin + block * kBlock, rows = q_end - row < kBlock ? q_end - row : kBlock;
       const int strips = static_cast<int>((rows + kStrip - 1) / kStrip);
-      const int64_t block_rows = round_up(rows, 2 * kStrip < kBlock ? 2 * kStrip : kBlock);
+      const int64_t block_rows = round_up(rows, kStrip);
       int64_t seen_begin = padded, seen_end = 0;
       for (int t = 0; t < strips; ++t) {
         const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;

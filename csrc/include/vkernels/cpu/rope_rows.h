@@ -21,14 +21,15 @@ VK_INLINE void sincos_turns(u32v phase, f32v& sin, f32v& cos) {
   cos = (f32v)((u32v)cos_size ^ (((quarter + 1u) & 2u) << 30));
 }
 
-// The rotation of every pair of one token, held for all its heads. Neighbouring pairs (blocks == 0) are kept spread out as
-// (c, c) and (-s, s), so that a row turns with one swap per vector.
+// The rotation of every pair of one token, held for all its heads. Neighbouring pairs (blocks == 0) are kept spread out
+// as (c, c) and (-s, s), so that a row turns with one swap per vector.
 namespace {  // each instruction set its own
 
 class TokenAngles {
  public:
   // Slots of scratch() that are free in the caller.
-  TokenAngles(const RopeArgs& r, int slot) : r_(r), pairs_(r.pairs()), stride_(round_up(r.blocks == 0 ? 2 * pairs_ : pairs_)) {
+  TokenAngles(const RopeArgs& r, int slot)
+      : r_(r), pairs_(r.pairs()), stride_(round_up(r.blocks == 0 ? 2 * pairs_ : pairs_)) {
     const size_t tables = static_cast<size_t>(2 * r.heads() * stride_ + 2 * round_up(pairs_)) * sizeof(float);
     cos_ = static_cast<float*>(scratch(slot, tables + static_cast<size_t>(round_up(pairs_)) * sizeof(uint32_t)));
     sin_ = cos_ + r.heads() * stride_;
@@ -118,7 +119,8 @@ class TokenAngles {
     const bool real = r_.pos.dtype == Dtype::f32 || r_.pos.dtype == Dtype::f64;
     const int64_t axes = r_.pos.size(0) < kMaxAxes ? r_.pos.size(0) : kMaxAxes;
     for (int64_t a = 0; a < axes; ++a) {
-      const int64_t at = a * r_.pos.stride(0) + (r_.pos.size(1) == 1 ? 0 : ib) * r_.pos.stride(1) + is * r_.pos.stride(2);
+      const int64_t at =
+          a * r_.pos.stride(0) + (r_.pos.size(1) == 1 ? 0 : ib) * r_.pos.stride(1) + is * r_.pos.stride(2);
       switch (r_.pos.dtype) {
         case Dtype::i32:
           fixed[a] = r_.pos.ptr<const int32_t>()[at];

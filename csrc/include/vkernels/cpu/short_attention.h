@@ -15,7 +15,9 @@ struct ShortRows {
   int64_t row(int64_t outer, int64_t inner, int64_t i) const {
     if (i < shared) return 0;
     i -= shared;
-    return first + outer * outer_stride + inner * inner_stride + i / run * run_stride + i % run * token_stride;
+    const int64_t begin = first + outer * outer_stride + inner * inner_stride;
+    if (i < run) return begin + i * token_stride;  // a division per row is what the kernel would notice
+    return begin + i / run * run_stride + i % run * token_stride;
   }
 };
 

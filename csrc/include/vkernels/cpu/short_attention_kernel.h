@@ -45,8 +45,8 @@ VK_INLINE void pack_row(float* to, const T* from, int64_t d) {
 }
 
 // Two rows (the second may be absent) to words across them.
-VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int64_t d) {
 #if defined(__AVX512BF16__)
+VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int64_t d) {
   for (int64_t c = 0; c < d; c += kLanes) {
     const __mmask16 live = d - c >= 16 ? ~__mmask16{0} : static_cast<__mmask16>((1u << (d - c)) - 1u);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, first + c));
@@ -54,8 +54,11 @@ VK_INLINE void stack_rows(float* to, const bf16* first, const bf16* second, int6
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(also, second + c));
     _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-#endif
 }
+#else
+template <class T>
+VK_INLINE void stack_rows(float*, const T*, const T*, int64_t) {}  // no instruction set without pairs stacks
+#endif
 
 // Packed rows, stacked.
 VK_INLINE void stack(float* to, const float* rows, int64_t count, int64_t words, int64_t d, int64_t columns) {
@@ -123,6 +126,14 @@ template <class T>
 VK_INLINE void put(T* to, f32v x, int64_t count, bool stream) {
   if (count >= kLanes && stream) return store_streaming(to, x);
   store(to, x, count);
+}
+
+// Only whole cache lines: a line written half past the caches and half through them costs more than it saves (bf16,
+// d = 88: 1.5x the time of the call).
+template <class T>
+VK_INLINE bool streams(const TensorRef& out) {
+  const int64_t row = out.size(3) * int64_t(sizeof(T));
+  return row % 64 == 0 && row * out.size(0) * out.size(1) * out.size(2) >= kStreamBytes;
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -263,7 +274,7 @@ void forward(const ShortAttention& p) {
           *p.at(p.lse, group / p.groups(), h, group / p.inner % p.outer, group % p.inner, i) = -kInf;
     return;
   }
-  const bool split = split_heads(p), stream = p.o.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool split = split_heads(p), stream = streams<T>(p.o);
   const int64_t tasks = b * p.groups() * (split ? ShortShape(p, MultipliesPairs<T>::value).head_blocks : 1);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { forward_range<T>(p, begin, end, split, stream); });
   if (p.q_rows.shared) gather_shared<T>(p, p.o, p.shared_q, 1.0f / static_cast<float>(p.groups()));
@@ -274,7 +285,7 @@ template <class T>
 void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool split, bool stream) {
   constexpr bool kPairs = MultipliesPairs<T>::value;
   const ShortShape s(p, kPairs);
-  const int64_t w = s.words, unit = kPairs ? 2 : 1;
+  const int64_t w = s.words;
   const int64_t rows_k = s.block_heads * s.padded_k * w, rows_q = s.block_heads * s.per_key * s.padded_q * w;
   const int64_t sums = s.padded_k * s.columns, stacked = kPairs ? s.columns / 2 : 0,
                 score_count = kQueryBlock / 2 * s.blocks * kLanes;
@@ -377,7 +388,7 @@ void backward(const ShortAttention& p) {
     zero_rows<T>(p, p.dk, p.k_rows, p.len_k);
     return zero_rows<T>(p, p.dv, p.k_rows, p.len_k);
   }
-  const bool split = split_heads(p), stream = p.dq.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool split = split_heads(p), stream = streams<T>(p.dq);
   const int64_t tasks = b * p.groups() * (split ? ShortShape(p, MultipliesPairs<T>::value).head_blocks : 1);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { backward_range<T>(p, begin, end, split, stream); });
   if (p.q_rows.shared) {
