@@ -70,13 +70,13 @@ def test_sequences_of_different_length():
 
 
 def test_rows_written_by_someone_else():
-    cache, k, v = filled("bf16", length=10)
+    cache, _, _ = filled("bf16", length=10)
     rows = cache.rows(2)
     for row in rows:
         row.fill_(3.0)
     cache.advance(2)
     assert torch.equal(cache.dequantised()[0][:, 10:], torch.full((2, 2, 2, 64), 3.0, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="KVCache.rows: scheme must be of full precision, got int4"):
+    with pytest.raises(ValueError, match=r"KVCache.rows: scheme must be of full precision, got int4"):
         filled()[0].rows(1)
 
 

@@ -33,7 +33,7 @@ class Layout:
         return [self.bits, self.group, self.residual, self.sinks, self.page, self.ring]
 
     def history(self, length: int) -> tuple[int, int]:
-        """First and one-past-last history index kept once `length` tokens came; index 0 is the first after the sinks."""
+        """First and one-past-last history index kept once `length` tokens came; 0 is the first after the sinks."""
         end = max(length - self.sinks, 0)
         if self.bits:
             end = max(end - self.residual, 0) // self.group * self.group
@@ -141,7 +141,7 @@ class KVCache:
         self.device = torch.device(device)
         self._lengths = [0] * b
         self._free = list(range(self.pages))[::-1] if self.paged else []
-        self._held = [0 if self.paged else per_sequence] * b
+        self._pages = [[] if self.paged else [i] for i in range(b)]  # the table, where the host can read it
         self.lengths = torch.zeros(b, dtype=torch.int32, device=device)
         self.table = torch.full((b, per_sequence), -1, dtype=torch.int32, device=device)
         if not self.paged:
@@ -177,7 +177,7 @@ class KVCache:
     # ---- what is in it ---------------------------------------------------------------------------------------------
 
     def length(self, sequence: int | None = None) -> int:
-        """Tokens that came in so far, dropped ones included: the position of the next. None: of the longest sequence."""
+        """Tokens that came in so far, dropped ones included. None: of the longest sequence."""
         return max(self._lengths) if sequence is None else self._lengths[sequence]
 
     @property
@@ -185,14 +185,25 @@ class KVCache:
         """Memory of the storage, whatever is in it."""
         return sum(t.numel() * t.element_size() for t in [*self.tensors(), self.table, self.lengths] if t is not None)
 
+    def storage(self, name: str) -> torch.Tensor:
+        """A tensor of the storage this scheme has."""
+        tensor = getattr(self, name)
+        assert tensor is not None, f"{self.scheme} stores no {name}"
+        return tensor
+
     def tensors(self) -> list[torch.Tensor | None]:
         """The storage in the order of STORAGE, which is the order of the registered operators."""
         return [getattr(self, name) for name in STORAGE]
 
+    def place(self, sequence: int, index: int) -> tuple[int, int]:
+        """Page, and row in it, of a history index."""
+        slot = self.layout.slot(index)
+        return self._pages[sequence][slot // self.page], slot % self.page
+
     def positions(self, sequence: int) -> list[int]:
         """Positions of the tokens still held, ascending."""
         length = self._lengths[sequence]
-        first, end = self.layout.history(length)
+        first, _ = self.layout.history(length)
         return [*range(min(length, self.sinks)), *range(first + self.sinks, length)]
 
     def dequantised(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +239,7 @@ class KVCache:
 
     def _pages_needed(self, sequence: int, count: int) -> int:
         _, end = self.layout.history(self._lengths[sequence] + count)
-        return max(-(-end // self.page) - self._held[sequence], 0)
+        return max(-(-end // self.page) - len(self._pages[sequence]), 0)
 
     def reserve(self, count: int | list[int]) -> None:
         """Give `count` more tokens their pages; appending does this itself."""
@@ -238,8 +249,9 @@ class KVCache:
             return
         for i, c in enumerate(counts):
             for _ in range(self._pages_needed(i, c)):
-                self.table[i, self._held[i]] = self._free.pop()
-                self._held[i] += 1
+                page = self._free.pop()
+                self.table[i, len(self._pages[i])] = page
+                self._pages[i].append(page)
 
     def advance(self, count: int | list[int]) -> None:
         """Say that `count` tokens were written: for kernels that write rows of the storage themselves."""
@@ -262,8 +274,8 @@ class KVCache:
         require(at >= 0, op, "cache", f"hold its {self.sinks} sinks already", f"length {self._lengths[0]}")
         at = self.layout.slot(at)
         require(at + count <= self.page, op, "count", "stay before the end of the ring", count)
-        assert self.k_rows is not None and self.v_rows is not None
-        return tuple(t[:, :, at : at + count].transpose(1, 2) for t in (self.k_rows, self.v_rows))  # type: ignore[return-value]
+        k, v = self.storage("k_rows"), self.storage("v_rows")
+        return k[:, :, at : at + count].transpose(1, 2), v[:, :, at : at + count].transpose(1, 2)
 
     def reset(self) -> KVCache:
         """Forget every token; the storage stays."""
@@ -271,7 +283,7 @@ class KVCache:
         self.lengths = torch.zeros_like(self.lengths)
         if self.paged:
             self.table.fill_(-1)
-            self._free, self._held = list(range(self.pages))[::-1], [0] * self.b
+            self._free, self._pages = list(range(self.pages))[::-1], [[] for _ in range(self.b)]
         return self
 
     def clone(self) -> KVCache:
@@ -280,11 +292,12 @@ class KVCache:
         for name in (*STORAGE, "table", "lengths"):
             tensor = getattr(self, name)
             setattr(other, name, None if tensor is None else tensor.clone())
-        other._lengths, other._free, other._held = list(self._lengths), list(self._free), list(self._held)
+        other._lengths, other._free = list(self._lengths), list(self._free)
+        other._pages = [list(pages) for pages in self._pages]
         return other
 
     def reorder(self, index: list[int] | torch.Tensor) -> KVCache:
-        """Sequence i becomes a copy of sequence index[i] (beam search). Not for a paged cache, whose pool may be full."""
+        """Sequence i becomes a copy of sequence index[i] (beam search). Not for a paged cache: its pool may be full."""
         index = index.tolist() if isinstance(index, torch.Tensor) else list(index)
         ok = len(index) == self.b and all(0 <= i < self.b for i in index)
         require(ok, "KVCache.reorder", "index", f"be {self.b} sequence numbers below {self.b}", index)

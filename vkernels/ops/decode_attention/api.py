@@ -61,8 +61,8 @@ def decode_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from the newest tokens to everything the cache holds, straight on its codes.
 
-    softmax(q k^T scale) v, where the s queries are the last s tokens of their sequence (already appended): each sees the
-    tokens up to itself. A sequence shorter than s has queries before its start; they see nothing.
+    softmax(q k^T scale) v, where the s queries are the last s tokens of their sequence (already appended): each sees
+    the tokens up to itself. A sequence shorter than s has queries before its start; they see nothing.
 
     Args:
         q:          queries (b s n d), s at most 8, n a multiple of the cache's heads

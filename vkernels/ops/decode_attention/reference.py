@@ -11,10 +11,11 @@ from vkernels.ops.kv_append.reference import unpack
 def _group(cache: KVCache, page: int, at: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (g m d) of one coded group: delta * code + zero."""
     g, d, bits = cache.group, cache.d, cache.bits
-    delta, zero = cache.k_scale[page, :, at].to(dtype).unbind(1)  # m d
-    k = unpack(cache.k_codes[page, :, at], bits, d).to(dtype) * delta[..., None] + zero[..., None]  # m d g
-    delta, zero = cache.v_scale[page, :, at].to(dtype).transpose(2, 3).repeat_interleave(g, 3)[..., :d].unbind(1)
-    v = unpack(cache.v_codes[page, :, at], bits, g)[..., :d].to(dtype) * delta + zero  # m g d
+    delta, zero = cache.storage("k_scale")[page, :, at].to(dtype).unbind(1)  # m d
+    k = unpack(cache.storage("k_codes")[page, :, at], bits, d).to(dtype) * delta[..., None] + zero[..., None]  # m d g
+    scale = cache.storage("v_scale")[page, :, at].to(dtype)
+    delta, zero = scale.transpose(2, 3).repeat_interleave(g, 3)[..., :d].unbind(1)
+    v = unpack(cache.storage("v_codes")[page, :, at], bits, g)[..., :d].to(dtype) * delta + zero  # m g d
     return k.permute(2, 0, 1), v.transpose(0, 1)
 
 
@@ -24,17 +25,21 @@ def dequantised(cache: KVCache, sequence: int, dtype: torch.dtype) -> tuple[torc
     first, end = cache.layout.history(length)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     if cache.sinks:
-        stop = min(length, cache.sinks)
-        parts.append(tuple(t[sequence, :, :stop].transpose(0, 1) for t in (cache.k_sink, cache.v_sink)))
-    slots = [cache.layout.slot(index) for index in range(first, end, cache.group)]
-    places = [(int(cache.table[sequence, slot // cache.page]), slot % cache.page) for slot in slots]
+        held = slice(0, min(length, cache.sinks))
+        k_sink, v_sink = cache.storage("k_sink")[sequence, :, held], cache.storage("v_sink")[sequence, :, held]
+        parts.append((k_sink.transpose(0, 1), v_sink.transpose(0, 1)))
+    places = [cache.place(sequence, index) for index in range(first, end, cache.group)]
     if cache.bits:
         parts += [_group(cache, page, at // cache.group, inner) for page, at in places]
         index = torch.arange(end, max(length - cache.sinks, 0), device=cache.device) % (cache.residual + cache.group)
-        parts.append(tuple(t[sequence, :, index].transpose(0, 1) for t in (cache.k_recent, cache.v_recent)))
+        k_recent, v_recent = (
+            cache.storage("k_recent")[sequence, :, index],
+            cache.storage("v_recent")[sequence, :, index],
+        )
+        parts.append((k_recent.transpose(0, 1), v_recent.transpose(0, 1)))
     elif places:
         page, at = torch.tensor(places, device=cache.device).unbind(1)
-        parts.append((cache.k_rows[page, :, at], cache.v_rows[page, :, at]))
+        parts.append((cache.storage("k_rows")[page, :, at], cache.storage("v_rows")[page, :, at]))
     empty = torch.zeros(0, cache.m, cache.d, dtype=inner, device=cache.device)
     k, v = (torch.cat([empty, *(p[i].to(inner) for p in parts)]).to(dtype) for i in (0, 1))
     return k, v
@@ -53,7 +58,7 @@ def decode_attention(
         visible = at_k <= at_q  # s keys
         if window is not None:
             visible &= at_k > at_q - window
-        scores = torch.einsum("snd,knd->nsk", q[i].to(inner), k) * scale
+        scores = torch.einsum("snd,knd->nsk", q[i].to(inner).contiguous(), k) * scale
         scores = scores.masked_fill(~visible, float("-inf"))
         lse = torch.logsumexp(scores, -1) if len(at_k) else scores.new_full((n, s), float("-inf"))
         p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0)[..., None])

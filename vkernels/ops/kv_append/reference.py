@@ -54,13 +54,13 @@ def _code_group(cache: KVCache, page: int, at: int, k: torch.Tensor, v: torch.Te
     """One group of tokens (m g d) to place `at` of `page`."""
     bits, g, d = cache.bits, cache.group, cache.d
     codes, delta, zero = quantise(k, 1, bits)
-    cache.k_codes[page, :, at] = pack(codes.transpose(1, 2), bits)
-    cache.k_scale[page, :, at, 0], cache.k_scale[page, :, at, 1] = delta[:, 0], zero[:, 0]
+    cache.storage("k_codes")[page, :, at] = pack(codes.transpose(1, 2), bits)
+    cache.storage("k_scale")[page, :, at] = torch.cat([delta, zero], 1)
     for i, c in enumerate(range(0, d, g)):
         part = v[..., c : c + g]
         codes, delta, zero = quantise(part, 2, bits)
-        cache.v_codes[page, :, at, :, c : c + part.shape[-1]] = pack(codes, bits)
-        cache.v_scale[page, :, at, 0, i], cache.v_scale[page, :, at, 1, i] = delta[..., 0], zero[..., 0]
+        cache.storage("v_codes")[page, :, at, :, c : c + part.shape[-1]] = pack(codes, bits)
+        cache.storage("v_scale")[page, :, at, :, i] = torch.cat([delta, zero], 2).transpose(1, 2)
 
 
 def kv_append(cache: KVCache, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
@@ -69,18 +69,14 @@ def kv_append(cache: KVCache, k: torch.Tensor, v: torch.Tensor, counts: list[int
         old, new = cache.length(i), cache.length(i) + count
         first, end = layout.history(new)
 
-        def place(index: int, i: int = i) -> tuple[int, int]:
-            slot = layout.slot(index)
-            return int(cache.table[i, slot // cache.page]), slot % cache.page
-
         for name, x in (("k", k[i]), ("v", v[i])):
             if cache.sinks and old < cache.sinks:
                 stop = min(new, cache.sinks)
-                getattr(cache, f"{name}_sink")[i, :, old:stop] = x[: stop - old].transpose(0, 1)
+                cache.storage(f"{name}_sink")[i, :, old:stop] = x[: stop - old].transpose(0, 1)
             if not cache.bits:
                 for index in range(max(first, old - cache.sinks), end):
-                    page, at = place(index)
-                    getattr(cache, f"{name}_rows")[page, :, at] = x[index + cache.sinks - old]
+                    page, at = cache.place(i, index)
+                    cache.storage(f"{name}_rows")[page, :, at] = x[index + cache.sinks - old]
         if not cache.bits:
             continue
         window = cache.residual + g
@@ -92,10 +88,10 @@ def kv_append(cache: KVCache, k: torch.Tensor, v: torch.Tensor, counts: list[int
         for index in range(max(first, layout.history(old)[1]), end, g):
             rows = [
                 torch.stack([token(index + j, recent, x) for j in range(g)], 1)
-                for recent, x in ((cache.k_recent, k), (cache.v_recent, v))
+                for recent, x in ((cache.storage("k_recent"), k), (cache.storage("v_recent"), v))
             ]
-            page, at = place(index)
-            _code_group(cache, page, at // g, *rows)
+            page, at = cache.place(i, index)
+            _code_group(cache, page, at // g, rows[0], rows[1])
         for index in range(max(end, old - cache.sinks, 0), new - cache.sinks):
-            cache.k_recent[i, :, index % window] = k[i, index + cache.sinks - old]
-            cache.v_recent[i, :, index % window] = v[i, index + cache.sinks - old]
+            cache.storage("k_recent")[i, :, index % window] = k[i, index + cache.sinks - old]
+            cache.storage("v_recent")[i, :, index % window] = v[i, index + cache.sinks - old]
