@@ -21,6 +21,8 @@ PYBIND11_MODULE(_C, m) {
     vk::set_torch_threads(reinterpret_cast<void*>(parallel_for), reinterpret_cast<void*>(get_num_threads));
   });
   m.def("num_threads", &vk::num_threads);
+  m.def("advise_huge_pages",
+        [](uintptr_t address, size_t bytes) { vk::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
 
 #define VK_OP(name) vk::bind_##name(m);
 #include "ops.inc"

@@ -63,6 +63,21 @@ def ref(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[i
     return tensor.data_ptr(), DTYPE_CODE[tensor.dtype], tuple(tensor.shape), tensor.stride(), tensor
 
 
+HUGE_PAGES_FROM = 8 << 20  # bytes
+
+
+def fresh(tensors: Any) -> Any:
+    """A tensor, or a tuple of them, just allocated to be written whole: large ones ask for huge pages first.
+
+    New memory is mapped page by page as it is first written, which for outputs of tens of megabytes costs more than
+    writing them: a copy of 134 MB took 42 ms with small pages and 13 ms with huge ones.
+    """
+    for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
+        if tensor.nbytes >= HUGE_PAGES_FROM:
+            _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensors
+
+
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself, or a copy where its last dimension is strided (an expanded gradient, say): native kernels read
     rows, and honour every other stride as it is."""

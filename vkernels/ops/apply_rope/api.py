@@ -59,7 +59,7 @@ def tables_of(
         freq = torch.tensor(spec.freq_fp32 or spec.freq, dtype=torch.float32, device=pos.device)
         axis = spec.tables(pos.device)[0][0]
         table = pos.float()[axis.clamp(min=0).long()].permute(1, 2, 0) * torch.where(axis < 0, 0.0, freq)
-        return None, table.cos(), table.sin()
+        return None, table.cos().contiguous(), table.sin().contiguous()
     require(len(angle) == 2, name, "angle", "be exact, hf_fp32 or (cos, sin)", angle)
     tables = []
     for argument, table in zip(("cos", "sin"), angle, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import native, op, ref, register, unit_stride
+from vkernels.library import fresh, native, op, ref, register, unit_stride
 
 _ROPE = "Tensor? pos, Tensor? axis, Tensor? freq, Tensor? cos, Tensor? sin, float scale, bool inverse, int[] layout"
 
@@ -24,7 +24,7 @@ def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) 
 
 
 def _cpu(q, k, pos, axis, freq, cos, sin, scale, inverse, layout):
-    q_out, k_out = _empty(q, q), _empty(k, q)
+    q_out, k_out = fresh((_empty(q, q), _empty(k, q)))
     q, k, cos, sin = (None if x is None else unit_stride(x) for x in (q, k, cos, sin))
     _run(q, k, q_out, None if k is None else k_out, pos, axis, freq, cos, sin, scale, inverse, layout)
     return q_out, k_out

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vkernels.library import native, op, ref, register, unit_stride
+from vkernels.library import fresh, native, op, ref, register, unit_stride
 from vkernels.masks import MaskPlan
 
 _MASK = (
@@ -45,7 +45,7 @@ def _native(mask: tuple[Any, ...]) -> list[Any]:
 
 
 def _cpu_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _fake_fwd(q, k, v, scale)
+    out, lse = fresh(_fake_fwd(q, k, v, scale))
     rows = [ref(unit_stride(x)) for x in (q, k, v)]
     native().attention_forward(*rows, ref(out), ref(lse), scale, *_native(mask))
     return out, lse
@@ -62,7 +62,7 @@ def _cpu_bwd(
     scale: float,
     *mask: Any,
 ) -> tuple[Tensor, ...]:
-    grads = _fake_bwd(dout, dlse, q, k, v)
+    grads = fresh(_fake_bwd(dout, dlse, q, k, v))
     rows = [ref(unit_stride(x)) for x in (q, k, v)]
     native().attention_backward(
         ref(unit_stride(dout)),

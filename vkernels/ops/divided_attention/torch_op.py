@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import native, op, ref, register, unit_stride
+from vkernels.library import fresh, native, op, ref, register, unit_stride
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def _fake(q, k, v, scale, layout):
 
 
 def _cpu(q, k, v, scale, layout):
-    o = _like(q)
+    o = fresh(_like(q))
     native().divided_attention_fwd(ref(unit_stride(q)), ref(unit_stride(k)), ref(unit_stride(v)), ref(o), scale, layout)
     return o
 
@@ -40,7 +40,7 @@ def _bwd_fake(grad_o, q, k, v, scale, layout):
 
 
 def _bwd_cpu(grad_o, q, k, v, scale, layout):
-    grads = _like(q), _like(k), _like(v)
+    grads = fresh((_like(q), _like(k), _like(v)))
     inputs = [ref(unit_stride(x)) for x in (grad_o, q, k, v)]
     native().divided_attention_bwd(*inputs, *map(ref, grads), scale, layout)
     return grads

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from vkernels.library import native, op, ref, register, unit_stride
+from vkernels.library import fresh, native, op, ref, register, unit_stride
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
 REDUCES = {"sum": 0, "max": 1}
@@ -40,10 +40,10 @@ def _rows_cpu(
     x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
     reduce, norm, scale, eps, with_sum, dtype,
 ):  # fmt: skip
-    y, total = _rows_fake(
+    y, total = fresh(_rows_fake(
         x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
         reduce, norm, scale, eps, with_sum, dtype,
-    )  # fmt: skip
+    ))  # fmt: skip
     native().rearrange_rows(
         [ref(unit_stride(s)) for s in x], ref(ptr), ref(idx), ref(weight), ref(bias), ref(gate),
         ref(None if residual is None else unit_stride(residual)), ref(norm_weight), ref(norm_bias), None,
@@ -79,8 +79,10 @@ def _rows_bwd_fake(
 def _rows_bwd_cpu(
     dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
 ):
-    du, dv, partial = _rows_bwd_fake(
-        dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
+    du, dv, partial = fresh(
+        _rows_bwd_fake(
+            dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
+        )
     )
     native().rearrange_rows_bwd(
         [ref(unit_stride(s)) for s in x], ref(ptr), ref(idx), ref(weight), ref(bias), ref(gate),
@@ -172,7 +174,7 @@ def _affine_fake(x, axes, sizes, steps, shape):
 
 
 def _affine_cpu(x, axes, sizes, steps, shape):
-    y = x.new_empty(shape)
+    y = fresh(x.new_empty(shape))
     native().rearrange_affine(ref(x), list(axes), list(sizes), list(steps), ref(y))
     return y
 

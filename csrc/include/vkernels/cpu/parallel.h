@@ -19,6 +19,9 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 inline constexpr int kScratchSlots = 8;
 void* scratch(int slot, size_t bytes);
 
+// Asks the system to back this memory with huge pages where it can; changes nothing else. Inner whole pages only.
+void advise_huge_pages(void* data, size_t bytes);
+
 // body(begin, end): contiguous pieces of at least `grain`; for work that is even.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {

@@ -97,9 +97,23 @@ struct Rows {
   T* at(int64_t i, int64_t h) const { return batch + rows->row(outer, inner, i) * token + h * head; }
 };
 
-// Packs heads [first, first + heads) of `count` rows to [head][row][words], or (kStacked) [head][row / 2][words],
-// asking for row i + kAhead while row i is read and, at the end, for the first rows of `next`.
+// Packs heads [first, first + heads) of row i to [head][row][words], or (kStacked) [head][row / 2][words].
 template <bool kStacked, class T>
+VK_INLINE void pack_piece(float* to, const Rows<const T>& rows, int64_t i, int64_t count, int64_t padded, int64_t first,
+                          int64_t heads, int64_t d, int64_t words) {
+  if constexpr (kStacked) {
+    if (i % 2 == 0 && i + 1 < count) return;  // with its partner
+    const T *a = rows.at(i / 2 * 2, first), *b = i % 2 ? rows.at(i, first) : nullptr;
+    for (int64_t h = 0; h < heads; ++h)
+      stack_rows(to + (h * padded + i) / 2 * words, a + h * rows.head, b ? b + h * rows.head : nullptr, d);
+  } else {
+    const T* row = rows.at(i, first);
+    for (int64_t h = 0; h < heads; ++h) pack_row(to + (h * padded + i) * words, row + h * rows.head, d);
+  }
+}
+
+// Packs `count` rows, asking for row i + kAhead while row i is read and, at the end, for the first rows of `next`.
+template <class T>
 VK_INLINE void pack(float* to, const Rows<const T>& rows, int64_t count, int64_t padded, int64_t first, int64_t heads,
                     int64_t d, int64_t words, const Rows<const T>& next, int64_t next_count, int64_t next_first) {
   const bool joined = rows.head == d;
@@ -109,15 +123,7 @@ VK_INLINE void pack(float* to, const Rows<const T>& rows, int64_t count, int64_t
                       : ahead - count < next_count ? next.at(ahead - count, next_first)
                                                    : nullptr;
     if (wanted && joined) prefetch_piece(reinterpret_cast<const char*>(wanted), heads * d * int64_t(sizeof(T)));
-    if constexpr (kStacked) {
-      if (i % 2 == 0 && i + 1 < count) continue;  // with its partner
-      const T *a = rows.at(i / 2 * 2, first), *b = i % 2 ? rows.at(i, first) : nullptr;
-      for (int64_t h = 0; h < heads; ++h)
-        stack_rows(to + (h * padded + i) / 2 * words, a + h * rows.head, b ? b + h * rows.head : nullptr, d);
-    } else {
-      const T* row = rows.at(i, first);
-      for (int64_t h = 0; h < heads; ++h) pack_row(to + (h * padded + i) * words, row + h * rows.head, d);
-    }
+    pack_piece<false>(to, rows, i, count, padded, first, heads, d, words);
   }
 }
 
@@ -128,17 +134,40 @@ VK_INLINE void put(T* to, f32v x, int64_t count, bool stream) {
   store(to, x, count);
 }
 
+// Elements that lie together: whole cache lines past the caches if `stream`, the ends through them.
+template <class T>
+VK_INLINE void copy_out(T* to, const T* from, int64_t count, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  if (stream && count >= 2 * kLine) {
+    const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64) / int64_t(sizeof(T));
+    const int64_t lead = skew ? kLine - skew : 0;
+    memcpy(to, from, sizeof(T) * static_cast<size_t>(lead));
+    int64_t i = lead;
+    for (; i + kLine <= count; i += kLine)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    memcpy(to + i, from + i, sizeof(T) * static_cast<size_t>(count - i));
+    return;
+  }
+#endif
+  memcpy(to, from, sizeof(T) * static_cast<size_t>(count));
+}
+
+template <class T>
+VK_INLINE bool large(const TensorRef& out) {
+  return out.numel() * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
 // Only whole cache lines: a line written half past the caches and half through them costs more than it saves (bf16,
 // d = 88: 1.5x the time of the call).
 template <class T>
 VK_INLINE bool streams(const TensorRef& out) {
-  const int64_t row = out.size(3) * int64_t(sizeof(T));
-  return row % 64 == 0 && row * out.size(0) * out.size(1) * out.size(2) >= kStreamBytes;
+  return out.size(3) * int64_t(sizeof(T)) % 64 == 0 && large<T>(out);
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kPieceBytes = 1024;       // of one token row, per block of heads
+constexpr int64_t kPieceBytes = 3072;       // of one token row, per block of heads
 constexpr int64_t kBlockBytes = 160 << 10;  // of a block's packed rows
 
 // Sizes of a call, and how its key heads are blocked.
@@ -160,7 +189,8 @@ struct ShortShape {
     const int64_t piece = d * (p.q.dtype == Dtype::f32 ? 4 : 2) * per_key;
     const int64_t packed = 4 * words * (2 * padded_k + 2 * padded_q * per_key);
     const int64_t fits = kPieceBytes / piece < kBlockBytes / packed ? kPieceBytes / piece : kBlockBytes / packed;
-    block_heads = fits < 1 ? 1 : fits > m ? m : fits;
+    head_blocks = fits < 1 ? m : (m + fits - 1) / fits;
+    block_heads = (m + head_blocks - 1) / head_blocks;
     head_blocks = (m + block_heads - 1) / block_heads;
   }
 };
@@ -181,55 +211,127 @@ struct ShortTask {
 // Few groups: their heads are shared out too.
 VK_INLINE bool split_heads(const ShortAttention& p) { return p.q.size(0) * p.groups() < 8 * int64_t(num_threads()); }
 
+// A block of heads of one group on its way into its buffers. Its pieces are the rows of K, V and Q, in this order.
+template <class T>
+struct ForwardBlock {
+  static constexpr bool kPairs = MultipliesPairs<T>::value;
+  const ShortAttention& p;
+  const ShortShape& s;
+  ShortTask t;
+  int64_t task, end, head, heads;
+  bool split;
+  Rows<const T> q, k, v;
+  float *packed_k, *packed_v, *packed_q;
+
+  ForwardBlock(const ShortAttention& p_, const ShortShape& s_, int64_t task_, int64_t end_, bool split_, float* buffer)
+      : p(p_), s(s_), t(p_, s_, task_, split_), task(task_), end(end_), split(split_) {
+    packed_k = buffer;
+    packed_v = packed_k + s.block_heads * s.padded_k * s.words;
+    packed_q = packed_v + s.block_heads * s.padded_k / (kPairs ? 2 : 1) * s.columns;
+    memset(buffer, 0, sizeof(float) * static_cast<size_t>(floats(s)));
+    enter(t.first_head);
+  }
+  static int64_t floats(const ShortShape& s) {
+    return s.block_heads *
+           (s.padded_k * s.words + s.padded_k / (kPairs ? 2 : 1) * s.columns + s.per_key * s.padded_q * s.words);
+  }
+  void enter(int64_t first_head) {
+    head = first_head;
+    heads = t.end_head - head < s.block_heads ? t.end_head - head : s.block_heads;
+    q = {p.q, p.q_rows, t.batch, t.outer, t.inner};
+    k = {p.k, p.k_rows, t.batch, t.outer, t.inner};
+    v = {p.v, p.k_rows, t.batch, t.outer, t.inner};
+  }
+  // Becomes the block after `other`, in its own buffers; false if there is none.
+  bool follow(const ForwardBlock& other) {
+    const bool same = other.head + other.heads < other.t.end_head;
+    if (!same && other.task + 1 >= end) return false;
+    task = same ? other.task : other.task + 1;
+    t = ShortTask(p, s, task, split);
+    enter(same ? other.head + other.heads : t.first_head);
+    return true;
+  }
+  int64_t pieces() const { return 2 * s.len_k + s.len_q; }
+  void prefetch(int64_t piece) const {
+    if (piece >= pieces() || k.head != s.d || q.head != s.d || v.head != s.d) return;
+    const bool query = piece >= 2 * s.len_k;
+    const T* row = query             ? q.at(piece - 2 * s.len_k, head * s.per_key)
+                   : piece < s.len_k ? k.at(piece, head)
+                                     : v.at(piece - s.len_k, head);
+    prefetch_piece(reinterpret_cast<const char*>(row), heads * (query ? s.per_key : 1) * s.d * int64_t(sizeof(T)));
+  }
+  void pack(int64_t begin, int64_t until) const {
+    for (int64_t i = begin; i < until; ++i) {
+      prefetch(i + kAhead);
+      if (i < s.len_k)
+        pack_piece<false>(packed_k, k, i, s.len_k, s.padded_k, head, heads, s.d, s.words);
+      else if (i < 2 * s.len_k)
+        pack_piece<kPairs>(packed_v, v, i - s.len_k, s.len_k, s.padded_k, head, heads, s.d, s.columns);
+      else
+        pack_piece<false>(packed_q, q, i - 2 * s.len_k, s.len_q, s.padded_q, head * s.per_key, heads * s.per_key, s.d,
+                          s.words);
+    }
+  }
+};
+
+// While a head is computed, the rows asked for before it arrive; they are packed after it, into the other buffers.
 template <class T>
 void forward_range(const ShortAttention& p, int64_t begin, int64_t end, bool split, bool stream) {
   constexpr bool kPairs = MultipliesPairs<T>::value;
+  using Block = ForwardBlock<T>;
   const ShortShape s(p, kPairs);
-  const int64_t w = s.words, unit = kPairs ? 2 : 1;
-  const int64_t rows_k = s.block_heads * s.padded_k * w, rows_q = s.block_heads * s.per_key * s.padded_q * w;
-  const int64_t rows_v = s.block_heads * s.padded_k / unit * s.columns;
-  const int64_t floats = rows_k + rows_v + rows_q + kQueryBlock / 2 * s.blocks * kLanes;
-  float* const packed_k = static_cast<float*>(scratch(0, sizeof(float) * static_cast<size_t>(floats)));
-  float* const packed_v = packed_k + rows_k;
-  float* const packed_q = packed_v + rows_v;
-  float* const scores = packed_q + rows_q;
-  memset(packed_k, 0, sizeof(float) * static_cast<size_t>(rows_k + rows_v + rows_q));
+  const int64_t floats = Block::floats(s), w = s.words;
+  const int64_t width = s.block_heads * s.per_key * s.d;  // of an output row's piece
+  const int64_t all = 2 * floats + kQueryBlock / 2 * s.blocks * kLanes + s.len_q * width + kLanes;
+  float* const buffers = static_cast<float*>(scratch(0, sizeof(float) * static_cast<size_t>(all)));
+  float* const scores = buffers + 2 * floats;
+  T* const staged = reinterpret_cast<T*>(scores + kQueryBlock / 2 * s.blocks * kLanes);  // len_q x width
+  // Vectors that are whole lines go straight to their rows. Others are staged and leave by the row: written head by
+  // head, rows that share a cache set push each other's half-filled lines out (T = 16, d = 88, bf16: 15.5 to 8.4 ms).
+  const bool direct = sizeof(T) * kLanes == 64 && s.d % kLanes == 0;
+  Block first(p, s, begin, end, split, buffers), second(p, s, begin, end, split, buffers + floats);
+  Block *block = &first, *next = &second;
+  block->pack(0, block->pieces());
 
-  for (int64_t task = begin; task < end; ++task) {
-    const ShortTask t(p, s, task, split), after(p, s, task + 1 < end ? task + 1 : task, split);
-    const Rows<const T> q(p.q, p.q_rows, t.batch, t.outer, t.inner), k(p.k, p.k_rows, t.batch, t.outer, t.inner);
-    const Rows<const T> v(p.v, p.k_rows, t.batch, t.outer, t.inner);
-    const Rows<const T> after_k(p.k, p.k_rows, after.batch, after.outer, after.inner);
+  for (bool more = true; more;) {
+    more = next->follow(*block);
+    const ShortTask& t = block->t;
     const Rows<T> o(p.o, p.q_rows, t.batch, t.outer, t.inner);
-    for (int64_t head = t.first_head; head < t.end_head; head += s.block_heads) {
-      const int64_t heads = t.end_head - head < s.block_heads ? t.end_head - head : s.block_heads;
-      const int64_t head_q = head * s.per_key, heads_q = heads * s.per_key;
-      const bool more = head + heads < t.end_head;
-      pack<false>(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
-      pack<kPairs>(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, s.columns, q, s.len_q, head_q);
-      pack<false>(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, more ? k : after_k, s.len_k,
-                  more ? head + heads : after.first_head);
-      for (int64_t h = 0; h < heads_q; ++h) {
-        const float* key = packed_k + h / s.per_key * s.padded_k * w;
-        const float* value = packed_v + h / s.per_key * s.padded_k / unit * s.columns;
-        float* shared = p.q_rows.shared ? p.shared_q + (t.group(p) * s.n + head_q + h) * s.d : nullptr;
-        for (int64_t i0 = 0; i0 < s.len_q; i0 += kQueryBlock) {
-          const int64_t count = s.len_q - i0 < kQueryBlock ? s.len_q - i0 : kQueryBlock;
-          dot_rows<kPairs>(scores, packed_q + (h * s.padded_q + i0) * w, key, count, s.blocks, w);
-          for (int64_t i = 0; i < count; i += 2) {
-            float lse[2];
-            softmax_pair<kPairs>(scores + i / 2 * s.blocks * kLanes, s.blocks, s.len_k, p.scale, p.lse ? lse : nullptr);
-            for (int64_t u = 0; p.lse && u < 2 && i + u < count; ++u)
-              *p.at(p.lse, t.batch, head_q + h, t.outer, t.inner, i0 + i + u) = lse[u];
-          }
-          product<kPairs, false>(scores, value, s.blocks, count, s.padded_k, s.columns,
-                                 [&](int64_t x, int64_t c, f32v sum) {
-                                   if (shared && i0 + x == 0) return store(shared + c, sum, s.d - c);
-                                   put(o.at(i0 + x, head_q + h) + c, sum, s.d - c, stream);
-                                 });
+    const int64_t head_q = block->head * s.per_key, heads_q = block->heads * s.per_key;
+    const int64_t pieces = more ? next->pieces() : 0, share = (pieces + heads_q - 1) / heads_q;
+    for (int64_t h = 0; h < heads_q; ++h) {
+      const int64_t piece = h * share < pieces ? h * share : pieces;
+      const int64_t until = piece + share < pieces ? piece + share : pieces;
+      for (int64_t i = piece; i < until && i < piece + kAhead; ++i) next->prefetch(i);
+      const float* key = block->packed_k + h / s.per_key * s.padded_k * w;
+      const float* value = block->packed_v + h / s.per_key * s.padded_k / (kPairs ? 2 : 1) * s.columns;
+      float* shared = p.q_rows.shared ? p.shared_q + (t.group(p) * s.n + head_q + h) * s.d : nullptr;
+      for (int64_t i0 = 0; i0 < s.len_q; i0 += kQueryBlock) {
+        const int64_t count = s.len_q - i0 < kQueryBlock ? s.len_q - i0 : kQueryBlock;
+        dot_rows<kPairs>(scores, block->packed_q + (h * s.padded_q + i0) * w, key, count, s.blocks, w);
+        for (int64_t i = 0; i < count; i += 2) {
+          float lse[2];
+          softmax_pair<kPairs>(scores + i / 2 * s.blocks * kLanes, s.blocks, s.len_k, p.scale, p.lse ? lse : nullptr);
+          for (int64_t u = 0; p.lse && u < 2 && i + u < count; ++u)
+            *p.at(p.lse, t.batch, head_q + h, t.outer, t.inner, i0 + i + u) = lse[u];
         }
+        product<kPairs, false>(scores, value, s.blocks, count, s.padded_k, s.columns,
+                               [&](int64_t x, int64_t c, f32v sum) {
+                                 if (shared && i0 + x == 0) return store(shared + c, sum, s.d - c);
+                                 if (direct) return put(o.at(i0 + x, head_q + h) + c, sum, s.d - c, stream);
+                                 store(staged + (i0 + x) * width + h * s.d + c, sum, s.d - c);
+                               });
       }
+      next->pack(piece, until);
     }
+    for (int64_t x = p.q_rows.shared; !direct && x < s.len_q; ++x) {
+      const bool joined = o.head == s.d;
+      for (int64_t h = 0; h < (joined ? 1 : heads_q); ++h)
+        copy_out(o.at(x, head_q + h), staged + x * width + h * s.d, joined ? heads_q * s.d : s.d, stream);
+    }
+    Block* const done = block;
+    block = next;
+    next = done;
   }
   if (stream) streaming_fence();
 }
@@ -274,7 +376,7 @@ void forward(const ShortAttention& p) {
           *p.at(p.lse, group / p.groups(), h, group / p.inner % p.outer, group % p.inner, i) = -kInf;
     return;
   }
-  const bool split = split_heads(p), stream = streams<T>(p.o);
+  const bool split = split_heads(p), stream = large<T>(p.o);
   const int64_t tasks = b * p.groups() * (split ? ShortShape(p, MultipliesPairs<T>::value).head_blocks : 1);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { forward_range<T>(p, begin, end, split, stream); });
   if (p.q_rows.shared) gather_shared<T>(p, p.o, p.shared_q, 1.0f / static_cast<float>(p.groups()));
@@ -317,11 +419,11 @@ void backward_range(const ShortAttention& p, int64_t begin, int64_t end, bool sp
     for (int64_t head = t.first_head; head < t.end_head; head += s.block_heads) {
       const int64_t heads = t.end_head - head < s.block_heads ? t.end_head - head : s.block_heads;
       const int64_t head_q = head * s.per_key, heads_q = heads * s.per_key;
-      pack<false>(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
-      pack<false>(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, w, q, s.len_q, head_q);
-      pack<false>(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, g, s.len_q, head_q);
-      pack<false>(packed_g, g, s.len_q, s.padded_q, head_q, heads_q, s.d, w, k, head + heads < t.end_head ? s.len_k : 0,
-                  head + heads);
+      pack(packed_k, k, s.len_k, s.padded_k, head, heads, s.d, w, v, s.len_k, head);
+      pack(packed_v, v, s.len_k, s.padded_k, head, heads, s.d, w, q, s.len_q, head_q);
+      pack(packed_q, q, s.len_q, s.padded_q, head_q, heads_q, s.d, w, g, s.len_q, head_q);
+      pack(packed_g, g, s.len_q, s.padded_q, head_q, heads_q, s.d, w, k, head + heads < t.end_head ? s.len_k : 0,
+           head + heads);
       for (int64_t h = 0; h < heads_q; ++h) {
         const float* key = packed_k + h / s.per_key * s.padded_k * w;
         const float* value = packed_v + h / s.per_key * s.padded_k * w;

@@ -1,0 +1,104 @@
+"""What a reference video-LLM is made of, as values, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+KV_BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A CLIP-like ViT whose layers attend over time, then inside each frame (LanguageBind's divided space-time)."""
+
+    width: int
+    heads: int
+    layers: int
+    image: int = 224
+    patch: int = 14
+    frames: int = 8  # frames of one clip: what the temporal embedding was made for
+    eps: float = 1e-5
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per frame: the patches and one CLS."""
+        return (self.image // self.patch) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-like decoder."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    layers: int
+    mlp: int
+    vocab: int = 259  # bytes, then begin, end, and the mark of a video token
+    context: int = 2304  # positions the weights were made for; longer prompts scale the rotary base
+    rope_theta: float = 10_000.0
+    rope_scaling: Literal["ntk", "none"] = "ntk"
+    frame_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    eps: float = 1e-5
+
+    @property
+    def head(self) -> int:
+        """Head size."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class VideoLLMConfig:
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    kv: Literal["int8", "int4", "int2"] = "int4"
+    kv_group: int = 64
+    kv_residual: int = 128
+    name: str = field(default="custom", compare=False)
+
+    def __post_init__(self):
+        encoder, decoder = self.encoder, self.decoder
+        _must(encoder.width % encoder.heads == 0, "encoder.heads", "divide encoder.width", encoder.heads)
+        _must(encoder.image % encoder.patch == 0, "encoder.patch", "divide encoder.image", encoder.patch)
+        _must(decoder.width % decoder.heads == 0, "decoder.heads", "divide decoder.width", decoder.heads)
+        _must(decoder.heads % decoder.kv_heads == 0, "decoder.kv_heads", "divide decoder.heads", decoder.kv_heads)
+        _must(self.kv in KV_BITS, "kv", f"be one of {', '.join(KV_BITS)}", self.kv)
+
+    def with_options(self, **changes: Any) -> VideoLLMConfig:
+        """A copy with decoder or top-level fields changed."""
+        decoder = {k: changes.pop(k) for k in list(changes) if k in DecoderConfig.__dataclass_fields__}
+        return replace(self, decoder=replace(self.decoder, **decoder), **changes)
+
+
+def _must(condition: bool, argument: str, rule: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"config: {argument} must {rule}, got {value}")
+
+
+PRESETS = {
+    # Every path in a second: 3 x 3 patches, two clips of four frames, grouped heads.
+    "tiny": VideoLLMConfig(
+        EncoderConfig(width=64, heads=4, layers=2, image=42, patch=14, frames=4),
+        DecoderConfig(width=128, heads=4, kv_heads=2, layers=2, mlp=192, context=64),
+        kv_group=32,
+        kv_residual=32,
+        name="tiny",
+    ),
+    # Video-LLaVA's token counts (257 per frame, 8 frames per clip) at a width that two cores can run.
+    "small": VideoLLMConfig(
+        EncoderConfig(width=512, heads=8, layers=6),
+        DecoderConfig(width=512, heads=8, kv_heads=8, layers=4, mlp=1376),
+        name="small",
+    ),
+}
+
+
+def presets() -> list[str]:
+    """Names that `VideoLLM.from_preset` takes."""
+    return list(PRESETS)
+
+
+def preset(name: str) -> VideoLLMConfig:
+    _must(name in PRESETS, "size", f"be one of {', '.join(PRESETS)}", name)
+    return PRESETS[name]

@@ -1,0 +1,169 @@
+"""The decoder: LLaMA's layers, written twice over one set of weights.
+
+`_eager` runs on what a user of transformers runs today: its rotary embedding, its mask builder, SDPA, and a cache that
+dequantises. `_vkernels` runs the same layers on the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+import vkernels as vk
+from vkernels_video.model.cache import DequantisingCache
+from vkernels_video.model.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where the text and the frames stand in a prompt: `before` text tokens, frames x tokens, `after` text tokens."""
+
+    before: int
+    frames: int
+    tokens: int  # per frame
+    after: int
+
+    @property
+    def length(self) -> int:
+        return self.before + self.frames * self.tokens + self.after
+
+    def blocks(self) -> Tensor:
+        """transformers' block_sequence_ids [1 s]: the frame of every token, -1 for text."""
+        frames = torch.arange(self.frames).repeat_interleave(self.tokens)
+        return F.pad(frames, (self.before, self.after), value=-1)[None]
+
+    def mask(self, frame_attention: str) -> vk.VideoMask:
+        """Causal, and inside a frame everybody sees everybody when `frame_attention` is "bidirectional"."""
+        if frame_attention == "causal":
+            return vk.VideoMask.causal(self.length)
+        spans: list[vk.Text | vk.Video] = [
+            vk.Text(self.before),
+            vk.Video(self.frames, 1, self.tokens),
+            vk.Text(self.after),
+        ]
+        return vk.VideoMask.spans(spans, within="frame")
+
+    def visible_pairs(self, frame_attention: str) -> int:
+        """How many (query, key) pairs `mask` lets through."""
+        later_in_frame = self.frames * self.tokens * (self.tokens - 1) // 2
+        causal = self.length * (self.length + 1) // 2
+        return causal if frame_attention == "causal" else causal + later_in_frame
+
+
+def ntk_base(config: DecoderConfig, length: int) -> float:
+    """The rotary base for prompts of `length`: b s^(d / (d - 2)), s = length / context (arXiv:2409.12963, Eq. 3.6)."""
+    if config.rope_scaling == "none" or length <= config.context:
+        return config.rope_theta
+    d = config.head
+    return config.rope_theta * (length / config.context) ** (d / (d - 2))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, llama: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.head = config.head
+        kv_width = config.kv_heads * self.head
+        self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.post_attention_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.mlp = LlamaMLP(llama)
+
+    def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
+        """x [b s c]; `rotary` and `mask` as the implementation wants them."""
+        normed = self.input_layernorm(x)
+        attend = self._eager if impl == "eager" else self._vkernels
+        x = x + self.o_proj(attend(normed, rotary, mask, cache))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (proj(x).view(*x.shape[:2], -1, self.head) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v  # b s n d, b s m d
+
+    def _eager(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DequantisingCache) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in self._heads(x))  # b n s d
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        k, v = cache.update(k, v)
+        groups = self.config.heads // self.config.kv_heads
+        causal = mask is None and q.shape[2] > 1
+        if groups > 1 and mask is not None:  # transformers repeats the heads whenever there is a mask
+            k, v, groups = repeat_kv(k, groups), repeat_kv(v, groups), 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
+        return out.transpose(1, 2).reshape(x.shape)
+
+    def _vkernels(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
+    ) -> Tensor:
+        q, k, v = self._heads(x)
+        q, k = vk.apply_rope(q, k, *rotary, angle="hf_fp32", inplace=not torch.is_grad_enabled())
+        cache.append(k, v)
+        out = vk.decode_attention(q, cache) if mask is None else vk.attention(q, k, v, mask=mask)
+        assert isinstance(out, Tensor)
+        return out.flatten(2)
+
+
+class Decoder(nn.Module):
+    """Embeddings [b s c] -> logits of the last position [b vocab]."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.llama = LlamaConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            num_hidden_layers=config.layers,
+            vocab_size=config.vocab,
+            max_position_embeddings=config.context,
+            rms_norm_eps=config.eps,
+        )
+        self.llama._attn_implementation = "sdpa"
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config, self.llama) for _ in range(config.layers))
+        self.norm = LlamaRMSNorm(config.width, config.eps)
+        self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+
+    def forward(
+        self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
+    ) -> Tensor:
+        """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
+        positions = torch.arange(start, start + x.shape[1])
+        rotary: Any
+        mask: Any
+        if impl == "eager":
+            rotary = self._rotary(base)(x, positions[None])
+            mask = self._dense_mask(x, prompt)
+        else:
+            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
+            mask = prompt.mask(self.config.frame_attention) if prompt else None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, rotary, mask, cache, impl)
+        return self.lm_head(self.norm(x[:, -1]))
+
+    def _rotary(self, base: float) -> LlamaRotaryEmbedding:
+        self.llama.rope_parameters = {"rope_type": "default", "rope_theta": base}
+        return LlamaRotaryEmbedding(self.llama)
+
+    def _dense_mask(self, x: Tensor, prompt: Prompt | None) -> Tensor | None:
+        if prompt is None or self.config.frame_attention == "causal":
+            return None
+        mask = create_causal_mask(self.llama, x, None, None, block_sequence_ids=prompt.blocks())
+        assert isinstance(mask, Tensor)  # what transformers makes for SDPA
+        return mask
