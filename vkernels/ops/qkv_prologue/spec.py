@@ -59,7 +59,9 @@ SPEC = OpSpec(
         Case("empty", lambda m: _inputs(m, 1, 0, 2, 1, 16, RopeSpec.build(16), bias=m.randn(64))),
     ],
     rejects=[
-        Reject("rank", lambda m: {"qkv": m.randn(4, 8), "n": 2, "m": 1}, ShapeError, r"qkv_prologue: qkv must have shape"),
+        Reject(
+            "rank", lambda m: {"qkv": m.randn(4, 8), "n": 2, "m": 1}, ShapeError, r"qkv_prologue: qkv must have shape"
+        ),
         Reject(
             "columns",
             lambda m: {"qkv": m.randn(1, 2, 9), "n": 2, "m": 1},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import native, op, ref, register, unit_stride
+from vkernels.library import fresh, native, op, ref, register, unit_stride
 
 _REST = (
     "Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? pos, Tensor? axis, Tensor? freq, float scale, float eps, "
@@ -28,7 +28,7 @@ def _fake_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps
 
 
 def _cpu_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
-    q = _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout)
+    q = fresh(_fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout))
     tensors = (unit_stride(qkv), bias, q_norm, k_norm, q, k_out, v_out, pos, axis, freq)
     native().qkv_prologue(*(ref(x) for x in tensors), scale, eps, layout)
     return q
@@ -36,11 +36,12 @@ def _cpu_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, e
 
 def _cpu(qkv, *rest):
     _, k, v = _fake(qkv, *rest)
+    fresh((k, v))
     return _cpu_into(qkv, k, v, *rest), k, v
 
 
 def _cpu_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dqkv = fresh(torch.empty_like(qkv, memory_format=torch.contiguous_format))
     columns = [0 if x is None else x.shape[0] for x in (bias, q_norm, k_norm)]
     partials = torch.zeros(native().QKV_PROLOGUE_PARTIALS, sum(columns))
     sums = torch.empty(sum(columns))
