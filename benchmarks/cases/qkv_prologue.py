@@ -1,5 +1,5 @@
-"""qkv_prologue against the chain Hugging Face writes: split, RMSNorm modules, apply_rotary_pos_emb with recomposed M-RoPE
-tables (given, so not timed), index copy into a static cache."""
+"""qkv_prologue against the chain Hugging Face writes: split, RMSNorm modules, apply_rotary_pos_emb with recomposed
+M-RoPE tables (given, so not timed), index copy into a static cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def _bench(dtype: torch.dtype) -> Bench:
     def ours() -> tuple[torch.Tensor, ...]:
         cache.reset()
         q = vk.qkv_prologue(qkv, n=N, m=M, spec=spec, pos=pos, q_norm=q_norm, k_norm=k_norm, cache=cache)
-        assert cache.k_rows is not None and cache.v_rows is not None
+        assert cache.k_rows is not None
+        assert cache.v_rows is not None
         return q.transpose(1, 2), cache.k_rows, cache.v_rows
 
     def rival() -> tuple[torch.Tensor, ...]:

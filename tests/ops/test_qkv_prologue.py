@@ -1,4 +1,8 @@
-"""qkv_prologue against numbers worked by hand, torch's own RMS norm with apply_rope, and the cache form against itself."""
+"""qkv_prologue against numbers worked by hand, torch's RMS norm with apply_rope, and its cache form against the other.
+
+Planted and seen red, here or in the derived tests: half of the sum of squares lost, the backward rotation not opposite,
+the head stride of the cache ignored, the mean term of the norm's gradient dropped.
+"""
 
 from __future__ import annotations
 

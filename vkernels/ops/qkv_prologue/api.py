@@ -136,8 +136,8 @@ def qkv_prologue(
         backend: None takes the first that can run the call.
 
     Returns:
-        `(q [b, s, n, d], k [b, s, m, d], v [b, s, m, d])`, or q where a cache took k and v. Computed in float32, rounded
-        once. Gradients for qkv, bias, q_norm and k_norm. Deterministic, whatever the number of threads.
+        `(q [b, s, n, d], k [b, s, m, d], v [b, s, m, d])`, or q where a cache took k and v. Computed in float32,
+        rounded once. Gradients for qkv, bias, q_norm and k_norm. Deterministic, whatever the number of threads.
 
     Raises:
         ValueError, TypeError, ShapeError: an argument breaks the rules above.
