@@ -10,6 +10,7 @@ from vkernels.ops.attention import attention
 from vkernels.ops.decode_attention import decode_attention
 from vkernels.ops.divided_attention import divided_attention
 from vkernels.ops.kv_append import kv_append
+from vkernels.ops.qkv_prologue import qkv_prologue
 from vkernels.ops.rearrange import rearrange
 from vkernels.rearrangement import RearrangePlan
 from vkernels.rope import RopeSpec, rope_positions
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "kv_append",
     "lower_mask",
+    "qkv_prologue",
     "rearrange",
     "rearrangement",
     "rope_positions",

@@ -80,7 +80,15 @@ class OpSpec:
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
 
 
-OPS = ("apply_rope", "attention", "decode_attention", "divided_attention", "kv_append", "rearrange")
+OPS = (
+    "apply_rope",
+    "attention",
+    "decode_attention",
+    "divided_attention",
+    "kv_append",
+    "qkv_prologue",
+    "rearrange",
+)
 
 
 def all_specs() -> list[OpSpec]:

@@ -1,0 +1,84 @@
+"""torch's view of qkv_prologue: schemas, fakes, CPU kernels, backward."""
+
+from __future__ import annotations
+
+import torch
+
+from vkernels.library import fresh, native, op, ref, register, unit_stride
+
+_REST = (
+    "Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? pos, Tensor? axis, Tensor? freq, float scale, float eps, "
+    "int[] layout"
+)  # layout: n, m, d, blocks, offset, post, all_heads
+
+
+def _fake(qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    n, m, d = layout[:3]
+    b, s = qkv.shape[:2]
+    return qkv.new_empty(b, s, n, d), qkv.new_empty(b, s, m, d), qkv.new_empty(b, s, m, d)
+
+
+def _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    return qkv.new_empty(*qkv.shape[:2], layout[0], layout[2])
+
+
+def _fake_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    sums = [qkv.new_empty(0 if x is None else x.shape[0], dtype=torch.float32) for x in (bias, q_norm, k_norm)]
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *sums
+
+
+def _cpu_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    q = fresh(_fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout))
+    tensors = (unit_stride(qkv), bias, q_norm, k_norm, q, k_out, v_out, pos, axis, freq)
+    native().qkv_prologue(*(ref(x) for x in tensors), scale, eps, layout)
+    return q
+
+
+def _cpu(qkv, *rest):
+    _, k, v = _fake(qkv, *rest)
+    fresh((k, v))
+    return _cpu_into(qkv, k, v, *rest), k, v
+
+
+def _cpu_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    dqkv = fresh(torch.empty_like(qkv, memory_format=torch.contiguous_format))
+    columns = [0 if x is None else x.shape[0] for x in (bias, q_norm, k_norm)]
+    partials = torch.zeros(native().QKV_PROLOGUE_PARTIALS, sum(columns))
+    sums = torch.empty(sum(columns))
+    tensors = (unit_stride(qkv), bias, q_norm, k_norm, *map(unit_stride, (dq, dk, dv)), pos, axis, freq)
+    native().qkv_prologue_bwd(*(ref(x) for x in tensors), scale, eps, layout, ref(dqkv), ref(partials), ref(sums))
+    return dqkv, *(x.clone() for x in sums.split(columns))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.eps, ctx.layout = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dq, dk, dv):
+    qkv, *rest = ctx.saved_tensors
+    run = op("qkv_prologue_bwd", ctx.backend)
+    dqkv, *sums = run(qkv, dq, dk, dv, *rest, ctx.scale, ctx.eps, ctx.layout)
+    return dqkv, *(None if x is None else dx for x, dx in zip(rest[:3], sums, strict=True)), *[None] * 6
+
+
+register(
+    "qkv_prologue_bwd",
+    f"(Tensor qkv, Tensor dq, Tensor dk, Tensor dv, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    backends={"cpu": _cpu_bwd},
+)
+register(
+    "qkv_prologue",
+    f"(Tensor qkv, {_REST}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backends={"cpu": _cpu},
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    "qkv_prologue_",
+    f"(Tensor qkv, Tensor(a!) k_out, Tensor(b!) v_out, {_REST}) -> Tensor",
+    fake=_fake_into,
+    backends={"cpu": _cpu_into},
+)
