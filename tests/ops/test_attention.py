@@ -373,11 +373,11 @@ def test_temporal_logarithms_and_their_gradient_worked_by_hand(backend):
 @on_each_backend
 def test_temporal_logarithms_keep_their_patch(backend):
     """Every patch, sample and head has its own: against logsumexp of scores written out in float64."""
-    t, l, n, d = 9, 5, 3, 40
-    q, k, v = (torch.randn(2, t * l, n, d, requires_grad=True) for _ in range(3))
-    mask = VideoMask.temporal(Grid(t, 1, l))
+    t, patches, n, d = 9, 5, 3, 40
+    q, k, v = (torch.randn(2, t * patches, n, d, requires_grad=True) for _ in range(3))
+    mask = VideoMask.temporal(Grid(t, 1, patches))
     _, lse = attention(q, k, v, mask=mask, return_lse=True, backend=backend)
-    a, b = (x.double().view(2, t, l, n, d) for x in (q, k))
+    a, b = (x.double().view(2, t, patches, n, d) for x in (q, k))
     want = torch.einsum("bilnd,bjlnd->bnilj", a, b).div(d**0.5).logsumexp(-1).flatten(2)
     torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
     weight = torch.randn(lse.shape)
