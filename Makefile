@@ -53,7 +53,7 @@ table: build
 sanitize: $(VENV)/.installed
 	VKERNELS_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	VKERNELS_TESTED_FROM=build/sanitize ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py \
 	  -k "not compile and not opcheck" $(ARGS)
 

@@ -1,4 +1,8 @@
-"""apply_rope against angles worked in long double and in exact fractions, and the laws of rotations."""
+"""apply_rope against angles worked in long double and in exact fractions, and the laws of rotations.
+
+Planted in the kernel and seen red here: the sine's sign flipped, an inverse that does not turn back, the attention
+scale left out, the second half read one element early, every pair on its neighbour's axis.
+"""
 
 from __future__ import annotations
 
@@ -179,3 +183,13 @@ def test_native_refuses_what_python_would():
         run(q, None, pos, axis * 0, freq, None, None, 1.0, False, [1, 1])
     with pytest.raises(ValueError, match="pos must be finite"):
         run(q, None, pos + math.inf, axis * 0, freq, None, None, 1.0, False, [1, 0])
+
+
+@backends
+def test_every_pair_follows_its_own_axis(backend):
+    """One turn of pi / 2 per unit: the pair of axis 1 turns once, that of axis 2 twice, the others not at all."""
+    spec = RopeSpec((math.pi / 2,) * 4, (0, 1, 2, -1), layout="pair")
+    x = torch.tensor([1.0, 2.0] * 4).view(1, 1, 1, 8)
+    y = apply_rope(x, None, spec, torch.tensor([[0], [1], [2]]), backend=backend)
+    want = torch.tensor([1.0, 2.0, -2.0, 1.0, -1.0, -2.0, 1.0, 2.0])
+    torch.testing.assert_close(y.flatten(), want, rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vkernels import Grid, MaskPlan, VideoMask, attention
+from vkernels import Grid, MaskPlan, RopeSpec, VideoMask, attention
 from vkernels.library import native, native_missing
 from vkernels.masks import Box
 from vkernels.ops.attention.torch_op import mask_arguments
@@ -354,3 +354,49 @@ def test_counts_and_ranges_out_of_bounds_are_clamped():
     arguments[5] = torch.tensor([[[-(2**31), 2**31 - 1]] * 4], dtype=torch.int32)
     out, _ = torch.ops.vkernels.attention_fwd.cpu(q, q, q, 1.0, *arguments)
     torch.testing.assert_close(out, attention(q, q, q, scale=1.0, backend="cpu"))
+
+
+@on_each_backend
+def test_temporal_logarithms_and_their_gradient_worked_by_hand(backend):
+    """One patch, two frames, d = 1: keys 0 and ln 3. A query x has lse = log(1 + 3^x), whose slope is 3^x ln 3 /
+    (1 + 3^x); a key's gradient is the sum over queries of probability times query."""
+    q = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
+    k = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1).requires_grad_()
+    mask = VideoMask.temporal(Grid(2, 1, 1))
+    _, lse = attention(q, k, torch.ones_like(k), mask=mask, scale=1.0, return_lse=True, backend=backend)
+    torch.testing.assert_close(lse.flatten(), torch.tensor([math.log(4), math.log(10)]), rtol=1e-6, atol=1e-6)
+    dq, dk = torch.autograd.grad(lse.sum(), (q, k))
+    torch.testing.assert_close(dq.flatten(), math.log(3) * torch.tensor([0.75, 0.9]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dk.flatten(), torch.tensor([0.25 + 0.2, 0.75 + 1.8]), rtol=1e-5, atol=1e-6)
+
+
+@on_each_backend
+def test_temporal_logarithms_keep_their_patch(backend):
+    """Every patch, sample and head has its own: against logsumexp of scores written out in float64."""
+    t, patches, n, d = 9, 5, 3, 40
+    q, k, v = (torch.randn(2, t * patches, n, d, requires_grad=True) for _ in range(3))
+    mask = VideoMask.temporal(Grid(t, 1, patches))
+    _, lse = attention(q, k, v, mask=mask, return_lse=True, backend=backend)
+    a, b = (x.double().view(2, t, patches, n, d) for x in (q, k))
+    want = torch.einsum("bilnd,bjlnd->bnilj", a, b).div(d**0.5).logsumexp(-1).flatten(2)
+    torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(lse.shape)
+    got = torch.autograd.grad((lse * weight).sum(), (q, k))
+    for g, w in zip(got, torch.autograd.grad((want * weight).sum(), (q, k)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+@on_each_backend
+def test_rope_is_rotation_by_hand_and_then_attention(backend):
+    """One quarter turn per frame: (x0, x1) becomes (-x1, x0) at frame 1 and (-x0, -x1) at frame 2."""
+    spec, pos = RopeSpec((math.pi / 2,)), torch.tensor([0, 1, 2])
+    q, k, v = torch.randn(3, 1, 3, 2, 2).unbind()
+
+    def turned(x):
+        return torch.stack([x[:, 0], torch.stack([-x[:, 1, :, 1], x[:, 1, :, 0]], -1), -x[:, 2]], 1)
+
+    got = attention(q, k, v, rope=(spec, pos), backend=backend)
+    scores = torch.einsum("bqnd,bknd->bnqk", turned(q), turned(k)) / 2**0.5
+    want = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert (got - attention(q, k, v, backend=backend)).abs().max() > 1e-2

@@ -1,6 +1,8 @@
 """The witness of divided_attention: nothing here calls its reference.
 
-Seen red: keys of the last score block left unmasked (baseline instruction set, temporal with 5 frames).
+Seen red: keys of the last score block left unmasked (baseline instruction set, temporal with 5 frames); the CLS mean
+divided by t + 1; the last key of a group dropped; rows of a group one token apart; dV only from the first block of
+queries. With test_attention.py, for the same kernel: lse of the pair's other query; grad_lse with its sign flipped.
 """
 
 from __future__ import annotations
@@ -149,6 +151,19 @@ def test_kernel_equals_groups_taken_by_hand(c):
     o = vk.divided_attention(*half, grid, **options, backend="cpu")
     want = by_hand(*half, t, c["patches"], c["axis"], c["cls"], c["order"], frames)
     torch.testing.assert_close(o.double(), want, rtol=2e-2, atol=2e-2)
+
+
+@backends
+@pytest.mark.parametrize(("axis", "t", "patches"), [("temporal", 70, 2), ("spatial", 2, 70)])
+def test_gradients_equal_groups_taken_by_hand(backend, axis, t, patches):
+    """70 tokens to a group: more than one block of queries adds to every key."""
+    leaves = [x.requires_grad_() for x in make(1, 1 + t * patches, 2, 24, m=1)]
+    o = vk.divided_attention(*leaves, vk.Grid(t, 1, patches), axis=axis, cls=1, backend=backend)
+    want = by_hand(*leaves, t, patches, axis, 1, "frame", t if axis == "temporal" else 1)
+    weight = make(1, 1 + t * patches, 2, 24, seed=1)[0]
+    got = torch.autograd.grad((o * weight).sum(), leaves)
+    for g, w in zip(got, torch.autograd.grad((want * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 @backends

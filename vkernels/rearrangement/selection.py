@@ -33,6 +33,7 @@ def keep(
         if n is None:
             raise ValueError(refusal("keep", "n", "be the number of tokens indices choose from", n))
         return gather("keep", _rows("indices", indices), (n,))
+    assert mask is not None  # required above
     mask = _rows("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(refusal("keep", "mask", "have dtype bool", mask.dtype))

@@ -114,9 +114,9 @@ def rope_positions(
     op = "rope_positions"
     require(kind in KINDS, op, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
     if kind in ("grid2d", "grid3d"):
-        require(all(not isinstance(p, int) for p in parts), op, "parts", f"be videos only for {kind}", list(parts))
-        grids = [_grid(*p, device)[1 if kind == "grid2d" else 0 :] for p in parts]  # type: ignore[misc]
-        return torch.cat(grids, dim=1)
+        videos = [p for p in parts if not isinstance(p, int)]
+        require(len(videos) == len(parts), op, "parts", f"be videos only for {kind}", list(parts))
+        return torch.cat([_grid(t, h, w, device)[1 if kind == "grid2d" else 0 :] for t, h, w in videos], dim=1)
     axes = 1 if kind in _ONE_AXIS else 3
     at = start
     pieces = [torch.empty(axes, 0, dtype=torch.int64, device=device)]

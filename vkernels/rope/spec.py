@@ -109,7 +109,7 @@ class RopeSpec:
         base: float = 10000.0,
         scheme: str = "default",
         *,
-        axes: str | Sequence[int] | None = None,
+        axes: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         sections: Sequence[int] | None = None,
         layout: str = "half",
         offset: int = 0,
@@ -139,7 +139,7 @@ class RopeSpec:
             require(sections is not None, op, "sections", f"be given with axes={axes!r}", sections)
             rows = axis_maps.NAMED[axes](sections or ())
         elif axes is not None:
-            rows = tuple(axes)
+            rows = tuple(a if isinstance(a, int) else tuple(a) for a in axes)
         return cls(tuple(exact.tolist()), rows, float(scale), layout, offset, freq_fp32=tuple(single.double().tolist()))
 
     @classmethod
@@ -177,7 +177,7 @@ class RopeSpec:
         base = p.get("rope_theta", 10000.0)
         portion = p.get("partial_rotary_factor", 1.0)
         d = head if kind == "proportional" else int(head * portion)
-        longest = getattr(text, "max_position_embeddings", None)
+        longest: Any = getattr(text, "max_position_embeddings", None)
         original = p.get("original_max_position_embeddings") or longest
         factor = p.get("factor")
         extra: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from vkernels.check import ShapeError
 from vkernels.masks import Grid, VideoMask
 from vkernels.ops.attention.api import BACKENDS, Call, attention, prepare
 from vkernels.ops.attention.reference import dense
+from vkernels.rope import RopeSpec
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
 
 
@@ -19,6 +20,9 @@ def _inputs(
     s_k, m = s_q if s_k is None else s_k, n if m is None else m
     q, k, v = maker.randn(b, s_q, n, d), maker.randn(b, s_k, m, d), maker.randn(b, s_k, m, d)
     return {"q": q, "k": k, "v": v, "return_lse": True, **more}
+
+
+_ROPE = (RopeSpec.build(24, layout="pair"), torch.arange(30) // 6)
 
 
 def _keep(maker: Maker, b: int, s: int, queries: bool) -> VideoMask:
@@ -68,6 +72,7 @@ SPEC = OpSpec(
             "window",
             lambda m: _inputs(m, 1, 141, 2, 24, mask=VideoMask.window(Grid(4, 5, 7), (3, 3, 3)).with_globals()),
         ),
+        Case("rope", lambda m: _inputs(m, 2, 30, 4, 24, m=2, mask=VideoMask.temporal(Grid(5, 2, 3)), rope=_ROPE)),
         Case("no_queries", lambda m: _inputs(m, 1, 0, 2, 16, s_k=5)),
         Case("no_keys", lambda m: _inputs(m, 1, 5, 2, 16, s_k=0)),
     ],

@@ -135,7 +135,8 @@ def prepare(
     sources = _sources(tensors, plan)
     c = sources[0].shape[-1]
     if plan.fills:
-        require(fill is not None, OP, "fill", f"hold the {plan.fills} fill vectors of {plan!r}", None)
+        if fill is None:
+            raise ValueError(refusal(OP, "fill", f"hold the {plan.fills} fill vectors of {plan!r}", None))
         if fill.numel() != plan.fills * c or fill.shape[-1] != c:
             raise ShapeError(refusal(OP, "fill", f"have shape ({plan.fills}, {c})", tuple(fill.shape)))
         sources.append(fill.reshape(1, plan.fills, c))
