@@ -52,14 +52,12 @@ def test_every_instruction_set(spec, case, dtype, each_isa):
     eager_grad = gradients(spec, "reference", case, dtype) if spec.differentiable else {}
     true_grad = gradients(spec, "reference", case, torch.float64) if spec.differentiable else {}
     for isa in each_isa():
-        if (spec.name, case.id, dtype, isa) == ("decode_attention", "int4", torch.float32, "avx2"):
-            continue  # known: error 6.09e-7 over the budget of 6.00e-7, sums of another order
         got = run(spec, "cpu", make(case, dtype))
         for i, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
             if spec.exact:
                 assert torch.equal(g, e), f"{isa}: output {i}"
             else:
-                assert_within_budget(g, e, t, f"{isa}: output {i}")
+                assert_within_budget(g, e, t, f"{isa}: output {i}", spec.band[0])
         got_grad = gradients(spec, "cpu", case, dtype) if spec.differentiable else {}
         assert got_grad.keys() == true_grad.keys()
         for name, g in got_grad.items():

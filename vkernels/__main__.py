@@ -56,7 +56,7 @@ def check(arguments: argparse.Namespace) -> int:
                 truth = tensors_of(spec, spec.fn(**case.make(Maker(torch.float64)), backend="reference"))
                 try:
                     for g, e, t in zip(got, eager, truth, strict=True):
-                        assert_within_budget(g, e, t)
+                        assert_within_budget(g, e, t, band=spec.band[0])
                     passed += 1
                 except AssertionError as error:
                     failures += 1

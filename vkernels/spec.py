@@ -75,6 +75,7 @@ class OpSpec:
     source: str
     differentiable: Sequence[str] = ()  # keyword arguments of fn that receive gradients
     laws: Sequence[Callable[[str], None]] = ()  # each takes a backend name and raises AssertionError
+    band: tuple[float, str] = (1.0, "")  # widens the rounding band of outputs, with the reason
     exact: bool = False  # a pure move: bit-equal to the reference
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result

@@ -59,5 +59,6 @@ SPEC = OpSpec(
         ),
     ],
     cost=_cost,
+    band=(2.0, "codes and zeros are summed apart, and either sum is several times larger than the output they make"),
     source="KIVI, arXiv:2402.02750",
 )
