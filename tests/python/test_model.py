@@ -1,9 +1,7 @@
 """The reference video-LLM: the two implementations are one model, and that model is the one the papers describe.
 
 The witnesses are worked by hand, transformers' own Llama, and recomputation without a cache; nothing learns the answer
-from the other implementation alone. Planted and caught: clips chunked instead of interleaved; restored as (m t) instead
-of (t m); bidirectional attention lost for the last frame; rotary positions starting at 0 again while decoding; NTK base
-ignored on one side; keys quantised per token; the window of newest tokens off by one group.
+from the other implementation alone.
 """
 
 import pytest

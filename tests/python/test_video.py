@@ -1,9 +1,4 @@
-"""Decoding, sampling and preprocessing: what a clip becomes, and what is refused with which sentence.
-
-Planted and caught: linspace rounded instead of truncated; resize with round() instead of int(); mean and std swapped;
-frames left in the order they were asked for the first time when the packet count is wrong; no container list (a
-playlist was opened).
-"""
+"""Decoding, sampling and preprocessing: what a clip becomes, and what is refused with which sentence."""
 
 import contextlib
 

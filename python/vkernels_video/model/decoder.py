@@ -108,10 +108,11 @@ class DecoderLayer(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
     def _vkernels(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
+        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
     ) -> Tensor:
         q, k, v = self._heads(x)
-        q, k = vk.apply_rope(q, k, *rotary, angle="hf_fp32", inplace=not torch.is_grad_enabled())
+        spec, positions = rotary
+        q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())
         cache.append(k, v)
         out = vk.decode_attention(q, cache) if mask is None else vk.attention(q, k, v, mask=mask)
         assert isinstance(out, Tensor)

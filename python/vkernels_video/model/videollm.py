@@ -109,7 +109,9 @@ class VideoLLM(nn.Module):
             return torch.cat([text[:, : len(before)], visual[None], text[:, len(before) :]], dim=1), prompt
         restore = interleave_clips(*x.shape[:3], frames=frames)
         parts = [("text", prompt.before), ("video", frames * prompt.tokens), ("text", prompt.after)]
-        return vk.rearrange([text, x.flatten(0, 2)[None]], assemble(parts, video=restore)), prompt
+        inputs = vk.rearrange([text, x.flatten(0, 2)[None]], assemble(parts, video=restore))
+        assert isinstance(inputs, Tensor)
+        return inputs, prompt
 
     def new_caches(self, impl: Impl, length: int) -> list:
         """An empty cache per layer with room for `length` tokens."""
@@ -117,9 +119,11 @@ class VideoLLM(nn.Module):
         layers, group, residual = range(config.decoder.layers), config.kv_group, config.kv_residual
         if impl == "eager":
             return [DequantisingCache(config.kv, group, residual, self.dequantise) for _ in layers]
-        shape = {"b": 1, "m": config.decoder.kv_heads, "d": config.decoder.head, "capacity": length}
-        dtype = self.decoder.lm_head.weight.dtype
-        return [vk.KVCache(config.kv, **shape, group=group, residual=residual, dtype=dtype) for _ in layers]
+        m, d, dtype = config.decoder.kv_heads, config.decoder.head, self.decoder.lm_head.weight.dtype
+        return [
+            vk.KVCache(config.kv, b=1, m=m, d=d, capacity=length, group=group, residual=residual, dtype=dtype)
+            for _ in layers
+        ]
 
     @torch.inference_mode()
     def generate(
