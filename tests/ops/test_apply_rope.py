@@ -193,3 +193,11 @@ def test_every_pair_follows_its_own_axis(backend):
     y = apply_rope(x, None, spec, torch.tensor([[0], [1], [2]]), backend=backend)
     want = torch.tensor([1.0, 2.0, -2.0, 1.0, -1.0, -2.0, 1.0, 2.0])
     torch.testing.assert_close(y.flatten(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0**31])
+@pytest.mark.parametrize("how", [{"backend": "cpu"}, {"backend": "reference"}, {"angle": "hf_fp32"}])
+def test_unusable_positions_are_refused_everywhere(value, how):
+    pos = torch.tensor([0.0, value, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"apply_rope: pos must be finite and below 2\^31 in magnitude, got"):
+        apply_rope(torch.randn(1, 3, 2, 8), None, RopeSpec.build(8), pos, **how)

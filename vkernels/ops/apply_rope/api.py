@@ -44,6 +44,16 @@ def canonical_positions(name: str, spec: RopeSpec, pos: torch.Tensor, b: int, s:
     return pos
 
 
+def refuse_unusable_positions(name: str, pos: torch.Tensor) -> None:
+    """What native code checks before it turns anything, for the paths that are plain PyTorch. On the CPU only: looking
+    at values elsewhere, or while tracing, would wait for the device."""
+    if pos.device.type != "cpu" or torch.compiler.is_compiling() or not pos.numel():
+        return
+    bad = ~(pos.double().abs() < 2**31)
+    if bool(bad.any()):
+        require(False, name, "pos", "be finite and below 2^31 in magnitude", pos[bad][0].item())
+
+
 def tables_of(
     name: str, spec: RopeSpec, pos: torch.Tensor | None, angle: str | tuple[torch.Tensor, torch.Tensor], b: int, s: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -56,6 +66,7 @@ def tables_of(
         if angle == "exact":
             return pos, None, None
         require(len(spec.axis_rows) == 1, name, "angle", "be exact where heads follow different axes", angle)
+        refuse_unusable_positions(name, pos)
         freq = torch.tensor(spec.freq_fp32 or spec.freq, dtype=torch.float32, device=pos.device)
         axis = spec.tables(pos.device)[0][0]
         table = pos.float()[axis.clamp(min=0).long()].permute(1, 2, 0) * torch.where(axis < 0, 0.0, freq)
@@ -171,6 +182,8 @@ def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if call.pos is not None:
+        refuse_unusable_positions("apply_rope", call.pos)
     out = reference.apply_rope(call.q, call.k, call.spec, call.pos, call.cos, call.sin, call.inverse, call.scale)
     if not call.inplace:
         return out
