@@ -29,7 +29,7 @@ double work(const AttentionMask& mask, int64_t batch, int64_t begin, int64_t end
     const int32_t* row =
         ranges.ptr<const int32_t>() + (ranges.size(0) == 1 ? 0 : batch) * ranges.stride(0) + i * ranges.stride(1);
     for (int64_t r = 0; r < ranges.size(2); r += 2)
-      sum += static_cast<double>(std::max(0, row[r + 1] - row[r])) * std::min(kRowUnit, end - i);
+      sum += static_cast<double>(std::max<int64_t>(0, int64_t{row[r + 1]} - row[r])) * std::min(kRowUnit, end - i);
   }
   return sum;
 }
