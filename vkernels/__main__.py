@@ -1,4 +1,4 @@
-"""python -m vkernels  info | check | table"""
+"""python -m vkernels  info | check | table | compile"""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import sys
 import torch
 
 import vkernels
-from vkernels.library import native, native_missing
+from vkernels.library import INTERPRETED, native, native_missing, triton_why_not
 
 
 def info(_: argparse.Namespace) -> int:
     """What is active, and for what is not, why."""
+    from vkernels.spec import all_specs
+
     print(f"vkernels {vkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     missing = native_missing()
     print("backend reference: active")
@@ -27,10 +29,14 @@ def info(_: argparse.Namespace) -> int:
         print(f"  threads: {c.num_threads()}, torch's own")
     else:
         print(f"backend cpu: not active: {missing}")
-    for backend in ("triton", "cuda"):
-        print(f"backend {backend}: not active: this version has no {backend} kernels yet")
-    forced = os.environ.get("VKERNELS_CPU_ISA")
-    print(f"environment: VKERNELS_CPU_ISA={forced or '(unset)'}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = triton_why_not(torch.empty(0, device=device))
+    ops = ", ".join(spec.name for spec in all_specs() if any(b.name == "triton" for b in spec.backends))
+    state = f"not active: {reason}" if reason else "active on the GPU" if device == "cuda" else "active, interpreted"
+    print(f"backend triton: {state}; ops so far: {ops}")
+    print("backend cuda: not active: this version has no cuda kernels yet")
+    for name in ("VKERNELS_CPU_ISA", "TRITON_INTERPRET"):
+        print(f"environment: {name}={os.environ.get(name) or '(unset)'}")
     return 0
 
 
@@ -90,6 +96,30 @@ def table(_: argparse.Namespace) -> int:
     return 0
 
 
+def compile_kernels(arguments: argparse.Namespace) -> int:
+    """Triton kernels compiled for chips that need not be here, with what decides their speed; 1 if one has a fault."""
+    from vkernels.spec import all_specs
+    from vkernels.triton.aot import survey
+
+    if INTERPRETED:
+        raise SystemExit("compile: TRITON_INTERPRET must be unset, or there is nothing to compile")
+    header = ["kernel", "chip", "shape", "registers", "shared", "spills", "occupancy", "instructions", "faults"]
+    rows, faulty = [], 0
+    for spec in all_specs():
+        if spec.shapes and (not arguments.op or spec.name in arguments.op):
+            for arch in arguments.arch:
+                for made, faults in survey(spec, arch):
+                    used = " ".join(f"{name}:{count}" for name, count in made.instructions.items() if count)
+                    numbers = [made.registers, made.shared, made.spills, f"{made.occupancy:.0%}"]
+                    rows.append([made.kernel, arch, made.label, *map(str, numbers), used, "; ".join(faults) or "none"])
+                    faulty += bool(faults)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(rows)} compiled, {faulty} with faults")
+    return 1 if faulty or not rows else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vkernels", description=vkernels.__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -101,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     sub.set_defaults(run=check)
     sub = commands.add_parser("table", help=table.__doc__)
     sub.set_defaults(run=table)
+    sub = commands.add_parser("compile", help=compile_kernels.__doc__)
+    sub.add_argument("--op", nargs="*")
+    sub.add_argument("--arch", nargs="*", default=["sm80", "sm90", "sm100"])
+    sub.set_defaults(run=compile_kernels)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

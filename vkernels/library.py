@@ -7,7 +7,10 @@ other backend works.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,40 @@ def cpu_why_not(tensor: torch.Tensor) -> str | None:
     return _missing
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")  # Triton reads it once, when it is imported
+_TRITON = find_spec("triton") is not None
+recording_for: str | None = None  # the chip launches are noted down for, while they are (vkernels/triton/launch.py)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def triton_why_not(tensor: torch.Tensor) -> str | None:
+    """The reasons every Triton kernel shares for refusing a call on `tensor`."""
+    if not _TRITON:
+        return "Triton is not installed (pip install triton)"
+    if tensor.dtype == torch.float64:
+        return "dtype float64 is served by the reference only"
+    if tensor.device.type == "cuda":
+        major, minor = capability(tensor.device)
+        return None if major >= 8 else f"the GPU is sm_{major}{minor}, this backend needs sm_80 or newer"
+    if tensor.device.type == "cpu" and (INTERPRETED or recording_for is not None):
+        return None
+    return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
+
+
+def lazily(module: str, function: str) -> Callable[..., Any]:
+    """`module.function`, imported when it is first called: Triton takes a second to import."""
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(module), function)(*args)
+
+    return run
+
+
 def ref(tensor: torch.Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...], torch.Tensor] | None:
     """What a native function receives of a tensor: address, dtype code, sizes, strides; and the tensor itself, so that
     a temporary lives as long as its address is in use."""
@@ -86,7 +123,8 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 _registry = torch.library.Library("vkernels", "FRAGMENT")
 
-DISPATCH_KEY = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+# Triton's interpreter runs on CPU tensors; on the GPU `launch` is the one that refuses them.
+DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA",)}
 
 
 def register(
@@ -106,7 +144,8 @@ def register(
     for backend, function in backends.items():
         overload = f"{name}.{backend}"
         _registry.define(f"{overload}{schema}")
-        _registry.impl(overload, function, DISPATCH_KEY[backend])
+        for key in DISPATCH_KEYS[backend]:
+            _registry.impl(overload, function, key)
         torch.library.register_fake(f"vkernels::{overload}", fake, lib=_registry)
         if backward is not None:
             torch.library.register_autograd(

@@ -35,12 +35,32 @@ class Maker:
         return (torch.rand(shape, generator=self.generator) < p).to(self.device)
 
 
+class Blank(Maker):
+    """Tensors nobody fills: real sizes cost nothing where only shapes matter."""
+
+    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
 @dataclass(frozen=True)
 class Case:
     """A call that must work: `make(Maker)` gives the keyword arguments of the public function."""
 
     id: str
     make: Callable[[Maker], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shape(Case):
+    """A call at a size some model really has: kernels are compiled ahead of time, tuned and measured on it.
+
+    `make` draws large tensors with `randn` only, so that a Blank maker costs nothing.
+    """
+
+    model: str = ""  # whose size it is
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+    gradients: bool = True  # also backward, where the op has one
+    tensor_cores: bool = False  # its arithmetic-bound kernels must use them
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class OpSpec:
     band: tuple[float, str] = (1.0, "")  # widens the rounding band of outputs, with the reason
     exact: bool = False  # a pure move: bit-equal to the reference
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+    shapes: Sequence[Shape] = ()  # real sizes, for the kernels of a GPU
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
 
 

@@ -7,7 +7,7 @@ import torch
 from vkernels.check import ShapeError
 from vkernels.ops.apply_rope.api import BACKENDS, Call, apply_rope, prepare
 from vkernels.rope import RopeSpec, rope_positions
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(m: Maker, b: int, s: int, n: int, kv: int, d: int, spec: RopeSpec, pos: torch.Tensor | None = None) -> dict:
@@ -47,6 +47,27 @@ SPEC = OpSpec(
         Case("inverse", lambda m: {**_inputs(m, 1, 5, 2, 2, 48, RopeSpec.build(32)), "inverse": True}),
         Case("hf_fp32", lambda m: {**_inputs(m, 1, 5, 2, 2, 32, RopeSpec.build(32)), "angle": "hf_fp32"}),
         Case("empty", lambda m: _inputs(m, 1, 0, 3, 1, 64, RopeSpec.build(64))),
+    ],
+    shapes=[
+        Shape("llama", lambda m: _inputs(m, 1, 8192, 32, 32, 128, RopeSpec.build(128)), "LLaMA-7B, 8,192 tokens"),
+        Shape(
+            "qwen2_vl",
+            lambda m: _inputs(m, 1, 8192, 28, 4, 128, _MROPE, torch.zeros(3, 8192, dtype=torch.int64)),
+            "Qwen2-VL-7B, 8,192 tokens",
+            dtypes=(torch.bfloat16, torch.float32),
+        ),
+        Shape(
+            "siglip",
+            lambda m: _inputs(
+                m, 8, 729, 16, 16, 72, RopeSpec.grid((36, 36), layout="pair"), torch.zeros(2, 729, dtype=torch.int64)
+            ),
+            "a vision tower with head size 72",
+        ),
+        Shape(
+            "videorope",
+            lambda m: _inputs(m, 1, 8192, 28, 4, 64, _VIDEO, torch.zeros(3, 8192)),
+            "real positions",
+        ),
     ],
     rejects=[
         Reject(

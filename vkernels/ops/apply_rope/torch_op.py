@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
 
 _ROPE = "Tensor? pos, Tensor? axis, Tensor? freq, Tensor? cos, Tensor? sin, float scale, bool inverse, int[] layout"
 
@@ -47,11 +47,13 @@ def _backward(ctx, dq, dk):
     return dq, (dk if ctx.has_k else None), *[None] * 8
 
 
+_TRITON = "vkernels.ops.apply_rope.triton"
+
 register(
     "apply_rope",
     f"(Tensor q, Tensor? k, {_ROPE}) -> (Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _cpu},
+    backends={"cpu": _cpu, "triton": lazily(_TRITON, "out_of_place")},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -59,5 +61,5 @@ register(
     "apply_rope_",
     f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE}) -> ()",
     fake=lambda *args: None,
-    backends={"cpu": _cpu_in_place},
+    backends={"cpu": _cpu_in_place, "triton": lazily(_TRITON, "in_place")},
 )

@@ -1,0 +1,119 @@
+"""What is known about the Triton kernels without a GPU. Their numbers are checked by test_every_op.py, interpreted.
+
+Compiling needs Triton without its interpreter, so these tests start a Python of their own.
+Trusted after mutation: strides passed undivided (rows of 72 elements lose their 16-byte accesses) and a length Triton
+may specialise on each turned a test red.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
+
+
+def python(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+def test_every_real_size_compiles_without_a_fault(arch):
+    """No spills, no shared memory over the limit, tensor cores and 16-byte accesses where they are due."""
+    print(table := python("-m", "vkernels", "compile", "--arch", arch))
+    assert table.splitlines()[-1].endswith(" compiled, 0 with faults")
+
+
+def test_a_fault_is_found():
+    """The gate reads machine code: what breaks a rule must not pass it."""
+    code = """
+from dataclasses import replace
+from vkernels.spec import all_specs
+from vkernels.triton import aot
+spec = next(s for s in all_specs() if s.name == "apply_rope")
+made, faults = aot.survey(replace(spec, shapes=spec.shapes[:1]), "sm90")[0]
+assert not faults and made.registers > 16 and made.instructions["load16"] > 0
+assert "no HGMMA" in aot.faults(made, "arithmetic", True)[0]
+assert "shared memory" in aot.faults(replace(made, shared=2**20), "bytes", False)[0]
+assert "local memory" in aot.faults(replace(made, spills=8), "bytes", False)[0]
+nothing = dict.fromkeys(made.instructions, 0)
+assert "16-byte" in aot.faults(replace(made, instructions=nothing), "bytes", False)[0]
+"""
+    python("-c", code)
+
+
+def test_lengths_do_not_compile_anew():
+    """Twenty lengths, one compilation: nothing specialises on a length. A batch of one is its own case."""
+    code = """
+import json, torch, vkernels as vk
+from vkernels.triton.aot import key
+from vkernels.triton.launch import recording
+spec, keys = vk.RopeSpec.build(64), set()
+with recording() as noted:
+    for s in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 100, 128, 129, 257, 1000, 1024, 4096):
+        q = torch.empty(2, s, 8, 64, dtype=torch.bfloat16)
+        vk.apply_rope(q, q[:, :, :4], spec, torch.zeros(2, s), backend="triton")
+print(json.dumps([len(noted), len(set(map(key, noted)))]))
+"""
+    assert json.loads(python("-c", code)) == [20, 1]
+
+
+def test_a_kernel_is_not_launched_on_the_cpu():
+    code = """
+import torch, vkernels as vk
+from vkernels import NoBackend
+q = torch.zeros(1, 4, 2, 8)
+try:
+    vk.apply_rope(q, None, vk.RopeSpec.build(8), torch.arange(4), backend="triton")
+except NoBackend as error:
+    print(error)
+"""
+    assert "the tensors are on cpu, this backend runs on NVIDIA GPUs" in python("-c", code)
+
+
+def test_the_first_row_of_every_table_is_pinned():
+    from vkernels.triton.tiles import table
+
+    first = table("apply_rope")["_apply_rope_kernel"]["sm80"][0]
+    assert first == {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4}
+
+
+def test_a_newer_chip_takes_the_rows_of_an_older_one():
+    from vkernels.triton.tiles import overridden, tiles
+
+    row = tiles("apply_rope", "_apply_rope_kernel", "sm120", d=64)
+    assert row == tiles("apply_rope", "_apply_rope_kernel", "sm80", d=64)
+    with overridden("_apply_rope_kernel", {"BLOCK_S": 1}):
+        assert tiles("apply_rope", "_apply_rope_kernel", "sm90", d=64) == {"BLOCK_S": 1}
+
+
+def test_a_direct_call_is_refused_before_it_could_read_outside():
+    q = torch.zeros(1, 4, 2, 8)
+    axis, freq = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    rope = torch.ops.vkernels.apply_rope.triton
+    with pytest.raises(ValueError, match="apply_rope: pos must speak of 1 or 1 samples of 4 tokens"):
+        rope(q, None, torch.zeros(1, 1, 3), axis, freq, None, None, 1.0, False, [1, 0])
+    with pytest.raises(ValueError, match="apply_rope: layout must rotate 8 of d=8 elements"):
+        rope(q, None, torch.zeros(1, 1, 4), axis, freq, None, None, 1.0, False, [1, 2])
+
+
+def test_an_axis_that_is_not_there_does_not_turn():
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the tensors below would have to be there")
+    q = torch.randn(1, 4, 2, 8)
+    axis, freq = torch.full((1, 4), 9, dtype=torch.int32), torch.full((4,), 1 << 60)
+    out, _ = torch.ops.vkernels.apply_rope.triton(
+        q, None, torch.ones(1, 1, 4), axis, freq, None, None, 1.0, False, [1, 0]
+    )
+    assert torch.equal(out, q)

@@ -1,0 +1,145 @@
+"""apply_rope on Triton: angles once per token, shared by every head of q and k; one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vkernels.check import bind, require, same_dtype
+from vkernels.library import unit_stride
+from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
+from vkernels.triton.tiles import tiles
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, out_ptr, stride_xb, stride_xs, stride_xn, stride_ob, stride_os, stride_on,
+    sample, token, live, first, heads, c, s, pair, rest,
+    OFFSET: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, HAS_REST: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn."""
+    x_row = (sample * stride_xb + token * stride_xs)[:, None, None]
+    out_row = (sample * stride_ob + token * stride_os)[:, None, None]
+    for start in range(0, heads, BLOCK_H):
+        head = start + tl.arange(0, BLOCK_H)
+        inside = live[:, None, None] & (head < heads)[None, :, None]
+        x_at = x_row + ((first + head) * stride_xn)[None, :, None]
+        out_at = out_row + ((first + head) * stride_on)[None, :, None]
+        x0, x1 = load_pairs(x_ptr, x_at + OFFSET, inside, pair, PAIRS, R, BLOCKS)
+        y0, y1 = turn(x0, x1, c[:, None, :], s[:, None, :])
+        store_pairs(out_ptr, out_at + OFFSET, y0, y1, inside, pair, PAIRS, R, BLOCKS)
+        if HAS_REST:
+            still = inside & ((rest < OFFSET) | (rest >= OFFSET + 2 * PAIRS))
+            x = tl.load(x_ptr + x_at + rest, mask=still, other=0.0)
+            tl.store(out_ptr + out_at + rest, x, mask=still)
+
+
+# What grows with the number of tokens must not be specialised on, or every length would compile anew.
+@triton.jit(do_not_specialize=["tokens", "s", "stride_pa", "stride_pb", "stride_cb", "stride_sb"])
+def _apply_rope_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, pos_ptr, axis_ptr, freq_ptr, cos_ptr, sin_ptr,
+    stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kn,
+    stride_qob, stride_qos, stride_qon, stride_kob, stride_kos, stride_kon,
+    stride_pa, stride_pb, stride_ps, axes, stride_cb, stride_cs, stride_sb, stride_ss,
+    tokens, s, n, m, scale, sign,
+    ROWS: tl.constexpr, D: tl.constexpr, OFFSET: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr,
+    TABLE: tl.constexpr, HAS_K: tl.constexpr, HAS_REST: tl.constexpr,
+    R: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    live = row < tokens
+    sample, token = row // s, row % s
+    pair = tl.arange(0, R)
+    rest = tl.arange(0, BLOCK_D)
+    rest = tl.where(rest < D, rest, OFFSET)  # past the head: a column that turns, never copied
+    for spec_row in tl.static_range(ROWS):
+        if TABLE:
+            c, w = table_angles(
+                cos_ptr, sin_ptr, stride_cb, stride_cs, stride_sb, stride_ss, sample, token, live, pair, PAIRS
+            )
+        else:
+            axis_row = axis_ptr + spec_row * PAIRS
+            c, w = position_angles(
+                pos_ptr, stride_pa, stride_pb, stride_ps, axes, axis_row, freq_ptr, sample, token, live, pair, PAIRS
+            )
+        c, w = c * scale, w * sign
+        _turn_heads(
+            q_ptr, q_out_ptr, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN,
+            stride_qob * ALIGN, stride_qos * ALIGN, stride_qon * ALIGN,
+            sample, token, live, spec_row * (n // ROWS), n // ROWS, c, w, pair, rest,
+            OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+        )  # fmt: skip
+        if HAS_K:
+            _turn_heads(
+                k_ptr, k_out_ptr, stride_kb * ALIGN, stride_ks * ALIGN, stride_kn * ALIGN,
+                stride_kob * ALIGN, stride_kos * ALIGN, stride_kon * ALIGN,
+                sample, token, live, spec_row * (m // ROWS), m // ROWS, c, w, pair, rest,
+                OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+            )  # fmt: skip
+
+
+def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[int]) -> None:
+    """What keeps the kernel inside its tensors, for callers who come past the public function."""
+    axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"))
+    same_dtype("apply_rope", ("q", q), ("k", k))
+    if cos is None:
+        bind("apply_rope", ("axis", axis, "h r"), ("freq", freq, "r"))
+        by_token, pairs = (("pos", pos[0] if pos.dim() == 3 else pos),), freq.shape[0]
+    else:
+        bind("apply_rope", ("cos", cos, "x s r"), ("sin", sin, "x s r"))
+        by_token, pairs = (("cos", cos[..., 0]),), cos.shape[2]
+    for name, x in by_token:
+        good = x.dim() == 2 and x.shape[0] in (1, axes["b"]) and x.shape[1] == axes["s"]
+        require(good, "apply_rope", name, f"speak of 1 or {axes['b']} samples of {axes['s']} tokens", tuple(x.shape))
+    blocks, offset = layout
+    fits = offset >= 0 and blocks >= 0 and offset + 2 * pairs <= axes["d"] and pairs % max(blocks, 1) == 0
+    require(fits, "apply_rope", "layout", f"rotate {2 * pairs} of d={axes['d']} elements", layout)
+
+
+def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+    _check(q, k, pos, axis, freq, cos, sin, layout)
+    b, s, n, d = q.shape
+    m = 0 if k is None else k.shape[2]
+    blocks, offset = layout
+    pairs = freq.shape[0] if cos is None else cos.shape[2]
+    rows = 1 if axis is None else axis.shape[0]
+    here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
+    copies_rest = q_out.data_ptr() != q.data_ptr() and d > 2 * pairs
+
+    def batch_strides(x: Tensor | None) -> list[int]:
+        return [0, 0] if x is None else [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
+
+    pos_strides = [0, 0, 0] if pos is None else [pos.stride(0), *batch_strides(pos[0])]
+    k_in, k_to = (q, q_out) if k is None else (k, k_out)
+    strides = [stride for x in (q, k_in, q_out, k_to) for stride in x.stride()[:3]]
+    align = alignment(strides)
+    launch(
+        _apply_rope_kernel, (cdiv(b * s, here["BLOCK_S"]),),
+        q, k_in, q_out, k_to, pos, axis, freq, cos, sin,
+        *(stride // align for stride in strides),
+        *pos_strides, 0 if pos is None else pos.shape[0], *batch_strides(cos), *batch_strides(sin),
+        b * s, s, n, m, scale, -scale if inverse else scale,
+        ROWS=rows, D=d, OFFSET=offset, PAIRS=pairs, BLOCKS=blocks, TABLE=cos is not None, HAS_K=k is not None,
+        HAS_REST=copies_rest, R=triton.next_power_of_2(pairs), BLOCK_D=triton.next_power_of_2(d), ALIGN=align,
+        **here,
+    )  # fmt: skip
+
+
+def out_of_place(
+    q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, scale, inverse, layout
+) -> tuple[Tensor, Tensor]:
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = q.new_empty(0) if k is None else torch.empty_like(k, memory_format=torch.contiguous_format)
+    k, cos, sin = (None if x is None else unit_stride(x) for x in (k, cos, sin))
+    _run(unit_stride(q), k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout)
+    return q_out, k_out
+
+
+def in_place(q: Tensor, k: Tensor | None, *rest: Any) -> None:
+    _run(q, k, q, k, *rest)

@@ -1,0 +1,65 @@
+"""Tile tables: `tiles.json` beside the kernels says, per kernel, which limit it runs into, and per chip its tiles.
+
+    {"_attention_fwd_kernel": {"bound": "arithmetic",
+                               "candidates": {"BLOCK_M": [64, 128], "num_warps": [4, 8]},
+                               "sm90": [{"d": 64, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}, ...]}}
+
+The first row whose `d` (head size or row length) and `bytes` (of an element) are not below the call's is taken; a row
+without one of them serves every value. A chip without rows of its own takes those of the nearest older one. Rows never
+depend on sequence length. `python -m vkernels tune` measures the candidates and writes rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import vkernels
+
+ROOT = Path(vkernels.__file__).parent / "ops"
+LIMITS = ("d", "bytes")
+_override: dict[str, dict[str, int]] = {}
+
+
+@cache
+def table(op: str) -> dict[str, Any]:
+    """The table of an op: kernel -> {"bound", "candidates", chip: rows}."""
+    return json.loads((ROOT / op / "tiles.json").read_text())
+
+
+def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dict[str, int]:
+    """The meta-parameters of one launch, `num_warps` and `num_stages` included."""
+    if kernel in _override:
+        return _override[kernel]
+    return _row(op, kernel, arch, d, bytes)
+
+
+@cache
+def _row(op: str, kernel: str, arch: str, d: int, bytes: int) -> dict[str, int]:
+    rows = table(op)[kernel][_nearest(table(op)[kernel], arch)]
+    need = {"d": d, "bytes": bytes}
+    for row in rows:
+        if all(row.get(limit, need[limit]) >= need[limit] for limit in LIMITS):
+            return {name: value for name, value in row.items() if name not in LIMITS}
+    raise LookupError(f"tiles.json of {op}: no row of {kernel} on {arch} serves d={d}, {bytes} bytes")
+
+
+def _nearest(kernel: dict[str, Any], arch: str) -> str:
+    if arch in kernel or arch == "interpreter":
+        return arch
+    older = [a for a in kernel if a.startswith("sm") and int(a[2:]) <= int(arch[2:])]
+    return max(older, key=lambda a: int(a[2:]))
+
+
+@contextlib.contextmanager
+def overridden(kernel: str, row: dict[str, int]) -> Iterator[None]:
+    """`kernel` runs with `row` inside: how tuning tries a candidate."""
+    _override[kernel] = row
+    try:
+        yield
+    finally:
+        del _override[kernel]
