@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels as vk
+from vkernels.masks.attributes import Ids, Relation, Segment, within
 from vkernels.testing import plan_to_dense
 
 M, G = vk.VideoMask, vk.Grid
@@ -106,6 +107,16 @@ def test_plan_is_the_law(mask):
     assert hash(again) == hash(mask)
     assert repr(again) == repr(mask)
     assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+def test_classes_stay_apart():
+    """The last token of class 0 and the first code of class 1: one code less per class and they meet."""
+    same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)
+    until = Relation(Ids.from_ids(torch.tensor([[0, 0, 1]])), *within(None, 0))
+    mask = M((Segment(3, (same, until)),))
+    want = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    assert torch.equal(mask.dense(), want)
+    assert torch.equal(plan_to_dense(mask.plan())[0], want)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 63, 64, 65, 127, 128, 129, 257])
