@@ -14,7 +14,7 @@ import torch
 
 from vkernels.check import require
 from vkernels.rope import axes as axis_maps
-from vkernels.rope import frequencies
+from vkernels.rope import frequencies, hf
 
 _TWO_PI = Fraction(6283185307179586476925286766559005768394338798750211641949889, 10**60)
 LAYOUTS = ("half", "pair", "axial")
@@ -165,44 +165,19 @@ class RopeSpec:
 
     @classmethod
     def from_hf(cls, config: Any, layer_type: str | None = None, length: int | None = None) -> RopeSpec:
-        """The spec of a transformers (>= 5) text config: reads `rope_parameters`, nested per layer type or flat."""
-        op = "RopeSpec.from_hf"
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        p = dict(getattr(text, "rope_parameters", None) or {})
-        if p and all(isinstance(v, dict) for v in p.values()):
-            require(layer_type in p, op, "layer_type", f"be one of {', '.join(p)}", repr(layer_type))
-            p = dict(p[layer_type])
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kind = p.get("rope_type", "default")
-        base = p.get("rope_theta", 10000.0)
-        portion = p.get("partial_rotary_factor", 1.0)
-        d = head if kind == "proportional" else int(head * portion)
-        longest: Any = getattr(text, "max_position_embeddings", None)
-        original = p.get("original_max_position_embeddings") or longest
-        factor = p.get("factor")
-        extra: dict[str, Any] = {}
-        if kind in ("linear", "dynamic", "llama3", "yarn"):
-            if factor is None and kind == "yarn":
-                factor = longest / original
-            extra["factor"] = factor
-        if kind == "dynamic":
-            extra |= {"original": longest, "length": length}
-        if kind == "yarn":
-            names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
-            extra |= {"original": original} | {k: p[k] for k in names if p.get(k) is not None}
-        if kind == "longrope":
-            extra |= {k: p[k] for k in ("short_factor", "long_factor")}
-            extra |= {"original": original, "length": length, "attention_factor": p.get("attention_factor")}
-            extra["factor"] = longest / original if p.get("original_max_position_embeddings") else factor
-        if kind == "llama3":
-            extra |= {"original": original} | {k: p[k] for k in ("low_freq_factor", "high_freq_factor")}
-        if kind == "proportional":
-            extra |= {"portion": portion, "factor": factor or 1.0}
-        sections = p.get("mrope_section")
-        axes = None
-        if sections:
-            axes = "mrope_interleaved" if p.get("mrope_interleaved") else "mrope"
-        return cls.build(d, base, "default" if kind == "mrope" else kind, axes=axes, sections=sections, **extra)
+        """The spec of a transformers (>= 5) text config: reads `rope_parameters`, flat or nested per layer type.
+
+        Args:
+            config: a config, or a multi-modal one that has a text config. Nothing in it is trusted.
+            layer_type: which entry, where `rope_parameters` is nested.
+            length: the longest sequence to be served: `dynamic` and `longrope` depend on it. The spec is a value and
+                never switches by itself when a sequence grows (docs/rope.md).
+
+        Raises:
+            ValueError: an unknown `rope_type`, a missing key, or values that contradict each other.
+        """
+        d, base, scheme, arguments = hf.read(config, layer_type, length)
+        return cls.build(d, base, scheme, **arguments)
 
 
 def _make_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
