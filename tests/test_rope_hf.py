@@ -149,3 +149,18 @@ def test_refused_in_a_sentence(name):
     with pytest.raises(ValueError, match=f"^RopeSpec.from_hf: {match}") as error:
         RopeSpec.from_hf(config, "full" if name == "mixed" else None)
     assert "\n" not in str(error.value)
+
+
+def test_gemma4_head_dim_of_the_layer_type():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("transformers has no Gemma 4")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers.Gemma4TextConfig()
+    for layer_type, rope in config.rope_parameters.items():
+        spec = RopeSpec.from_hf(config, layer_type)
+        if rope["rope_type"] == "default":
+            assert spec == RopeSpec.build(config.per_layer_config[layer_type].head_dim, rope["rope_theta"])
+        else:
+            same(spec, *ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), layer_type=layer_type))

@@ -15,6 +15,7 @@ import torch
 from vkernels.check import require
 from vkernels.rope import axes as axis_maps
 from vkernels.rope import frequencies, hf
+from vkernels.rope.recipes import RECIPES
 
 _TWO_PI = Fraction(6283185307179586476925286766559005768394338798750211641949889, 10**60)
 LAYOUTS = ("half", "pair", "axial")
@@ -155,6 +156,40 @@ class RopeSpec:
             single += frequencies.default(size, base, torch.float32).double().tolist()
             rows += [axis] * (size // 2)
         return cls(tuple(freq), tuple(rows), 1.0, layout, offset, tuple(single))
+
+    @classmethod
+    def recipe(cls, name: str, d: int) -> RopeSpec:
+        """The grid a model is known by, for heads of `d`: `vit2d ggml_vision gemma4_vision kimi_vision llama4_vision
+        minimax_vision` (vision towers) and `wan hunyuan_video cogvideox` (video generators), as in docs/rope.md.
+
+        Example:
+            >>> RopeSpec.recipe("minimax_vision", 80).rotary_dim
+            78
+        """
+        op = "RopeSpec.recipe"
+        require(name in RECIPES, op, "name", f"be one of {', '.join(RECIPES)}", repr(name))
+        known = RECIPES[name]
+        sizes = known.sizes(d)
+        good = all(size >= 2 and size % 2 == 0 for size in sizes)
+        require(good, op, "d", f"give every axis of {name} an even size, at least 2", f"{d} (sizes {sizes})")
+        spec = cls.grid(sizes, known.base, layout=known.layout)
+        if known.order is None:
+            return spec
+        order = known.order(spec.pairs)
+        single = spec.freq_fp32 or spec.freq
+        return spec.replace(
+            freq=tuple(spec.freq[j] for j in order),
+            axis=tuple(spec.axis_rows[0][j] for j in order),
+            freq_fp32=tuple(single[j] for j in order),
+        )
+
+    def retimed(self, base: float, original: int, length: int, axis: int = 0) -> RopeSpec:
+        """VideoRoPE++: the pairs of `axis` take base b ((L' - 1) / (L0 - 1))^(d / (d - 2)), the others stay."""
+        require(original > 1, "RopeSpec.retimed", "original", "be above 1", original)
+        require(length > 1, "RopeSpec.retimed", "length", "be above 1", length)
+        slow, _ = frequencies.ntk(self.rotary_dim, base, (length - 1) / (original - 1))
+        pick = zip(self.axis_rows[0], self.freq, slow.tolist(), strict=True)
+        return self.replace(freq=tuple(new if a == axis else old for a, old, new in pick))
 
     def riflex(self, k: int, length: float, axis: int = 0) -> RopeSpec:
         """RIFLEx: the `k`-th (from 1) frequency of `axis` becomes 0.9 of one turn over `length` frames."""
