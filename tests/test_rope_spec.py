@@ -133,6 +133,9 @@ def test_spec_is_a_value():
         (lambda: RopeSpec.build(8, scheme="magic"), "RopeSpec.build: scheme must be one of"),
         (lambda: RopeSpec.build(8, axes="mrope", sections=(1, 1, 1)), "RopeSpec: axis must name an axis for 4 pairs"),
         (lambda: rope_positions("magic", [1]), "rope_positions: kind must be one of"),
+        (lambda: rope_positions("vanilla", [-1]), "rope_positions: parts must hold text lengths and .*, got -1"),
+        (lambda: rope_positions("qwen2_vl", [(1, 2)]), "rope_positions: parts must hold"),
+        (lambda: rope_positions("v2pe", [(1, 1, 2)], delta=math.nan), "rope_positions: delta must be finite, got nan"),
     ],
 )
 def test_refusals(make, match):
