@@ -1,7 +1,7 @@
 """VideoMask and its lowering: hand-worked masks, the plan expanded pair by pair against the law, and refusals.
 
 Planted bugs that turned a test red: `hi + 1` of an interval, `rank - 1` of the compaction and the second run of
-`k_tiles` off by one; the globals range left out.
+`k_tiles` off by one; the globals range left out; a class of `_code` one code narrower than its tokens.
 """
 
 import json
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels as vk
+from vkernels.masks.attributes import Ids, Relation, Segment, within
 from vkernels.testing import plan_to_dense
 
 M, G = vk.VideoMask, vk.Grid
@@ -39,6 +40,8 @@ WITNESS = {
     "keep queries": (M.causal(3).keep([True, False, True], queries=True), "100 000 101"),
     "nothing": (M.joint(G(1, 1, 2)).keep([False, False]), "00 00"),
     "pack": (M.pack([M.causal(2), M.joint(G(1, 1, 1))]), "100 110 001"),
+    "classes stay apart": (M.spatial(G(2, 1, 1)) & M.from_block_ids([1, 0]), "10 01"),
+    "classes stay apart wide": (M.spatial(G(3, 1, 1)) & M.from_block_ids([2, 1, 0]), "100 010 001"),
     "and": (M.from_cu_seqlens([0, 2, 3]) & M.causal(3), "100 110 001"),
 }
 
@@ -104,6 +107,39 @@ def test_plan_is_the_law(mask):
     assert hash(again) == hash(mask)
     assert repr(again) == repr(mask)
     assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+def test_classes_stay_apart():
+    """The last token of class 0 and the first code of class 1: one code less per class and they meet."""
+    same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)
+    until = Relation(Ids.from_ids(torch.tensor([[0, 0, 1]])), *within(None, 0))
+    mask = M((Segment(3, (same, until)),))
+    want = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    assert torch.equal(mask.dense(), want)
+    assert torch.equal(plan_to_dense(mask.plan())[0], want)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 63, 64, 65, 127, 128, 129, 257])
+def test_lengths_around_the_tiles(n):
+    """Every generator of one length, alone, crossed, with globals, packed and with tokens dropped."""
+    generator = torch.Generator().manual_seed(n)
+    grid = G(n, 1, 1)
+    ids = torch.randint(-1, 4, (n,), generator=generator)
+    keep = torch.rand(2, n + 1, generator=generator) < 0.6
+    cuts = M.from_cu_seqlens([0, n // 3, n])
+    crossed = (M.window(grid, (5, 0, 0)) & cuts & M.from_block_ids(ids)).with_globals(1)
+    for mask in (
+        M.causal(n),
+        M.frame_causal(grid, window=9),
+        M.spatial(grid) & M.from_block_ids(ids),
+        crossed,
+        crossed.keep(keep, queries=True),
+        M.pack([M.joint(grid).keep(keep[:, 1:]), cuts & M.causal(n), M.causal(0)]),
+    ):
+        law = mask.dense()
+        assert torch.equal(
+            plan_to_dense(mask.plan()).expand(mask.samples, -1, -1), law.reshape(mask.samples, *law.shape[-2:])
+        )
 
 
 @given(masks(), st.integers(1, 7))

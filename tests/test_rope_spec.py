@@ -133,6 +133,9 @@ def test_spec_is_a_value():
         (lambda: RopeSpec.build(8, scheme="magic"), "RopeSpec.build: scheme must be one of"),
         (lambda: RopeSpec.build(8, axes="mrope", sections=(1, 1, 1)), "RopeSpec: axis must name an axis for 4 pairs"),
         (lambda: rope_positions("magic", [1]), "rope_positions: kind must be one of"),
+        (lambda: rope_positions("vanilla", [-1]), "rope_positions: parts must hold text lengths and .*, got -1"),
+        (lambda: rope_positions("qwen2_vl", [(1, 2)]), "rope_positions: parts must hold"),
+        (lambda: rope_positions("v2pe", [(1, 1, 2)], delta=math.nan), "rope_positions: delta must be finite, got nan"),
     ],
 )
 def test_refusals(make, match):
@@ -152,54 +155,94 @@ def test_positions_worked_by_hand():
     assert got[0].tolist() == [0, 0.5, 1]
 
 
+def restart(base, pairs):
+    return [base ** (-j / pairs) for j in range(pairs)]
+
+
+WAN, EIGHT = (restart(1e4, n) for n in (22, 8))
+RECIPES = {
+    # name: (head, axis of each pair, frequency of each pair, layout)
+    "vit2d": (80, "H" * 20 + "W" * 20, restart(1e4, 20) * 2, "half"),
+    "ggml_vision": (64, "H" * 16 + "W" * 16, restart(1e4, 16) * 2, "half"),
+    "gemma4_vision": (72, "H" * 18 + "W" * 18, restart(1e4, 18) * 2, "axial"),
+    "kimi_vision": (72, "WH" * 18, [f for f in restart(1e4, 18) for _ in "WH"], "pair"),
+    "llama4_vision": (88, "W" * 22 + "H" * 22, WAN * 2, "pair"),
+    "minimax_vision": (80, "T" * 13 + "H" * 13 + "W" * 13, restart(1e4, 13) * 3, "half"),
+    "wan": (128, "T" * 22 + "H" * 21 + "W" * 21, WAN + restart(1e4, 21) * 2, "pair"),
+    "hunyuan_video": (128, "T" * 8 + "H" * 28 + "W" * 28, restart(256.0, 8) + restart(256.0, 28) * 2, "pair"),
+    "cogvideox": (64, "T" * 8 + "H" * 12 + "W" * 12, EIGHT + restart(1e4, 12) * 2, "pair"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    d, string, freq, layout = RECIPES[name]
+    spec = RopeSpec.recipe(name, d)
+    names = NAMES if "T" in string else "HW"
+    assert "".join(names[a] for a in spec.axis) == string
+    assert spec.freq == pytest.approx(freq, rel=1e-12)
+    assert spec.freq_fp32 == pytest.approx(freq, rel=1e-6)
+    assert spec.layout == layout
+
+
+def test_llama4_vision_counts_from_one_and_leaves_cls():
+    """Patch (x, y) turns by (x + 1) and (y + 1); the class token, at 0, does not."""
+    from vkernels import apply_rope
+
+    pos = torch.cat([rope_positions("grid2d", [(1, 2, 3)]) + 1, torch.zeros(2, 1, dtype=torch.int64)], dim=1)
+    x = torch.tensor([1.0, 0.0] * 4).expand(1, 7, 1, 8)
+    y = apply_rope(x, None, RopeSpec.recipe("llama4_vision", 8), pos)[0, :, 0]
+    for token in range(6):
+        row, col = divmod(token, 3)
+        angles = [col + 1, (col + 1) / 100, row + 1, (row + 1) / 100]
+        want = [f(a) for a in angles for f in (math.cos, math.sin)]
+        assert y[token].tolist() == pytest.approx(want, abs=1e-6)
+    assert torch.equal(y[6], x[0, 6, 0])
+
+
+def test_xdrope_is_ntk_over_four_axes():
+    from vkernels.rope.axes import chunked
+
+    spec = RopeSpec.build(128, 1e4, "ntk", factor=1000.0, axes=chunked((16, 16, 16, 16)))
+    base = 1e4 * 1000 ** (128 / 126)
+    assert spec.freq == pytest.approx([base ** (-j / 64) for j in range(64)], rel=1e-12)
+    assert spec.axis == (0,) * 16 + (1,) * 16 + (2,) * 16 + (3,) * 16
+    assert spec.n_axes == 4
+
+
+def test_videorope_plus_plus_slows_time_only():
+    spec = RopeSpec.build(128, 1e6, axes="videorope", sections=(16, 24, 24))
+    longer = spec.retimed(1e6, original=1025, length=4097)
+    assert longer.freq[:48] == spec.freq[:48]
+    base = 1e6 * 4 ** (128 / 126)
+    assert longer.freq[48:] == pytest.approx([base ** (-j / 64) for j in range(48, 64)], rel=1e-12)
+
+
+def test_mhrope_one_axis_per_head():
+    from vkernels.rope.axes import per_head
+
+    spec = RopeSpec.build(8, axes=(*per_head((2, 3, 2), 4), (-1,) * 4))
+    assert [row[0] for row in spec.axis_rows] == [0, 0, 1, 1, 1, 2, 2, -1]
+    assert all(len(set(row)) == 1 for row in spec.axis_rows)
+
+
+@pytest.mark.parametrize("factor", [(2, 20221.26), (4, 40889.94), (8, 82684.62), (16, 167198.74)])
+def test_ntk_bases(factor):
+    s, base = factor
+    spec = RopeSpec.build(128, 1e4, "ntk", factor=s)
+    assert spec.freq[1] ** -64 == pytest.approx(base, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vrope", "rope_tie", "circle", "mrope_i"])
+def test_positions_without_a_formula_are_refused(kind):
+    with pytest.raises(ValueError, match=f"rope_positions: kind must be one of vanilla, qwen2_vl, .*, got '{kind}'"):
+        rope_positions(kind, [1])
+
+
 @pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 1e6},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
-        {
-            "rope_type": "yarn",
-            "rope_theta": 1e6,
-            "factor": 4.0,
-            "original_max_position_embeddings": 32768,
-            "truncate": False,
-        },
-        {
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        {
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "short_factor": [1.0 + 0.01 * j for j in range(64)],
-            "long_factor": [1.0 + 0.5 * j for j in range(64)],
-            "original_max_position_embeddings": 4096,
-        },
-        {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-    ],
-    ids=lambda rope: rope["rope_type"] + str(rope.get("truncate", "")),
+    ("name", "d", "match"),
+    [("magic", 8, "name must be one of vit2d, .*, got 'magic'"), ("wan", 4, "d must give every axis of wan an even")],
 )
-def test_transformers_frequencies_bit_for_bit(rope):
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = LlamaConfig(
-        hidden_size=1024, num_attention_heads=8, head_dim=128, max_position_embeddings=131072, rope_parameters=rope
-    )
-    spec = RopeSpec.from_hf(config)
-    if rope["rope_type"] == "default":
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        theirs, scale = LlamaRotaryEmbedding(config).inv_freq, 1.0
-    else:
-        theirs, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
-    assert torch.equal(torch.tensor(spec.freq_fp32, dtype=torch.float32), theirs.float())
-    assert spec.scale == pytest.approx(scale)
-    torch.testing.assert_close(torch.tensor(spec.freq, dtype=torch.float64), theirs.double(), rtol=1e-6, atol=0)
+def test_recipes_refused(name, d, match):
+    with pytest.raises(ValueError, match=f"RopeSpec.recipe: {match}"):
+        RopeSpec.recipe(name, d)

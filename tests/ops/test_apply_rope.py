@@ -201,3 +201,26 @@ def test_unusable_positions_are_refused_everywhere(value, how):
     pos = torch.tensor([0.0, value, 1.0], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"apply_rope: pos must be finite and below 2\^31 in magnitude, got"):
         apply_rope(torch.randn(1, 3, 2, 8), None, RopeSpec.build(8), pos, **how)
+
+
+@backends
+def test_longrope_past_the_original_window_with_keys_already_cached(backend):
+    """The spec decides, not the positions: nothing switches by itself. Switching under cached keys breaks the scores;
+    turning the cached keys back and on again gives what the long spec would have cached."""
+    args = {"scheme": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original": 16, "factor": 8.0}
+    short, long = RopeSpec.build(16, length=16, **args), RopeSpec.build(16, length=17, **args)
+    torch.manual_seed(0)
+    q, k, pos = torch.randn(1, 1, 1, 16), torch.randn(1, 24, 1, 16), torch.arange(24)
+
+    cached = apply_rope(k, None, short, pos, backend=backend)
+    want = apply_rope(k, None, long, pos, backend=backend)
+    plain = RopeSpec.build(16, 1e4).replace(scale=short.scale)
+    assert torch.equal(cached, apply_rope(k, None, plain, pos, backend=backend))
+
+    again = apply_rope(apply_rope(cached, None, short, pos, inverse=True, backend=backend), None, long, pos)
+    torch.testing.assert_close(again, want, rtol=0, atol=3e-6)
+
+    query = apply_rope(q, None, long, torch.tensor([24]), backend=backend)
+    scores, mixed = ((query * keys).sum(-1) for keys in (again, cached))
+    torch.testing.assert_close(scores, (query * want).sum(-1), rtol=0, atol=3e-5)
+    assert (mixed - scores).abs().max() > 0.1

@@ -60,7 +60,8 @@ def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
 
 @dataclass
 class _Part:
-    """One segment in codes: code = base + class * width + order, ascending codes are the processing order.
+    """One segment in codes: code = base + class * tokens + order, ascending codes are the processing order.
+    A class's half-open end may equal the next one's first code: `locate` counts the codes below it.
 
     Class 0 holds the global tokens. All tensors [p or 1, length].
     """
@@ -82,7 +83,6 @@ def _code(segment: Segment, device: torch.device) -> _Part:
     classes = [r for r in loose if r.same]
     box = [r for r in loose if not r.same]
     leader = next((r for r in box if isinstance(r.attribute, Ids)), box[0] if box and not steady else None)
-    width = n + 1
     if leader is None:
         start = torch.zeros((1, n), dtype=torch.int64, device=device)
         end = start + n
@@ -104,9 +104,9 @@ def _code(segment: Segment, device: torch.device) -> _Part:
         if cells > 2**20 and cells > n:
             cell, cells = _dense_rank(cell), n
     in_order = not classes and leader is None  # codes are positions themselves, globals first: nothing to sort
-    offset = g + (0 if cell is None else cell * width)
+    offset = g + (0 if cell is None else cell * n)
     code, start, end = order + offset, start + offset, end + offset
-    codes = g + (n if in_order else cells * width)
+    codes = g + (n if in_order else cells * n)
     if g:
         first = torch.arange(g, device=device)[None]
         code, start, end = (

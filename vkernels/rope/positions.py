@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,12 @@ def rope_positions(
     """
     op = "rope_positions"
     require(kind in KINDS, op, "kind", f"be one of {', '.join(KINDS)}", repr(kind))
+    for part in parts:
+        sizes = (part,) if isinstance(part, int) else tuple(part)
+        good = len(sizes) in (1, 3) and all(isinstance(x, int) and x >= 0 for x in sizes)
+        require(good, op, "parts", "hold text lengths and (t, h, w), none of them negative", part)
+    for name, value in (("start", start), *options.items()):
+        require(math.isfinite(value), op, name, "be finite", value)
     if kind in ("grid2d", "grid3d"):
         videos = [p for p in parts if not isinstance(p, int)]
         require(len(videos) == len(parts), op, "parts", f"be videos only for {kind}", list(parts))

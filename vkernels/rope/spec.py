@@ -14,7 +14,8 @@ import torch
 
 from vkernels.check import require
 from vkernels.rope import axes as axis_maps
-from vkernels.rope import frequencies
+from vkernels.rope import frequencies, hf
+from vkernels.rope.recipes import RECIPES
 
 _TWO_PI = Fraction(6283185307179586476925286766559005768394338798750211641949889, 10**60)
 LAYOUTS = ("half", "pair", "axial")
@@ -156,6 +157,40 @@ class RopeSpec:
             rows += [axis] * (size // 2)
         return cls(tuple(freq), tuple(rows), 1.0, layout, offset, tuple(single))
 
+    @classmethod
+    def recipe(cls, name: str, d: int) -> RopeSpec:
+        """The grid a model is known by, for heads of `d`: `vit2d ggml_vision gemma4_vision kimi_vision llama4_vision
+        minimax_vision` (vision towers) and `wan hunyuan_video cogvideox` (video generators), as in docs/rope.md.
+
+        Example:
+            >>> RopeSpec.recipe("minimax_vision", 80).rotary_dim
+            78
+        """
+        op = "RopeSpec.recipe"
+        require(name in RECIPES, op, "name", f"be one of {', '.join(RECIPES)}", repr(name))
+        known = RECIPES[name]
+        sizes = known.sizes(d)
+        good = all(size >= 2 and size % 2 == 0 for size in sizes)
+        require(good, op, "d", f"give every axis of {name} an even size, at least 2", f"{d} (sizes {sizes})")
+        spec = cls.grid(sizes, known.base, layout=known.layout)
+        if known.order is None:
+            return spec
+        order = known.order(spec.pairs)
+        single = spec.freq_fp32 or spec.freq
+        return spec.replace(
+            freq=tuple(spec.freq[j] for j in order),
+            axis=tuple(spec.axis_rows[0][j] for j in order),
+            freq_fp32=tuple(single[j] for j in order),
+        )
+
+    def retimed(self, base: float, original: int, length: int, axis: int = 0) -> RopeSpec:
+        """VideoRoPE++: the pairs of `axis` take base b ((L' - 1) / (L0 - 1))^(d / (d - 2)), the others stay."""
+        require(original > 1, "RopeSpec.retimed", "original", "be above 1", original)
+        require(length > 1, "RopeSpec.retimed", "length", "be above 1", length)
+        slow, _ = frequencies.ntk(self.rotary_dim, base, (length - 1) / (original - 1))
+        pick = zip(self.axis_rows[0], self.freq, slow.tolist(), strict=True)
+        return self.replace(freq=tuple(new if a == axis else old for a, old, new in pick))
+
     def riflex(self, k: int, length: float, axis: int = 0) -> RopeSpec:
         """RIFLEx: the `k`-th (from 1) frequency of `axis` becomes 0.9 of one turn over `length` frames."""
         pairs = [j for j, a in enumerate(self.axis_rows[0]) if a == axis]
@@ -165,44 +200,19 @@ class RopeSpec:
 
     @classmethod
     def from_hf(cls, config: Any, layer_type: str | None = None, length: int | None = None) -> RopeSpec:
-        """The spec of a transformers (>= 5) text config: reads `rope_parameters`, nested per layer type or flat."""
-        op = "RopeSpec.from_hf"
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        p = dict(getattr(text, "rope_parameters", None) or {})
-        if p and all(isinstance(v, dict) for v in p.values()):
-            require(layer_type in p, op, "layer_type", f"be one of {', '.join(p)}", repr(layer_type))
-            p = dict(p[layer_type])
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kind = p.get("rope_type", "default")
-        base = p.get("rope_theta", 10000.0)
-        portion = p.get("partial_rotary_factor", 1.0)
-        d = head if kind == "proportional" else int(head * portion)
-        longest: Any = getattr(text, "max_position_embeddings", None)
-        original = p.get("original_max_position_embeddings") or longest
-        factor = p.get("factor")
-        extra: dict[str, Any] = {}
-        if kind in ("linear", "dynamic", "llama3", "yarn"):
-            if factor is None and kind == "yarn":
-                factor = longest / original
-            extra["factor"] = factor
-        if kind == "dynamic":
-            extra |= {"original": longest, "length": length}
-        if kind == "yarn":
-            names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
-            extra |= {"original": original} | {k: p[k] for k in names if p.get(k) is not None}
-        if kind == "longrope":
-            extra |= {k: p[k] for k in ("short_factor", "long_factor")}
-            extra |= {"original": original, "length": length, "attention_factor": p.get("attention_factor")}
-            extra["factor"] = longest / original if p.get("original_max_position_embeddings") else factor
-        if kind == "llama3":
-            extra |= {"original": original} | {k: p[k] for k in ("low_freq_factor", "high_freq_factor")}
-        if kind == "proportional":
-            extra |= {"portion": portion, "factor": factor or 1.0}
-        sections = p.get("mrope_section")
-        axes = None
-        if sections:
-            axes = "mrope_interleaved" if p.get("mrope_interleaved") else "mrope"
-        return cls.build(d, base, "default" if kind == "mrope" else kind, axes=axes, sections=sections, **extra)
+        """The spec of a transformers (>= 5) text config: reads `rope_parameters`, flat or nested per layer type.
+
+        Args:
+            config: a config, or a multi-modal one that has a text config. Nothing in it is trusted.
+            layer_type: which entry, where `rope_parameters` is nested.
+            length: the longest sequence to be served: `dynamic` and `longrope` depend on it. The spec is a value and
+                never switches by itself when a sequence grows (docs/rope.md).
+
+        Raises:
+            ValueError: an unknown `rope_type`, a missing key, or values that contradict each other.
+        """
+        d, base, scheme, arguments = hf.read(config, layer_type, length)
+        return cls.build(d, base, scheme, **arguments)
 
 
 def _make_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
