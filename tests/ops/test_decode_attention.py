@@ -1,6 +1,10 @@
 """decode_attention against float64 attention over what the cache says it holds, and by hand.
 
 The oracle reads `cache.dequantised` (tested in test_kv_append.py) and nothing of the op's reference.
+
+Trusted after mutation, each planted alone in the kernel and red here: a sign in the product with codes, zeros read
+where deltas lie, the zeros of another channel group, a window or a causal end off by one, a running sum or the merge of
+pieces not rescaled.
 """
 
 from __future__ import annotations
