@@ -17,7 +17,7 @@ def finite_or_zero(top):
 
 @triton.jit
 def softmax_step(s, top, total):
-    """One tile of scores [rows, keys], -inf where hidden: weights of the tile, then what earlier sums must be scaled by,
+    """One tile of scores [rows, keys], -inf where hidden: the weights of the tile, what earlier sums must be scaled by,
     the new row maxima and the new row totals."""
     new_top = tl.maximum(top, tl.max(s, 1))
     base = finite_or_zero(new_top)
