@@ -27,6 +27,48 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class TrunkConfig:
+    """A frozen per-frame image encoder: CLIP ViT-L/14 by default; EVA ViT-g through the fields that differ."""
+
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    mlp: int = 4096
+    image: int = 224
+    patch: int = 14
+    projection: int = 768
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    key_bias: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+
+    @property
+    def patches(self) -> int:
+        """Patches per frame."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per frame: the patches and one CLS."""
+        return self.patches + 1
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    """BT-Adapter's temporal branch beside the last blocks of a trunk."""
+
+    layers: int = 4
+    frames: int = 64  # rows of the time table; longer clips are averaged in pairs
+    gated: bool = True  # False: the trunk is added as it is, as the published zero-shot configs do
+    gate_factor: float = 1e2
+    output_factor: float = 1e4
+    drop_path: float = 0.1  # of the last layer; earlier ones less, linearly
+    spatial_eps: float | None = None  # None: the trunk's
+    pretraining: bool = False  # with the projection that aligns it with the trunk
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A LLaMA-like decoder."""
 
