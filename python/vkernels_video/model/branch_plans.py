@@ -1,7 +1,8 @@
 """How tokens move between a trunk and BT-Adapter's branch, as plans: every step is one pass over memory.
 
-Trunk tokens are frame-major, x [b t (1 + l) c], CLS first in every frame. Branch tokens are patch-major, z [b 1 + l t c],
-one CLS for the video. Where the branch averages frames in pairs, the trunk has `per` = 2 frames for each of its own.
+Trunk tokens are frame-major, x [b t (1 + l) c], CLS first in every frame. Branch tokens are patch-major,
+z [b 1 + l t c], one CLS for the video. Where the branch averages frames in pairs, the trunk has `per` = 2 frames for
+each of its own.
 """
 
 from __future__ import annotations

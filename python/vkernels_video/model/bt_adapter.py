@@ -32,7 +32,7 @@ def drop_rows(rows: tuple[int, int], rate: float, training: bool, like: Tensor) 
 
 
 class TemporalLayer(nn.Module):
-    """Attention over the frames of every patch; the CLS passes by. At the start it changes nothing: temporal_fc is 0."""
+    """Attention over the frames of every patch; the CLS passes by. It starts as the identity: temporal_fc is 0."""
 
     def __init__(self, config: TrunkConfig, drop_path: float):
         super().__init__()
@@ -100,8 +100,9 @@ class SpatialLayer(Block):
         # The projection behind the attention is affine: averaging before it is averaging after it.
         q, k, v = self.self_attn.project(x)
         grid = vk.Grid(t, 1, (x.shape[1] - 1) // t)
-        options = {"axis": "spatial", "cls": 1, "order": "patch", "frames_per_group": t // frames}
-        return self.self_attn.out_proj(vk.divided_attention(q, k, v, grid, **options).flatten(2))
+        together = t // frames
+        out = vk.divided_attention(q, k, v, grid, axis="spatial", cls=1, order="patch", frames_per_group=together)
+        return self.self_attn.out_proj(out.flatten(2))
 
 
 class BTAdapter(Trunk):
