@@ -69,6 +69,22 @@ class BranchConfig:
 
 
 @dataclass(frozen=True)
+class QFormerConfig:
+    """InstructBLIP's Q-Former; without a text vocabulary it is BLIP-2's."""
+
+    source: int = 1408  # width of the tokens it reads
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    mlp: int = 3072
+    queries: int = 32
+    cross_every: int = 2
+    vocab: int = 30523  # 0: the queries see no text
+    context: int = 512
+    eps: float = 1e-12
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A LLaMA-like decoder."""
 
