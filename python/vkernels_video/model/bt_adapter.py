@@ -67,10 +67,12 @@ class TemporalLayer(nn.Module):
         # Nothing but a factor per row stands between the two projections: they are one.
         weight, bias = fc.weight @ attention.out_proj.weight, fc.weight @ attention.out_proj.bias
         if factor is None:
-            x = F.linear(x, weight, bias + fc.bias)[:, 1:]
+            x = F.linear(x, weight, bias + fc.bias)
         else:
-            x = F.linear(x, weight, bias)[:, 1:] * factor.repeat_interleave(frames, dim=1)[..., None] + fc.bias
-        return torch.cat([z[:, :1], z[:, 1:] + x], dim=1)
+            of_token = F.pad(factor.repeat_interleave(frames, dim=1), (1, 0))
+            x = F.linear(x, weight, bias) * of_token[..., None] + fc.bias
+        x[:, 0] = 0  # the CLS passes by
+        return z + x
 
 
 class SpatialLayer(Block):
