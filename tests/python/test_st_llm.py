@@ -41,12 +41,8 @@ def video() -> Tensor:
 
 
 def llama(model: Decoder) -> LlamaForCausalLM:
-    theirs, weights = LlamaForCausalLM(model.llama), {}
-    for name, weight in model.state_dict().items():
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            name = name.replace(f".{projection}", f".self_attn.{projection}")
-        weights[name if name.startswith("lm_head") else f"model.{name}"] = weight
-    theirs.load_state_dict(weights)
+    theirs, weights = LlamaForCausalLM(model.llama), model.state_dict().items()
+    theirs.load_state_dict({n if n.startswith("lm_head") else f"model.{n}": w for n, w in weights})
     return theirs.eval()
 
 

@@ -7,8 +7,6 @@ each of its own.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -65,7 +63,6 @@ def fuse_rows(t: int, l: int, keep: Tensor | None = None, *, per: int = 1) -> Re
     return _rows("fuse_rows", _cls_rows(t, l, per), first_weight, rest, rest_weight, (t * per * (1 + l),))
 
 
-@lru_cache(maxsize=16)
 def merge_video(t: int, l: int, per: int) -> RearrangePlan:  # noqa: E741
     """Trunk and branch tokens -> l + 1 tokens of the video: half the mean of each over time, the CLS last."""
     trunk = t * per * (1 + l)
@@ -81,7 +78,6 @@ def merge_video(t: int, l: int, per: int) -> RearrangePlan:  # noqa: E741
     return csr("merge_video", ptr, idx, weight, (trunk, 1 + l * t))
 
 
-@lru_cache(maxsize=16)
 def merge_frames(t: int, l: int) -> RearrangePlan:  # noqa: E741
     """Trunk and branch tokens -> t (1 + l) tokens: half of each, the branch's CLS beside that of every frame."""
     trunk = t * (1 + l)

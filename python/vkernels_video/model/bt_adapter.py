@@ -120,7 +120,7 @@ class BTAdapter(Trunk):
         super().__init__(config)
         self.branch, self.grouping = branch, grouping
         width = config.width
-        rates = torch.linspace(0, branch.drop_path, branch.layers).tolist()
+        rates = [branch.drop_path * i / max(branch.layers - 1, 1) for i in range(branch.layers)]
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.btadapter_time_embed = nn.Embedding(branch.frames, width)
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(config, rate) for rate in rates)

@@ -71,26 +71,21 @@ def ntk_base(config: DecoderConfig, length: int) -> float:
     return config.rope_theta * (length / config.context) ** (d / (d - 2))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, llama: LlamaConfig):
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.head = config.head
         kv_width = config.kv_heads * self.head
-        self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        self.post_attention_layernorm = LlamaRMSNorm(config.width, config.eps)
-        self.mlp = LlamaMLP(llama)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        """x [b s c]; `rotary` and `mask` as the implementation wants them."""
-        normed = self.input_layernorm(x)
+        """x [b s c]; `rotary`, `mask` and `cache` as the implementation wants them."""
         attend = self._eager if impl == "eager" else self._vkernels
-        x = x + self.o_proj(attend(normed, rotary, mask, cache))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.o_proj(attend(x, rotary, mask, cache))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (proj(x).view(*x.shape[:2], -1, self.head) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -121,6 +116,21 @@ class DecoderLayer(nn.Module):
         out = vk.attention(q, k, v, mask=mask) if mask is not None or cache is None else vk.decode_attention(q, cache)
         assert isinstance(out, Tensor)
         return out.flatten(2)
+
+
+class DecoderLayer(nn.Module):
+    """The keys of its state are those of transformers' LlamaDecoderLayer."""
+
+    def __init__(self, config: DecoderConfig, llama: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.mlp = LlamaMLP(llama)
+
+    def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):

@@ -37,7 +37,7 @@ class GlobalLocal(nn.Module):
             out = vk.rearrange([x.flatten(1, 2), whole], global_local(t, r, k))
             assert isinstance(out, Tensor)
             return out.view(b, r, k, c)
-        chosen = local_frames(t, r, 1).index[0].long()
+        chosen = local_frames(t, r, 1).index[0].tolist()
         mean = x.mean(1, keepdim=True).expand(-1, r, -1, -1)
         return x[:, chosen] + self.up_proj(F.relu(self.down_proj(mean)))
 
