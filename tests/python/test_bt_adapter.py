@@ -284,7 +284,7 @@ def test_pretraining_learns(impl):
         optimiser.zero_grad()
         losses["total"].backward()
         optimiser.step()
-        history.append({name: float(loss) for name, loss in losses.items()})
+        history.append({name: float(loss.detach()) for name, loss in losses.items()})
     assert history[-1]["total"] < 0.5 * history[0]["total"]
     assert history[-1]["alignment"] < history[0]["alignment"]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
