@@ -6,6 +6,8 @@ Trusted after mutation: 21 planted bugs (a bias lost in the folded projections, 
 order, gates swapped, weights and rows of every plan off by one, masks in the wrong order) each turned a test red.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -301,8 +303,8 @@ def test_refusals():
         model(clip(14))
     with pytest.raises(ValueError, match="frames must be 1 to 6, or even and at most twice that, got 0"):
         model.run_branch([torch.zeros(1, 0, 10, 64)] * 3)
-    with pytest.raises(ValueError, match=r"until must lie in 3\.\.5, got 2"):
-        model(clip(4), until=2)
+    with pytest.raises(ValueError, match=r"layers must lie in 1\.\.5 and reach the output, got 1"):
+        BTAdapter(replace(TRUNK, select_layer=-2), BranchConfig(layers=1))
     with pytest.raises(ValueError, match="frames must be even for compat grouping, got 5"):
         adapter("compat")(clip(5))
     with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\), got 1"):

@@ -118,6 +118,10 @@ class BTAdapter(Trunk):
 
     def __init__(self, config: TrunkConfig, branch: BranchConfig, grouping: Literal["correct", "compat"] = "correct"):
         super().__init__(config)
+        if not 0 <= config.layers - branch.layers < self.depth:
+            raise ValueError(
+                f"BTAdapter: layers must lie in 1..{config.layers} and reach the output, got {branch.layers}"
+            )
         self.branch, self.grouping = branch, grouping
         width = config.width
         rates = [branch.drop_path * i / max(branch.layers - 1, 1) for i in range(branch.layers)]
@@ -141,21 +145,15 @@ class BTAdapter(Trunk):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(part in name for part in ("btadapter", "balance", "extra_proj")))
 
-    def forward(
-        self, frames: Tensor, impl: str = "vkernels", keep: Tensor | None = None, until: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(trunk tokens [b t 1+l c], branch tokens [b 1+k c]) after the last branch layer that is run.
+    def forward(self, frames: Tensor, impl: str = "vkernels", keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(trunk tokens [b t 1+l c], branch tokens [b 1+k c]) after the last branch layer that is run; with
+        `select_layer=-2`, as LLaVA has it, that is the last but one.
 
         keep:  indices [b k] of the patch-major tokens the branch keeps (`masking.tube_keep`); None keeps all
-        until: how many trunk blocks are run, all by default; LLaVA reads the state before the last, so layers - 1
         """
-        total = len(self.layers)
-        until = total if until is None else until
-        first = total - self.branch.layers
-        if not first < until <= total:
-            raise ValueError(f"BTAdapter: until must lie in {first + 1}..{total}, got {until}")
+        first = len(self.layers) - self.branch.layers
         with torch.no_grad():
-            taps = self.taps(frames, first, until, impl)
+            taps = self.taps(frames, first, self.depth, impl)
         return taps[-1], self.run_branch(taps, impl, keep)
 
     def run_branch(self, taps: list[Tensor], impl: str = "vkernels", keep: Tensor | None = None) -> Tensor:

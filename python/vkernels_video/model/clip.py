@@ -88,6 +88,11 @@ class Trunk(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, config.eps)
         self.visual_projection = nn.Linear(width, config.projection, bias=False)
 
+    @property
+    def depth(self) -> int:
+        """How many blocks make the features."""
+        return len(self.layers) + 1 + self.config.select_layer
+
     def taps(self, frames: Tensor, first: int, until: int, impl: str) -> list[Tensor]:
         """The tokens after blocks `first` .. `until - 1`; blocks from `until` on are not run."""
         b, t = frames.shape[:2]

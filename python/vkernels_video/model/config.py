@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 KV_BITS = {"int8": 8, "int4": 4, "int2": 2}
@@ -21,6 +21,7 @@ class EncoderConfig:
     patch: int = 14
     frames: int = 8  # frames of one clip: what the temporal embedding was made for
     eps: float = 1e-5
+    select_layer: int = -1  # -2: features are the state before the last block, which is not run
 
     @property
     def tokens(self) -> int:
@@ -44,6 +45,7 @@ class TrunkConfig:
     key_bias: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
+    select_layer: int = -1  # -2: features are the state before the last block, which is not run
 
     @property
     def patches(self) -> int:
@@ -137,6 +139,8 @@ class VideoLLMConfig:
         _must(self.kv in ("none", *KV_BITS), "kv", f"be one of none, {', '.join(KV_BITS)}", self.kv)
         _must(self.connector in CONNECTORS, "connector", f"be one of {', '.join(CONNECTORS)}", self.connector)
         _must(self.arrange in ARRANGEMENTS, "arrange", f"be one of {', '.join(ARRANGEMENTS)}", self.arrange)
+        depth = range(-encoder.layers, 0)
+        _must(encoder.select_layer in depth, "encoder.select_layer", f"lie in {depth[0]}..-1", encoder.select_layer)
         clips = isinstance(encoder, EncoderConfig)
         _must(clips == (self.arrange == "interleave"), "arrange", "be interleave for an encoder of clips", self.arrange)
         _must(self.branch is None or not clips, "branch", "stand beside a per-frame encoder", type(encoder).__name__)
@@ -151,10 +155,44 @@ class VideoLLMConfig:
             self.qformer and self.qformer.source,
         )  # fmt: skip
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes: plain values, for JSON."""
+        return asdict(self) | {"encoder_kind": type(self.encoder).__name__}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VideoLLMConfig:
+        """A config from a file, which may hold anything: fields are checked by name and type."""
+        kinds = {"EncoderConfig": EncoderConfig, "TrunkConfig": TrunkConfig}
+        _must(isinstance(data, dict), "file", "hold a config", type(data).__name__)
+        data = dict(data)
+        kind = data.pop("encoder_kind", None)
+        _must(kind in kinds, "encoder_kind", f"be one of {', '.join(kinds)}", kind)
+        parts = {"encoder": kinds[kind], "decoder": DecoderConfig, "branch": BranchConfig, "qformer": QFormerConfig}
+        for name, part in parts.items():
+            if data.get(name) is not None or name in ("encoder", "decoder"):
+                data[name] = _from_dict(part, data.get(name))
+        return _from_dict(cls, data)
+
     def with_options(self, **changes: Any) -> VideoLLMConfig:
         """A copy with decoder or top-level fields changed."""
         decoder = {k: changes.pop(k) for k in list(changes) if k in DecoderConfig.__dataclass_fields__}
         return replace(self, decoder=replace(self.decoder, **decoder), **changes)
+
+
+def _from_dict(kind: type, data: Any) -> Any:
+    _must(isinstance(data, dict), kind.__name__, "be a dictionary", type(data).__name__)
+    known = {f.name: f for f in fields(kind)}
+    _must(data.keys() <= known.keys(), kind.__name__, "have known fields", sorted(data.keys() - known.keys()))
+    for name, value in data.items():
+        wanted = known[name].type.split("[")[0].split(" |")[0]
+        good = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Literal": (str,)}.get(wanted)
+        optional = value is None and known[name].default is None
+        right = good is None or (isinstance(value, good) and (wanted == "bool" or not isinstance(value, bool)))
+        _must(optional or right, f"{kind.__name__}.{name}", f"be of type {known[name].type}", repr(value))
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise ValueError(f"config: {kind.__name__} must be complete, got {error}") from error
 
 
 def _must(condition: bool, argument: str, rule: str, value: Any) -> None:

@@ -94,6 +94,6 @@ class Encoder(nn.Module):
         cls = self.class_embedding.expand(b * t, 1, -1)
         x = self.pre_layrnorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
         x = x.reshape(b, -1, self.config.width)
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) + 1 + self.config.select_layer]:
             x = layer(x, t, impl)
         return x.view(b, t, -1, self.config.width)

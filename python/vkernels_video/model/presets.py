@@ -47,12 +47,12 @@ TINY_ST_LLM = VideoLLMConfig(
 PRESETS = {
     # BT-Adapter with LLaVA: three of four branch layers reach the LLM, which reads the state before the last block.
     "bt_llava_7b": VideoLLMConfig(
-        TrunkConfig(), LLAMA_7B, branch=BranchConfig(), connector="linear", arrange="all", kv="none"
+        TrunkConfig(select_layer=-2), LLAMA_7B, branch=BranchConfig(), connector="linear", arrange="all", kv="none"
     ),
     "st_llm_7b_qa": replace(ST_LLM, branch=BranchConfig(layers=3, gated=False, spatial_eps=1e-5, output="frames")),
     "st_llm_7b_conversation": replace(ST_LLM, arrange="global_local"),
     "intp_video_llava_7b": VideoLLMConfig(
-        EncoderConfig(width=1024, heads=16, layers=23),
+        EncoderConfig(width=1024, heads=16, layers=24, select_layer=-2),
         replace(LLAMA_7B, context=4096, eps=1e-5, rope_scaling="ntk"),
         kv="int2",
     ),
@@ -69,7 +69,7 @@ PRESETS = {
         kv_residual=32,
     ),
     "tiny_bt_llava": VideoLLMConfig(
-        TINY_TRUNK,
+        replace(TINY_TRUNK, select_layer=-2),
         TINY_LLAMA,
         branch=BranchConfig(layers=3, frames=8),
         connector="linear",

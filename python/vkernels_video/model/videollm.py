@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from einops import rearrange
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels.rearrangement import assemble, interleave_clips
-from vkernels_video.model import connector
+from vkernels_video.model import checkpoint, connector
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.cache import DequantisingCache, GrowingCache, dequantise
 from vkernels_video.model.clip import Trunk
@@ -24,6 +28,8 @@ from vkernels_video.model.encoder import Encoder
 from vkernels_video.model.presets import preset
 from vkernels_video.model.st_llm import GlobalLocal, MVMHead
 
+log = logging.getLogger("vkernels_video")
+CONFIG_FILE = "vkernels_video.json"
 Impl = Literal["eager", "vkernels"]
 IMPLS: tuple[Impl, ...] = ("eager", "vkernels")
 BEGIN, END = 256, 257
@@ -69,6 +75,52 @@ class VideoLLM(nn.Module):
     def from_preset(cls, name: str, seed: int = 0) -> VideoLLM:
         """A preset with seeded random weights."""
         return cls(preset(name)).init_weights(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *more: str | Path,
+        config: VideoLLMConfig | str | None = None,
+        allow_missing: Sequence[str] = (),
+    ) -> VideoLLM:
+        """A model with the weights of a folder or file: this library's own, or a layout of `checkpoint.SOURCES`.
+
+        path, more: what published weights come in, together: BT-Adapter's three files and LLaMA's folder, say. A name
+                    that is no path is fetched from the Hugging Face hub
+        config:     of the model, or a preset's name; None reads the folder's own, as `save_pretrained` wrote it
+        allow_missing: patterns of names that may stay as `init_weights` left them; they are logged
+
+        Every tensor finds its place or is on its source's list of unused ones; CheckpointError names those that do not.
+        """
+        paths = [_local(each) for each in (path, *more)]
+        if config is None:
+            config = _own_config(paths[0])
+        model = cls(preset(config) if isinstance(config, str) else config).init_weights(0)
+        state: checkpoint.State = {}
+        names = []
+        for each in paths:
+            found = checkpoint.read(each)
+            source = checkpoint.recognise(found)
+            fresh, unused = checkpoint.translate(found, source)
+            log.info("%s: %d tensors of %s have no use here", each, len(unused), source.name)
+            if twice := sorted(state.keys() & fresh.keys()):
+                raise checkpoint.CheckpointError(
+                    f"checkpoint: {each} must not give {twice[0]} a second time, got it twice"
+                )
+            state |= fresh
+            names.append(source.name)
+        left = checkpoint.load(model, state, " + ".join(names), allow_missing)
+        if left:
+            log.warning("from_pretrained: %d tensors stay as initialised: %s", len(left), checkpoint.few(left))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights as (sharded) safetensors and the config beside them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        save_torch_state_dict(dict(self.state_dict()), folder)
 
     def init_weights(self, seed: int) -> VideoLLM:
         """Random weights, the same for the same seed: linear maps keep the size of their input, so that attention is
@@ -122,14 +174,14 @@ class VideoLLM(nn.Module):
         `keep` is what BT-Adapter's branch keeps."""
         encoder, branch = self.encoder, self.config.branch
         if isinstance(encoder, BTAdapter) and branch is not None:
-            if branch.output == "chat":
-                x, z = encoder(pixels, impl, keep, until=len(encoder.layers) - 1)
-                return encoder.chat_tokens(x, z, impl)[:, None]
             x, z = encoder(pixels, impl, keep)
-            return encoder.frame_tokens(x, z, impl)
+            return (
+                encoder.chat_tokens(x, z, impl)[:, None]
+                if branch.output == "chat"
+                else encoder.frame_tokens(x, z, impl)
+            )
         assert isinstance(encoder, Trunk)
-        total = len(encoder.layers)
-        return encoder.taps(pixels, total - 1, total, impl)[-1]
+        return encoder.taps(pixels, encoder.depth - 1, encoder.depth, impl)[-1]
 
     def visual(
         self, features: Tensor, impl: Impl = "vkernels", text: Tensor | None = None, shown: Tensor | None = None
@@ -213,3 +265,21 @@ class VideoLLM(nn.Module):
                 logits.append(self.decoder(x, position, base, caches, None, impl))
                 chosen.append(int(logits[-1].argmax()))
         return Generated(chosen, torch.cat(logits), prompt, base, sum(cache.bytes for cache in caches))
+
+
+def _local(path: str | Path) -> Path:
+    if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return Path(path)
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json"]))
+
+
+def _own_config(folder: Path) -> VideoLLMConfig:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise checkpoint.CheckpointError(
+            f"checkpoint: {folder} must hold {CONFIG_FILE}, or config must be given, got neither"
+        )
+    try:
+        return VideoLLMConfig.from_dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"checkpoint: {file} cannot be used: {error}") from error
