@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import report
-from benchmarks.gpu.supervise import run_stage
+from benchmarks.gpu.supervise import ROOT, run_stage
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # Seconds from the start by which a stage has ended: build, machine, proof (and sanitizer), tune, race.
 DEADLINES = {"build": 150, "machine": 180, "proof": 310, "tune": 310, "race": 515}
 QUICK = {"build": 60, "machine": 75, "proof": 115, "tune": 115, "race": 165}
@@ -65,7 +64,7 @@ class Run:
         return self.until(stage) - self.clock()
 
     def store(self) -> Path:
-        return report.store(self.found, self.arguments.out)
+        return report.store(self.found, self.arguments.out.resolve())
 
     def lose(self, stage: str, why: str, status: str = "skipped") -> None:
         self.found["lost"].append({"stage": stage, "id": stage, "status": status, "why": why})
@@ -99,13 +98,19 @@ class Run:
     def proof(self) -> None:
         """Ops side by side, a process each, because compiling is what takes the time; the sanitizer beside them."""
         ops = self.arguments.op or _ops()
-        workers = max(1, min(len(ops) + 1, (os.cpu_count() or 2) // 2))
+        workers = max(1, min(2 * len(ops) + 1, (os.cpu_count() or 2) - 1))
         share = f"--memory={0.9 / workers:.3f}"
         with ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(self._prove, [f"--op={op}", share, *self._size()]) for op in ops]
             jobs.append(pool.submit(self._sanitize))
+            jobs += [pool.submit(self._warm, [f"--op={op}", share]) for op in ops if not self.arguments.small]
             for job in jobs:
                 job.result()
+                self.store()
+
+    def _warm(self, options: list[str]) -> None:
+        """Compile what will be raced, while compiling disturbs nobody. What goes wrong here is said by the race."""
+        self._stage("race", ["--warm", *options], lambda row: None, patience=90)
 
     def _size(self) -> list[str]:
         return [] if self.arguments.quick or self.arguments.small else ["--shapes"]
@@ -120,7 +125,8 @@ class Run:
         elif tool is None:
             self.lose("sanitizer", "compute-sanitizer is not on the path")
         else:
-            before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+            # torch's caching allocator would hide accesses outside a tensor from the tool.
+            before = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
             found = self.found["sanitizer"]
             self.found["lost"] += self._stage("proof", ["--few"], found.append, patience=120, before=before)
 

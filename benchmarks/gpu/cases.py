@@ -197,7 +197,8 @@ def own_races(small: bool = False) -> list[Race]:
             _frame_causal(3, 2, 2, 16, 350, 300),
             _attention("dense 24, d=16", 1, 24, 2, 16, None, forward=Target("tflops", 500)),
             _keep(*half), _keep(*quarter),
-            _decode("bf16", 1, (4, 2), 16, 40, Target("copy", 0.7)), _decode("int4", 1, (2, 2), 64, 200, Target("ratio", 3.0)),
+            _decode("bf16", 1, (4, 2), 16, 40, Target("copy", 0.7)),
+            _decode("int4", 1, (2, 2), 64, 200, Target("ratio", 3.0)),
             _rope(16, 4, 2, 32), _prologue(12, 4, 2, 32),
             _move("permute", (2, 3, 4, 8), lambda: plans.from_einops("b t l c -> b l t c")), _lower(3, 2),
         ]  # fmt: skip
@@ -211,7 +212,10 @@ def own_races(small: bool = False) -> list[Race]:
         _temporal(4, 64, 16, 16, 64, 2.0, "BT-Adapter chat: 64 frames"),
         _spatial(8, 32, 16, 16, 64, 1, Target("tflops", 400), "CLIP ViT-L/14 with a shared CLS"),
         _spatial(8, 32, 16, 16, 64, 0, Target("tflops", 420), "ViT-L, 256 patches"),
-        _attention("dense 8,192, d=128", 1, 8192, 32, 128, None, forward=Target("tflops", 650), backward=Target("tflops", 560)),
+        _attention(
+            "dense 8,192, d=128", 1, 8192, 32, 128, None,
+            forward=Target("tflops", 650), backward=Target("tflops", 560),
+        ),
         _attention("dense 4,096, d=64", 4, 4096, 16, 64, None, forward=Target("tflops", 500)),
         _attention("dense 4,096, d=72", 4, 4096, 16, 72, None, forward=Target("ratio", 1.15), model="SigLIP-So400m"),
         _frame_causal(8, 16, 32, 128, 350, 300),

@@ -31,16 +31,19 @@ def prove(
     spec: OpSpec, cases: list[Case], device: str, skip: Collection[str] = (), report: Callable[[dict], None] = emit
 ) -> None:
     """One report per case, backend and dtype: {"op", "id", "status": "passed" | "failed" | "skipped", "why"}."""
-    for backend in backends(spec, device):
-        for case in cases:
-            for dtype in case.dtypes if isinstance(case, Shape) else spec.dtypes:
-                name = f"{spec.name}/{backend}/{case.id}/{str(dtype).removeprefix('torch.')}"
-                if name in skip:
-                    continue
-                report({"begin": name})
-                status, why = _one(spec, backend, with_contents(case), dtype, device)
-                report({"stage": "proof", "op": spec.name, "id": name, "status": status, "why": why})
-                report({"end": name})
+    todo = [
+        (f"{spec.name}/{backend}/{case.id}/{str(dtype).removeprefix('torch.')}", backend, case, dtype)
+        for backend in backends(spec, device)
+        for case in cases
+        for dtype in (case.dtypes if isinstance(case, Shape) else spec.dtypes)
+    ]
+    report({"plan": [name for name, *_ in todo]})
+    for name, backend, case, dtype in todo:
+        if name not in skip:
+            report({"begin": name})
+            status, why = _one(spec, backend, with_contents(case), dtype, device)
+            report({"stage": "proof", "op": spec.name, "id": name, "status": status, "why": why})
+            report({"end": name})
 
 
 def _one(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str) -> tuple[str, str]:

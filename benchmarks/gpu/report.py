@@ -75,8 +75,8 @@ def markdown(run: dict[str, Any]) -> str:
     facts, limits = run["environment"], run["ceilings"]
     lines = [
         f"Measured {facts['date']} on {facts['gpu']} (driver {facts['driver']}), torch {facts['torch']}, Triton "
-        f"{facts['triton']}, commit {facts['commit']}. On that machine a copy reaches {limits['copy_gb_per_s']:.0f} GB/s "
-        f"and a bf16 matrix product {limits['bf16_tflop_per_s']:.0f} TFLOP/s.",
+        f"{facts['triton']}, commit {facts['commit']}. On that machine a copy reaches "
+        f"{limits['copy_gb_per_s']:.0f} GB/s and a bf16 matrix product {limits['bf16_tflop_per_s']:.0f} TFLOP/s.",
         "",
         "| " + " | ".join([*HEAD[:-1], "met"]) + " |",
         "|" + "---|" * len(HEAD),

@@ -3,15 +3,20 @@ kernel can take the whole CUDA context with it, and must not take the run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "@vkernels "  # what begins a line of report; everything else is noise of the libraries below
 
 
@@ -33,7 +38,10 @@ def watch(
 
     Returns ("ended" | "crashed" | "stuck" | "out of time", the end of what it said besides its reports).
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
     said: queue.Queue = queue.Queue()
     threading.Thread(target=_lines, args=(process.stdout, said), daemon=True).start()
     noise: list[str] = []
@@ -55,9 +63,10 @@ def watch(
             else:
                 noise.append(line)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # what it started must not disturb the next stage
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
 
 
 def worker_command(stage: str, *arguments: str, before: Sequence[str] = ()) -> list[str]:
@@ -80,11 +89,14 @@ def run_stage(
     """
     done: list[str] = []
     lost: list[dict[str, Any]] = []
+    planned: list[str] = []
     while True:
         now: list[str | None] = [None]
 
         def listen(report: dict[str, Any], now: list[str | None] = now) -> None:
-            if "begin" in report:
+            if "plan" in report:
+                planned[:] = report["plan"]
+            elif "begin" in report:
                 now[0] = report["begin"]
             elif "end" in report:
                 done.append(report["end"])
@@ -97,7 +109,8 @@ def run_stage(
         if how == "ended":
             return lost
         if how == "out of time":
-            lost.append({"stage": stage, "id": now[0] or stage, "status": "skipped", "why": "no time was left"})
+            left = [name for name in planned if name not in done] or [now[0] or stage]
+            lost += [{"stage": stage, "id": name, "status": "skipped", "why": "no time was left"} for name in left]
             return lost
         why = f"its process {'crashed' if how == 'crashed' else f'said nothing for {patience:.0f} s'}: "
         why += " / ".join(noise.strip().splitlines()[-3:])[-400:]

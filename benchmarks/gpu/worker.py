@@ -88,10 +88,15 @@ def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
 
 def race(arguments: argparse.Namespace, report: Report = emit) -> None:
     """Every case, in the order of importance."""
-    timer, limits = timer_for(arguments.device), json.loads(arguments.limits)
-    for case in own_races(small=True) if arguments.small else races():
-        name = f"{case.op}/{case.id}"
-        if name in arguments.skip or (arguments.op and case.op not in arguments.op):
+    timer = None if arguments.warm else timer_for(arguments.device)
+    limits = json.loads(arguments.limits)
+    if arguments.memory and arguments.device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(arguments.memory)
+    chosen = own_races(small=True) if arguments.small else races()
+    todo = {f"{case.op}/{case.id}": case for case in chosen if not arguments.op or case.op in arguments.op}
+    report({"plan": list(todo)})
+    for name, case in todo.items():
+        if name in arguments.skip:
             continue
         report({"begin": name})
         try:
@@ -124,6 +129,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--warm", action="store_true")
     parser.add_argument("--memory", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--limits", default='{"copy_gb_per_s": 1.0, "bf16_tflop_per_s": 1.0}')

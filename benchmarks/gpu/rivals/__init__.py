@@ -29,6 +29,7 @@ def installed(package: str) -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()  # or it gives up compiling the same rival after a few cases
     return torch.compile(function, dynamic=False)
 
 

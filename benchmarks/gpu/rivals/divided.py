@@ -32,7 +32,7 @@ def _back(c: Call, o: torch.Tensor) -> torch.Tensor:
         first = o.new_zeros(b, c.cls, n, d)
         o = o.reshape(b, g, c.l, f, n, d).transpose(2, 3).reshape(b, c.t, c.l, n, d)
     else:
-        o = o.reshape(b, g, -1, n, d)
+        o = o.reshape(b, g, c.cls + f * c.l, n, d)
         first = o[:, :, : c.cls].mean(1)
         o = o[:, :, c.cls :].unflatten(2, (f, c.l)).transpose(1, 2).reshape(b, c.t, c.l, n, d)
     if c.order == "patch":

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from benchmarks.gpu import rivals as room
 from benchmarks.gpu.cases import Race
 from benchmarks.gpu.rivals import generic
+from vkernels.ops.rearrange.api import prepare
 
 
 def _permute(kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
@@ -31,12 +32,12 @@ def _gather(kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     index = plan.index.to(x.device)
     if x.dim() != 3 or index.shape[0] != 1 or x.shape[1] != plan.n_in or bool((index < 0).any()):
         return None
-    rows, norm, c = index[0].long(), kwargs.get("norm"), x.shape[-1]
+    rows, norm, c, shape = index[0].long(), kwargs.get("norm"), x.shape[-1], prepare(**kwargs).shape
     if norm not in (None, "layer"):
         return None
 
     def run() -> torch.Tensor:
-        kept = x.index_select(1, rows)
+        kept = x.index_select(1, rows).reshape(shape)
         return kept if norm is None else F.layer_norm(kept, (c,), kwargs.get("norm_weight"), kwargs.get("norm_bias"))
 
     return run
