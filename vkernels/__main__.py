@@ -44,33 +44,29 @@ def info(_: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Every op's cases against the reference on this machine."""
-    from vkernels.spec import Maker, all_specs
-    from vkernels.testing import assert_within_budget
-    from vkernels.testing.results import tensors_of
+    from vkernels.spec import all_specs, devices_of
+    from vkernels.testing.evidence import arguments as made
+    from vkernels.testing.evidence import assert_outputs
 
     failures = 0
     for spec in all_specs():
         if arguments.op and spec.name not in arguments.op:
             continue
-        for backend in spec.backends:
+        for backend, device in [(b, device) for b in spec.backends for device in devices_of(b.name)]:
             passed, skipped = 0, []
             for case in spec.cases:
-                reason = backend.why_not(spec.prepare(**case.make(Maker())))
+                reason = backend.why_not(spec.prepare(**made(case, torch.float32, device)))
                 if reason is not None:
                     skipped.append(reason)
                     continue
-                got = tensors_of(spec, spec.fn(**case.make(Maker()), backend=backend.name))
-                eager = tensors_of(spec, spec.fn(**case.make(Maker()), backend="reference"))
-                truth = tensors_of(spec, spec.fn(**case.make(Maker(torch.float64)), backend="reference"))
                 try:
-                    for g, e, t in zip(got, eager, truth, strict=True):
-                        assert_within_budget(g, e, t, band=spec.band[0])
+                    assert_outputs(spec, backend.name, case, torch.float32, device)
                     passed += 1
                 except AssertionError as error:
                     failures += 1
-                    print(f"FAILED {spec.name} {backend.name} {case.id}: {error}")
+                    print(f"FAILED {spec.name} {backend.name} {device} {case.id}: {error}")
             note = f"; {len(skipped)} refused: {skipped[0]}" if skipped else ""
-            print(f"{spec.name:20} {backend.name:10} {passed} of {len(spec.cases)} cases{note}")
+            print(f"{spec.name:20} {backend.name:10} {device:5} {passed} of {len(spec.cases)} cases{note}")
     return 1 if failures else 0
 
 

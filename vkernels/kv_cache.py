@@ -138,11 +138,11 @@ class KVCache:
         self.layout = Layout(bits, group, residual, sinks, self.page, capacity if ring else 0)
         per_sequence = -(-rounded // self.page)
         self.pages = b * per_sequence if pages is None else pages
-        self.device = torch.device(device)
         self._lengths = [0] * b
         self._free = list(range(self.pages))[::-1] if self.paged else []
         self._pages = [[] if self.paged else [i] for i in range(b)]  # the table, where the host can read it
         self.lengths = torch.zeros(b, dtype=torch.int32, device=device)
+        self.device = self.lengths.device  # as tensors name it: cuda:0, where the caller said cuda
         self.table = torch.full((b, per_sequence), -1, dtype=torch.int32, device=device)
         if not self.paged:
             self.table.copy_(torch.arange(b, dtype=torch.int32)[:, None])

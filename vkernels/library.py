@@ -63,10 +63,15 @@ _TRITON = find_spec("triton") is not None
 recording_for: str | None = None  # the chip launches are noted down for, while they are (vkernels/triton/launch.py)
 
 
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a GPU."""
-    return torch.cuda.get_device_capability(device)
+    """(major, minor) of a GPU; torch takes microseconds to say so."""
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def triton_why_not(tensor: torch.Tensor) -> str | None:
@@ -85,9 +90,12 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
 
 def lazily(module: str, function: str) -> Callable[..., Any]:
     """`module.function`, imported when it is first called: Triton takes a second to import."""
+    found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
-        return getattr(import_module(module), function)(*args)
+        if not found:
+            found.append(getattr(import_module(module), function))
+        return found[0](*args)
 
     return run
 
@@ -151,6 +159,7 @@ def register(
         _registry.define(f"{overload}{schema}")
         for key in DISPATCH_KEYS[backend]:
             _registry.impl(overload, function, key)
+        _direct[name, backend] = function
         torch.library.register_fake(f"vkernels::{overload}", fake, lib=_registry)
         if backward is not None:
             torch.library.register_autograd(
@@ -169,9 +178,54 @@ def _bound_backward(backward: Callable[..., Any], backend: str) -> Callable[...,
     return run
 
 
+_direct: dict[tuple[str, str], Callable[..., Any]] = {}
+_doors: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
 def op(name: str, backend: str) -> Any:
-    """The registered overload `torch.ops.vkernels.<name>.<backend>`."""
-    return getattr(getattr(torch.ops.vkernels, name), backend)
+    """The registered overload `torch.ops.vkernels.<name>.<backend>`, called past the dispatcher where it would only
+    pass the arguments on: that costs more than everything else the host does for a call (docs/benchmarking.md)."""
+    if torch.compiler.is_compiling():
+        return getattr(getattr(torch.ops.vkernels, name), backend)
+    if (name, backend) not in _doors:
+        _doors[name, backend] = _door(getattr(getattr(torch.ops.vkernels, name), backend), _direct[name, backend])
+    return _doors[name, backend]
+
+
+def _door(overload: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return (function if _nobody_listens() and _plain(args, torch.is_grad_enabled()) else overload)(*args)
+
+    return call
+
+
+def _nobody_listens() -> bool:
+    """No mode, transform, tracer, profiler or forward derivative is active that the dispatcher would serve."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+_CLASSES = (torch.Tensor, torch.nn.Parameter)
+
+
+def _plain(args: Any, grad: bool) -> bool:
+    """Every tensor is nothing but memory: no subclass, no values elsewhere (meta, lazy negation), no gradient asked."""
+    for x in args:
+        kind = type(x)
+        if kind in _CLASSES:
+            if (grad and x.requires_grad) or x.is_meta or x.is_neg():
+                return False
+        elif kind is list or kind is tuple:
+            if x and not isinstance(x[0], int) and not _plain(x, grad):
+                return False
+        elif isinstance(x, torch.Tensor):
+            return False
+    return True
 
 
 def _share_torch_threads() -> None:

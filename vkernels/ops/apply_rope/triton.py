@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vkernels.check import bind, require, same_dtype
 from vkernels.library import unit_stride
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
 from vkernels.triton.tiles import tiles
 
@@ -89,17 +89,25 @@ def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[
     axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"))
     same_dtype("apply_rope", ("q", q), ("k", k))
     if cos is None:
-        bind("apply_rope", ("axis", axis, "h r"), ("freq", freq, "r"))
-        by_token, pairs = (("pos", pos[0] if pos.dim() == 3 else pos),), freq.shape[0]
+        bind("apply_rope", ("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x s"))
+        name, samples, pairs = "pos", tuple(pos.shape[1:]), freq.shape[0]
     else:
         bind("apply_rope", ("cos", cos, "x s r"), ("sin", sin, "x s r"))
-        by_token, pairs = (("cos", cos[..., 0]),), cos.shape[2]
-    for name, x in by_token:
-        good = x.dim() == 2 and x.shape[0] in (1, axes["b"]) and x.shape[1] == axes["s"]
-        require(good, "apply_rope", name, f"speak of 1 or {axes['b']} samples of {axes['s']} tokens", tuple(x.shape))
+        name, samples, pairs = "cos", tuple(cos.shape[:2]), cos.shape[2]
+    b, s, d = axes["b"], axes["s"], axes["d"]
+    if samples not in ((1, s), (b, s)):
+        require(False, "apply_rope", name, f"speak of 1 or {b} samples of {s} tokens", samples)
     blocks, offset = layout
-    fits = offset >= 0 and blocks >= 0 and offset + 2 * pairs <= axes["d"] and pairs % max(blocks, 1) == 0
-    require(fits, "apply_rope", "layout", f"rotate {2 * pairs} of d={axes['d']} elements", layout)
+    if offset < 0 or blocks < 0 or offset + 2 * pairs > d or pairs % max(blocks, 1):
+        require(False, "apply_rope", "layout", f"rotate {2 * pairs} of d={d} elements", layout)
+
+
+def _by_sample(x: Tensor | None, axis: int) -> tuple[int, ...]:
+    """The strides of a table that all samples share, or each has its own of, along `axis`."""
+    if x is None:
+        return 0, 0, 0
+    strides = x.stride()
+    return strides if x.shape[axis] > 1 else (*strides[:axis], 0, *strides[axis + 1 :])
 
 
 def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
@@ -110,23 +118,19 @@ def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) 
     pairs = freq.shape[0] if cos is None else cos.shape[2]
     rows = 1 if axis is None else axis.shape[0]
     here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
-    copies_rest = q_out.data_ptr() != q.data_ptr() and d > 2 * pairs
+    copies_rest = d > 2 * pairs and q_out.data_ptr() != q.data_ptr()
 
-    def batch_strides(x: Tensor | None) -> list[int]:
-        return [0, 0] if x is None else [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
-
-    pos_strides = [0, 0, 0] if pos is None else [pos.stride(0), *batch_strides(pos[0])]
     k_in, k_to = (q, q_out) if k is None else (k, k_out)
-    strides = [stride for x in (q, k_in, q_out, k_to) for stride in x.stride()[:3]]
+    strides = (*q.stride()[:3], *k_in.stride()[:3], *q_out.stride()[:3], *k_to.stride()[:3])
     align = alignment(strides)
     launch(
         _apply_rope_kernel, (cdiv(b * s, here["BLOCK_S"]),),
         q, k_in, q_out, k_to, pos, axis, freq, cos, sin,
-        *(stride // align for stride in strides),
-        *pos_strides, 0 if pos is None else pos.shape[0], *batch_strides(cos), *batch_strides(sin),
+        *[stride // align for stride in strides],
+        *_by_sample(pos, 1), 0 if pos is None else pos.shape[0], *_by_sample(cos, 0)[:2], *_by_sample(sin, 0)[:2],
         b * s, s, n, m, scale, -scale if inverse else scale,
         ROWS=rows, D=d, OFFSET=offset, PAIRS=pairs, BLOCKS=blocks, TABLE=cos is not None, HAS_K=k is not None,
-        HAS_REST=copies_rest, R=triton.next_power_of_2(pairs), BLOCK_D=triton.next_power_of_2(d), ALIGN=align,
+        HAS_REST=copies_rest, R=power_of_2(pairs), BLOCK_D=power_of_2(d), ALIGN=align,
         **here,
     )  # fmt: skip
 

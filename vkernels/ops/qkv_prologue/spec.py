@@ -13,7 +13,7 @@ from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
 
 
 def _inputs(m: Maker, b: int, s: int, n: int, kv: int, d: int, spec: RopeSpec | None, **rest: Any) -> dict[str, Any]:
-    given = {} if spec is None else {"spec": spec, "pos": torch.arange(s)}
+    given = {} if spec is None else {"spec": spec, "pos": torch.arange(s, device=m.device)}
     return {"qkv": m.randn(b, s, (n + 2 * kv) * d), "n": n, "m": kv, **given, **rest}
 
 
@@ -23,7 +23,7 @@ def _norms(m: Maker, q: int, k: int) -> dict[str, Any]:
 
 def _mrope(m: Maker) -> dict[str, Any]:
     spec = RopeSpec.build(128, 1e6, axes="mrope_interleaved", sections=(24, 20, 20))
-    pos = rope_positions("qwen2_vl", [2, (2, 2, 3)])
+    pos = rope_positions("qwen2_vl", [2, (2, 2, 3)], device=m.device)
     return {**_inputs(m, 1, 14, 4, 2, 128, spec), "pos": pos, **_norms(m, 128, 128)}
 
 

@@ -46,8 +46,8 @@ def _cost(call: Call) -> Cost:
     )
 
 
-def plan_and_inverse_are_the_identity(backend: str) -> None:
-    x = torch.randn(2, 24, 5)
+def plan_and_inverse_are_the_identity(backend: str, device: str) -> None:
+    x = torch.randn(2, 24, 5, device=device)
     for plan in (
         plans.temporal(4, 6),
         plans.window(1, 4, 6, 4),
@@ -61,8 +61,8 @@ def plan_and_inverse_are_the_identity(backend: str) -> None:
         assert torch.equal(back.view_as(x), x)
 
 
-def a_composition_is_one_run_after_the_other(backend: str) -> None:
-    x = torch.randn(2, 36, 5)
+def a_composition_is_one_run_after_the_other(backend: str, device: str) -> None:
+    x = torch.randn(2, 36, 5, device=device)
     first, then = plans.pool(1, 6, 6, stride=2), plans.keep(indices=torch.tensor([7, 7, 0, 3]), n=9)
     twice = rearrange(rearrange(x, first, backend=backend), then, backend=backend)
     torch.testing.assert_close(rearrange(x, first.compose(then), backend=backend), twice)
