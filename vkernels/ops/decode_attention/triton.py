@@ -1,0 +1,167 @@
+"""decode_attention on Triton: the heads that share keys are the rows of one tile, the keys are split over programs."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vkernels.check import bind, require, same_dtype
+from vkernels.kv_cache import STORAGE, Layout
+from vkernels.library import unit_stride
+from vkernels.triton.counters import counters
+from vkernels.triton.head import load_head, mix, parts, scores, store_head, zero_head
+from vkernels.triton.history import checked_cache, history_range, page_of, ring_slot, seen_range, share_of
+from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.parts import is_last, join, leave_sums, part_rows
+from vkernels.triton.softmax import LOG2E, softmax_step
+from vkernels.triton.tiles import tiles
+
+NAME = "decode_attention"
+
+
+@triton.jit
+def _query_rows(m, share, s, R: tl.constexpr):
+    """Which queries this program has: (sample, key/value head, row among those that share it, is it one)."""
+    blocks = (share * s + R - 1) // R
+    program = tl.program_id(0)
+    row = program % blocks * R + tl.arange(0, R)
+    head = program // blocks
+    return (head // m).to(tl.int64), (head % m).to(tl.int64), row, row < share * s
+
+
+@triton.jit
+def _attend_tile(
+    q_a, q_b, k_ptr, v_ptr, at, live, pos, last, hidden, scale, top, total, acc_a, acc_b,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens kept as they are, which start at elements `at`."""
+    k_a, k_b = load_head(k_ptr, at, live, D, A, B)
+    s = scores(q_a, q_b, k_a.to(q_a.dtype), k_b.to(q_a.dtype), B) * scale
+    visible = live[None, :] & (pos[None, :] <= last[:, None]) & (pos[None, :] > hidden[:, None])
+    p, keep, top, total = softmax_step(tl.where(visible, s, float("-inf")), top, total)
+    v_a, v_b = load_head(v_ptr, at, live, D, A, B)
+    acc_a *= keep[:, None]
+    if B > 0:
+        acc_b *= keep[:, None]
+    acc_a, acc_b = mix(p, v_a.to(q_a.dtype), v_b.to(q_a.dtype), acc_a, acc_b, B)
+    return top, total, acc_a, acc_b
+
+
+@triton.jit(do_not_specialize=[
+    "stride_qb", "pages", "table_pages", "page", "ring", "sinks", "splits", "window", "room",
+])  # fmt: skip
+def _decode_rows_kernel(
+    q_ptr, o_ptr, lse_ptr, part_ptr, counter_ptr, length_ptr, table_ptr, k_ptr, v_ptr, k_sink_ptr, v_sink_ptr,
+    stride_qb, stride_qs, stride_qn, m, share, s, pages, table_pages, page, ring, sinks, room, splits, scale, window,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    PAGED: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sample, head, row, live_row = _query_rows(m, share, s, R)
+    split = tl.program_id(1)
+    token, n = row % s, m * share
+    heads = head * share + row // s
+    q_at = sample * stride_qb * ALIGN + token * (stride_qs * ALIGN).to(tl.int64) + heads * (stride_qn * ALIGN)
+    q_a, q_b = load_head(q_ptr, q_at, live_row, D, A, B)
+    if WIDE:
+        q_a, q_b = q_a.to(tl.float32), q_b.to(tl.float32)
+    length = tl.maximum(tl.load(length_ptr + sample), 0)
+    last, hidden = seen_range(length, row, s, window)
+    begin, end = history_range(length, s, window, sinks, 0, room, ring, 1, RING)
+    first, beyond, used = share_of((end - begin + BLOCK_N - 1) // BLOCK_N, split, splits)
+    top = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc_a, acc_b = zero_head(R, A, B)
+    lane = tl.arange(0, BLOCK_N)
+    if SINKS:
+        used = tl.maximum(used, 1)
+        for start in range(0, tl.where(split == 0, tl.minimum(length, sinks), 0), BLOCK_N):
+            pos = start + lane
+            at = ((sample * m + head) * sinks + pos) * D
+            top, total, acc_a, acc_b = _attend_tile(
+                q_a, q_b, k_sink_ptr, v_sink_ptr, at, pos < tl.minimum(length, sinks), pos, last, hidden, scale,
+                top, total, acc_a, acc_b, D, A, B,
+            )  # fmt: skip
+    for tile in range(first, beyond):
+        offset = tile * BLOCK_N + lane
+        live = offset < end - begin
+        slot = ring_slot(begin % ring, offset, ring) if RING else begin + offset
+        entry, in_page = page_of(table_ptr, sample, tl.where(live, slot, 0), live, page, table_pages, pages, PAGED)
+        at = ((entry * m + head) * page + in_page) * D
+        top, total, acc_a, acc_b = _attend_tile(
+            q_a, q_b, k_ptr, v_ptr, at, live, begin + sinks + offset, last, hidden, scale,
+            top, total, acc_a, acc_b, D, A, B,
+        )  # fmt: skip
+    mine, _ = part_rows(split, splits, R)
+    store_head(part_ptr, mine * D, live_row, acc_a, acc_b, D, A, B)
+    leave_sums(part_ptr, split, splits, top, total, D, R)
+    if is_last(counter_ptr, splits):
+        o_at = ((sample * s + token) * n + heads) * D
+        lse_at = (sample * n + heads) * s + token
+        join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live_row, used, splits, D, A, B, R)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _splits(device: torch.device, steps: int, programs: int, per_sm: int, split_steps: int) -> int:
+    """How many programs share the keys of a row of queries: enough to fill the chip, each with work worth a part.
+
+    From sizes of storage only: what a sequence holds is known to the device alone, which divides that evenly.
+    """
+    chip = _multiprocessors(device) if device.type == "cuda" else 132
+    return max(1, min(chip * per_sm // programs, cdiv(steps, split_steps)))
+
+
+def decode_attention(q: Tensor, length: Tensor, table: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    *storage, scale, window, layout = rest
+    b, s, n, d = bind(NAME, ("q", q, "b s n d")).values()
+    pool = storage[2] if layout and layout[0] else storage[0]
+    m = pool.shape[1] if pool is not None and pool.dim() > 1 else 0
+    require(m > 0 and n > 0 and n % m == 0, NAME, "q", "have a multiple of the cache's heads", n)
+    require(1 <= s <= 8, NAME, "q", "hold 1 to 8 tokens", s)
+    require(window >= 0 and math.isfinite(scale), NAME, "window", "be at least 0, and scale finite", (window, scale))
+    bind(NAME, ("q", q, "b s n d"), ("length", length, "b"))
+    same_dtype(NAME, ("q", q))
+    shape = checked_cache(NAME, length, table, storage, layout, m, d)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(b, n, s, dtype=torch.float32)
+    if b:
+        _run(unit_stride(q), length, table, dict(zip(STORAGE, storage, strict=True)), scale, window, shape, o, lse)
+    return o, lse
+
+
+def _run(
+    q: Tensor, length: Tensor, table: Tensor, at: dict[str, Tensor], scale: float, window: int, shape: Layout,
+    o: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    b, s, n, d = q.shape
+    kept = at["k_recent"] if shape.bits else at["k_rows"]
+    m, wide = kept.shape[1], q.dtype != kept.dtype or q.dtype == torch.float32
+    kernel = "_decode_codes_kernel" if shape.bits else "_decode_rows_kernel"
+    here = dict(tiles(NAME, kernel, arch(q.device), d=d, bytes=4 if wide else 2))
+    rows = n // m * s
+    r = min(here.pop("BLOCK_R"), max(16, triton.next_power_of_2(rows)))
+    programs = b * m * cdiv(rows, r)
+    room = table.shape[1] * shape.page
+    steps = cdiv(shape.ring or room, shape.group if shape.bits else here["BLOCK_N"])
+    splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS"))
+    part = torch.empty(programs * splits * r * (d + 2), dtype=torch.float32, device=q.device)
+    align = alignment(q.stride()[:3])
+    a, half = parts(d)
+    window = 0 if window >= 2**31 - 16 else window
+    launch(
+        _decode_rows_kernel, (programs, splits),
+        q, o, lse, part, counters(programs, q.device), length, table, at["k_rows"], at["v_rows"],
+        at["k_sink"], at["v_sink"], *(stride // align for stride in q.stride()[:3]),
+        m, n // m, s, kept.shape[0], table.shape[1], shape.page, shape.ring, shape.sinks, room, splits,
+        scale * LOG2E.value, window,
+        D=d, A=a, B=half, R=r, WIDE=wide, PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0,
+        ALIGN=align, **here,
+    )  # fmt: skip

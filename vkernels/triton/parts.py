@@ -1,0 +1,68 @@
+"""Attention split over keys: every split leaves its part, and the last one to finish joins them, in one launch.
+
+A part is, per query row, the largest score, the sum of weights and the unnormalised output. They are joined in the order
+of the splits whoever comes last, so results do not depend on timing.
+"""
+
+import triton
+import triton.language as tl
+
+from vkernels.triton.head import load_head, store_head, zero_head
+from vkernels.triton.softmax import finite_or_zero, natural_lse, normalise
+
+
+@triton.jit
+def part_rows(split, splits, R: tl.constexpr):
+    """Rows [R] of the workspace where `split` of this program's queries leaves its part, and how many there are."""
+    rows = tl.num_programs(0).to(tl.int64) * splits * R
+    return (tl.program_id(0).to(tl.int64) * splits + split) * R + tl.arange(0, R), rows
+
+
+@triton.jit
+def leave_sums(part_ptr, split, splits, top, total, D: tl.constexpr, R: tl.constexpr):
+    mine, rows = part_rows(split, splits, R)
+    tl.store(part_ptr + rows * D + mine, top)
+    tl.store(part_ptr + rows * (D + 1) + mine, total)
+
+
+@triton.jit
+def is_last(counter_ptr, splits):
+    """Whether every other split of these queries has left its part, and this program may read them.
+
+    PTX memory model: the stores of all threads happen before the barrier's end, hence before the one thread's atomic,
+    which releases them to the GPU (a release is cumulative); whoever reads the counter it wrote acquires them, and the
+    broadcast of the ticket carries that to all threads of the reading program. The last one leaves the counter at 0.
+    """
+    tl.debug_barrier()
+    counter = counter_ptr + tl.program_id(0)
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def join(
+    o_ptr, lse_ptr, part_ptr, o_at, lse_at, live, used, splits,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Output and lse of these queries from the first `used` parts. What a part without weight holds was never written."""
+    top = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc_a, acc_b = zero_head(R, A, B)
+    for split in tl.range(0, used, loop_unroll_factor=4):
+        at, rows = part_rows(split, splits, R)
+        their_top = tl.load(part_ptr + rows * D + at, mask=live, other=float("-inf"))
+        their_total = tl.load(part_ptr + rows * (D + 1) + at, mask=live, other=0.0)
+        a, b = load_head(part_ptr, at * D, live, D, A, B)
+        holds = their_total != 0.0
+        new_top = tl.maximum(top, their_top)
+        base = finite_or_zero(new_top)
+        keep, weight = tl.exp2(top - base), tl.exp2(their_top - base)
+        top, total = new_top, total * keep + tl.where(holds, their_total * weight, 0.0)
+        acc_a = acc_a * keep[:, None] + tl.where(holds[:, None], a * weight[:, None], 0.0)
+        if B > 0:
+            acc_b = acc_b * keep[:, None] + tl.where(holds[:, None], b * weight[:, None], 0.0)
+    store_head(o_ptr, o_at, live, normalise(acc_a, total), normalise(acc_b, total), D, A, B)
+    tl.store(lse_ptr + lse_at, natural_lse(top, total), mask=live)
