@@ -1,13 +1,13 @@
 """Attention split over keys: every split leaves its part, and the last one to finish joins them, in one launch.
 
-A part is, per query row, the largest score, the sum of weights and the unnormalised output. They are joined in the order
-of the splits whoever comes last, so results do not depend on timing.
+A part is, per query row, the largest score, the sum of weights and the unnormalised output. They are joined in the
+order of the splits whoever comes last, so results do not depend on timing.
 """
 
 import triton
 import triton.language as tl
 
-from vkernels.triton.head import load_head, store_head, zero_head
+from vkernels.triton.head import store_head
 from vkernels.triton.softmax import finite_or_zero, natural_lse, normalise
 
 
@@ -19,8 +19,9 @@ def part_rows(split, splits, R: tl.constexpr):
 
 
 @triton.jit
-def leave_sums(part_ptr, split, splits, top, total, D: tl.constexpr, R: tl.constexpr):
+def leave_part(part_ptr, split, splits, live, top, total, acc, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr):
     mine, rows = part_rows(split, splits, R)
+    store_head(part_ptr, mine * D, live & (total != 0.0), acc, acc, D, A, 0)
     tl.store(part_ptr + rows * D + mine, top)
     tl.store(part_ptr + rows * (D + 1) + mine, total)
 
@@ -43,26 +44,29 @@ def is_last(counter_ptr, splits):
 
 
 @triton.jit
-def join(
-    o_ptr, lse_ptr, part_ptr, o_at, lse_at, live, used, splits,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Output and lse of these queries from the first `used` parts. What a part without weight holds was never written."""
-    top = tl.full([R], float("-inf"), tl.float32)
-    total = tl.zeros([R], tl.float32)
-    acc_a, acc_b = zero_head(R, A, B)
-    for split in tl.range(0, used, loop_unroll_factor=4):
-        at, rows = part_rows(split, splits, R)
-        their_top = tl.load(part_ptr + rows * D + at, mask=live, other=float("-inf"))
-        their_total = tl.load(part_ptr + rows * (D + 1) + at, mask=live, other=0.0)
-        a, b = load_head(part_ptr, at * D, live, D, A, B)
-        holds = their_total != 0.0
-        new_top = tl.maximum(top, their_top)
-        base = finite_or_zero(new_top)
-        keep, weight = tl.exp2(top - base), tl.exp2(their_top - base)
-        top, total = new_top, total * keep + tl.where(holds, their_total * weight, 0.0)
-        acc_a = acc_a * keep[:, None] + tl.where(holds[:, None], a * weight[:, None], 0.0)
-        if B > 0:
-            acc_b = acc_b * keep[:, None] + tl.where(holds[:, None], b * weight[:, None], 0.0)
-    store_head(o_ptr, o_at, live, normalise(acc_a, total), normalise(acc_b, total), D, A, B)
-    tl.store(lse_ptr + lse_at, natural_lse(top, total), mask=live)
+def join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live, used, splits, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr):
+    """Output and lse of these queries from the first `used` parts. What a part without weight holds was never written.
+
+    As many columns at a time as leave registers for four parts under way: the loads of one hide behind the others.
+    """
+    C: tl.constexpr = A if R * A <= 2048 else 2048 // R
+    for first in range(0, D, C):
+        top = tl.full([R], float("-inf"), tl.float32)
+        total = tl.zeros([R], tl.float32)
+        acc = tl.zeros([R, C], tl.float32)
+        column = first + tl.arange(0, C)
+        inside = live[:, None] & (column < D)[None, :]
+        for split in tl.range(0, used, loop_unroll_factor=4):
+            at, rows = part_rows(split, splits, R)
+            their_top = tl.load(part_ptr + rows * D + at, mask=live, other=float("-inf"))
+            their_total = tl.load(part_ptr + rows * (D + 1) + at, mask=live, other=0.0)
+            theirs = tl.load(part_ptr + (at * D)[:, None] + column[None, :], mask=inside, other=0.0)
+            holds = their_total != 0.0
+            new_top = tl.maximum(top, their_top)
+            base = finite_or_zero(new_top)
+            keep, weight = tl.exp2(top - base), tl.exp2(their_top - base)
+            top, total = new_top, total * keep + tl.where(holds, their_total * weight, 0.0)
+            acc = acc * keep[:, None] + tl.where(holds[:, None], theirs * weight[:, None], 0.0)
+        o = normalise(acc, total).to(o_ptr.dtype.element_ty)
+        tl.store(o_ptr + o_at[:, None] + column[None, :], o, mask=inside)
+        tl.store(lse_ptr + lse_at, natural_lse(top, total), mask=live)

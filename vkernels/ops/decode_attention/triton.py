@@ -14,10 +14,11 @@ from vkernels.check import bind, require, same_dtype
 from vkernels.kv_cache import STORAGE, Layout
 from vkernels.library import unit_stride
 from vkernels.triton.counters import counters
-from vkernels.triton.head import load_head, mix, parts, scores, store_head, zero_head
+from vkernels.triton.head import load_head
 from vkernels.triton.history import checked_cache, history_range, page_of, ring_slot, seen_range, share_of
 from vkernels.triton.launch import alignment, arch, cdiv, launch
-from vkernels.triton.parts import is_last, join, leave_sums, part_rows
+from vkernels.triton.matmul import dot
+from vkernels.triton.parts import is_last, join, leave_part
 from vkernels.triton.softmax import LOG2E, softmax_step
 from vkernels.triton.tiles import tiles
 
@@ -35,21 +36,25 @@ def _query_rows(m, share, s, R: tl.constexpr):
 
 
 @triton.jit
+def _load_queries(
+    q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live, D: tl.constexpr, A: tl.constexpr
+):
+    at = sample * stride_qb + (row % s) * stride_qs + (head * share + row // s) * stride_qn
+    q, _ = load_head(q_ptr, at, live, D, A, 0)
+    return q
+
+
+@triton.jit
 def _attend_tile(
-    q_a, q_b, k_ptr, v_ptr, at, live, pos, last, hidden, scale, top, total, acc_a, acc_b,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+    q, k_ptr, v_ptr, at, live, pos, last, hidden, scale, top, total, acc, D: tl.constexpr, A: tl.constexpr
+):
     """One tile of tokens kept as they are, which start at elements `at`."""
-    k_a, k_b = load_head(k_ptr, at, live, D, A, B)
-    s = scores(q_a, q_b, k_a.to(q_a.dtype), k_b.to(q_a.dtype), B) * scale
+    k, _ = load_head(k_ptr, at, live, D, A, 0)
     visible = live[None, :] & (pos[None, :] <= last[:, None]) & (pos[None, :] > hidden[:, None])
-    p, keep, top, total = softmax_step(tl.where(visible, s, float("-inf")), top, total)
-    v_a, v_b = load_head(v_ptr, at, live, D, A, B)
-    acc_a *= keep[:, None]
-    if B > 0:
-        acc_b *= keep[:, None]
-    acc_a, acc_b = mix(p, v_a.to(q_a.dtype), v_b.to(q_a.dtype), acc_a, acc_b, B)
-    return top, total, acc_a, acc_b
+    s = tl.where(visible, dot(q, tl.trans(k.to(q.dtype))) * scale, float("-inf"))
+    p, keep, top, total = softmax_step(s, top, total)
+    v, _ = load_head(v_ptr, at, live, D, A, 0)
+    return top, total, acc * keep[:, None] + dot(p.to(q.dtype), v.to(q.dtype))
 
 
 @triton.jit(do_not_specialize=[
@@ -58,51 +63,46 @@ def _attend_tile(
 def _decode_rows_kernel(
     q_ptr, o_ptr, lse_ptr, part_ptr, counter_ptr, length_ptr, table_ptr, k_ptr, v_ptr, k_sink_ptr, v_sink_ptr,
     stride_qb, stride_qs, stride_qn, m, share, s, pages, table_pages, page, ring, sinks, room, splits, scale, window,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     PAGED: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sample, head, row, live_row = _query_rows(m, share, s, R)
     split = tl.program_id(1)
-    token, n = row % s, m * share
-    heads = head * share + row // s
-    q_at = sample * stride_qb * ALIGN + token * (stride_qs * ALIGN).to(tl.int64) + heads * (stride_qn * ALIGN)
-    q_a, q_b = load_head(q_ptr, q_at, live_row, D, A, B)
+    q = _load_queries(
+        q_ptr, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN, sample, head, share, s, row, live_row, D, A
+    )
     if WIDE:
-        q_a, q_b = q_a.to(tl.float32), q_b.to(tl.float32)
+        q = q.to(tl.float32)
     length = tl.maximum(tl.load(length_ptr + sample), 0)
     last, hidden = seen_range(length, row, s, window)
     begin, end = history_range(length, s, window, sinks, 0, room, ring, 1, RING)
     first, beyond, used = share_of((end - begin + BLOCK_N - 1) // BLOCK_N, split, splits)
     top = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
-    acc_a, acc_b = zero_head(R, A, B)
+    acc = tl.zeros([R, A], tl.float32)
     lane = tl.arange(0, BLOCK_N)
     if SINKS:
         used = tl.maximum(used, 1)
         for start in range(0, tl.where(split == 0, tl.minimum(length, sinks), 0), BLOCK_N):
             pos = start + lane
             at = ((sample * m + head) * sinks + pos) * D
-            top, total, acc_a, acc_b = _attend_tile(
-                q_a, q_b, k_sink_ptr, v_sink_ptr, at, pos < tl.minimum(length, sinks), pos, last, hidden, scale,
-                top, total, acc_a, acc_b, D, A, B,
-            )  # fmt: skip
+            live = pos < tl.minimum(length, sinks)
+            top, total, acc = _attend_tile(
+                q, k_sink_ptr, v_sink_ptr, at, live, pos, last, hidden, scale, top, total, acc, D, A
+            )
     for tile in range(first, beyond):
         offset = tile * BLOCK_N + lane
         live = offset < end - begin
         slot = ring_slot(begin % ring, offset, ring) if RING else begin + offset
         entry, in_page = page_of(table_ptr, sample, tl.where(live, slot, 0), live, page, table_pages, pages, PAGED)
         at = ((entry * m + head) * page + in_page) * D
-        top, total, acc_a, acc_b = _attend_tile(
-            q_a, q_b, k_ptr, v_ptr, at, live, begin + sinks + offset, last, hidden, scale,
-            top, total, acc_a, acc_b, D, A, B,
-        )  # fmt: skip
-    mine, _ = part_rows(split, splits, R)
-    store_head(part_ptr, mine * D, live_row, acc_a, acc_b, D, A, B)
-    leave_sums(part_ptr, split, splits, top, total, D, R)
+        pos = begin + sinks + offset
+        top, total, acc = _attend_tile(q, k_ptr, v_ptr, at, live, pos, last, hidden, scale, top, total, acc, D, A)
+    leave_part(part_ptr, split, splits, live_row, top, total, acc, D, A, R)
     if is_last(counter_ptr, splits):
-        o_at = ((sample * s + token) * n + heads) * D
-        lse_at = (sample * n + heads) * s + token
-        join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live_row, used, splits, D, A, B, R)
+        n, heads = m * share, head * share + row // s
+        o_at, lse_at = ((sample * s + row % s) * n + heads) * D, (sample * n + heads) * s + row % s
+        join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live_row, used, splits, D, A, R)
 
 
 @cache
@@ -154,7 +154,6 @@ def _run(
     splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS"))
     part = torch.empty(programs * splits * r * (d + 2), dtype=torch.float32, device=q.device)
     align = alignment(q.stride()[:3])
-    a, half = parts(d)
     window = 0 if window >= 2**31 - 16 else window
     launch(
         _decode_rows_kernel, (programs, splits),
@@ -162,6 +161,6 @@ def _run(
         at["k_sink"], at["v_sink"], *(stride // align for stride in q.stride()[:3]),
         m, n // m, s, kept.shape[0], table.shape[1], shape.page, shape.ring, shape.sinks, room, splits,
         scale * LOG2E.value, window,
-        D=d, A=a, B=half, R=r, WIDE=wide, PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0,
+        D=d, A=max(16, triton.next_power_of_2(d)), R=r, WIDE=wide, PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0,
         ALIGN=align, **here,
     )  # fmt: skip
