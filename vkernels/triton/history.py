@@ -42,6 +42,16 @@ def history_range(length, s, window, sinks, residual, room, ring, GROUP: tl.cons
 
 
 @triton.jit
+def recent_range(length, s, window, sinks, residual, GROUP: tl.constexpr):
+    """First history index kept uncoded and in anyone's window, and how many there are."""
+    after = tl.maximum(length - sinks, 0)
+    start = tl.maximum(after - residual, 0) // GROUP * GROUP
+    if window > 0:
+        start = tl.minimum(tl.maximum(start, length - s - window + 1 - sinks), after)
+    return start, after - start
+
+
+@triton.jit
 def share_of(count, split, splits):
     """The part of `count` steps that `split` of `splits` takes: from, to, and how many splits have any."""
     each = tl.maximum((count + splits - 1) // splits, 1)

@@ -7,7 +7,6 @@ order of the splits whoever comes last, so results do not depend on timing.
 import triton
 import triton.language as tl
 
-from vkernels.triton.head import store_head
 from vkernels.triton.softmax import finite_or_zero, natural_lse, normalise
 
 
@@ -19,9 +18,14 @@ def part_rows(split, splits, R: tl.constexpr):
 
 
 @triton.jit
-def leave_part(part_ptr, split, splits, live, top, total, acc, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr):
+def leave_part(
+    part_ptr, split, splits, live, top, total, acc, first, D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr
+):
+    """Store a part, or its columns from `first` on."""
     mine, rows = part_rows(split, splits, R)
-    store_head(part_ptr, mine * D, live & (total != 0.0), acc, acc, D, A, 0)
+    column = first + tl.arange(0, COLUMNS)
+    inside = (live & (total != 0.0))[:, None] & (column < D)[None, :]
+    tl.store(part_ptr + (mine * D)[:, None] + column[None, :], acc, mask=inside)
     tl.store(part_ptr + rows * D + mine, top)
     tl.store(part_ptr + rows * (D + 1) + mine, total)
 

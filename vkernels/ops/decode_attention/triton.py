@@ -13,9 +13,10 @@ from torch import Tensor
 from vkernels.check import bind, require, same_dtype
 from vkernels.kv_cache import STORAGE, Layout
 from vkernels.library import unit_stride
+from vkernels.triton.codes import add_codes, load_words, narrowed, planes
 from vkernels.triton.counters import counters
 from vkernels.triton.head import load_head
-from vkernels.triton.history import checked_cache, history_range, page_of, ring_slot, seen_range, share_of
+from vkernels.triton.history import checked_cache, history_range, page_of, recent_range, ring_slot, seen_range, share_of
 from vkernels.triton.launch import alignment, arch, cdiv, launch
 from vkernels.triton.matmul import dot
 from vkernels.triton.parts import is_last, join, leave_part
@@ -37,11 +38,23 @@ def _query_rows(m, share, s, R: tl.constexpr):
 
 @triton.jit
 def _load_queries(
-    q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live, D: tl.constexpr, A: tl.constexpr
-):
-    at = sample * stride_qb + (row % s) * stride_qs + (head * share + row // s) * stride_qn
-    q, _ = load_head(q_ptr, at, live, D, A, 0)
-    return q
+    q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live,
+    D: tl.constexpr, A: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    at = sample * stride_qb + (row % s).to(tl.int64) * stride_qs + (head * share + row // s) * stride_qn
+    q, _ = load_head(q_ptr, at * ALIGN, live, D, A, 0)
+    return q.to(tl.float32) if WIDE else q
+
+
+@triton.jit
+def _finish(
+    o_ptr, lse_ptr, part_ptr, counter_ptr, sample, head, m, share, s, row, live, used, splits,
+    D: tl.constexpr, A: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    if is_last(counter_ptr, splits):
+        n, heads = m * share, head * share + row // s
+        o_at, lse_at = ((sample * s + row % s) * n + heads) * D, (sample * n + heads) * s + row % s
+        join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live, used, splits, D, A, R)
 
 
 @triton.jit
@@ -69,10 +82,8 @@ def _decode_rows_kernel(
     sample, head, row, live_row = _query_rows(m, share, s, R)
     split = tl.program_id(1)
     q = _load_queries(
-        q_ptr, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN, sample, head, share, s, row, live_row, D, A
+        q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE
     )
-    if WIDE:
-        q = q.to(tl.float32)
     length = tl.maximum(tl.load(length_ptr + sample), 0)
     last, hidden = seen_range(length, row, s, window)
     begin, end = history_range(length, s, window, sinks, 0, room, ring, 1, RING)
@@ -98,11 +109,119 @@ def _decode_rows_kernel(
         at = ((entry * m + head) * page + in_page) * D
         pos = begin + sinks + offset
         top, total, acc = _attend_tile(q, k_ptr, v_ptr, at, live, pos, last, hidden, scale, top, total, acc, D, A)
-    leave_part(part_ptr, split, splits, live_row, top, total, acc, D, A, R)
-    if is_last(counter_ptr, splits):
-        n, heads = m * share, head * share + row // s
-        o_at, lse_at = ((sample * s + row % s) * n + heads) * D, (sample * n + heads) * s + row % s
-        join(o_ptr, lse_ptr, part_ptr, o_at, lse_at, live_row, used, splits, D, A, R)
+    leave_part(part_ptr, split, splits, live_row, top, total, acc, 0, D, A, R)
+    _finish(o_ptr, lse_ptr, part_ptr, counter_ptr, sample, head, m, share, s, row, live_row, used, splits, D, A, R)
+
+
+@triton.jit
+def _attend_codes(
+    q, q_planes, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale, top, total, acc,
+    D: tl.constexpr, A: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """One group of coded tokens, the group at `place` of the storage. acc is a tuple: one part per group of channels."""
+    PER: tl.constexpr = 32 // BITS
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    K_ROWS: tl.constexpr = max(16, A // PER)
+    V_ROWS: tl.constexpr = max(16, G // PER)
+    K_WORDS: tl.constexpr = (D + PER - 1) // PER
+    GROUPS: tl.constexpr = (D + G - 1) // G
+    LANES: tl.constexpr = min(G, A)
+    PADDED: tl.constexpr = (D + 15) // 16 * 16
+    K_L: tl.constexpr = A // K_ROWS
+    V_L: tl.constexpr = G // V_ROWS
+    channel, token = tl.arange(0, A), tl.arange(0, G)
+
+    delta = tl.load(k_scale_ptr + place * (2 * D) + channel, mask=channel < D, other=0.0).to(tl.float32)
+    zero = tl.load(k_scale_ptr + place * (2 * D) + D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    bias = tl.sum(q.to(tl.float32) * (zero + MIDDLE * delta)[None, :], 1)
+    deltas = planes(delta[None, :], K_L)
+    factors = ()
+    for i in tl.static_range(K_L):
+        factors = factors + (narrowed(q_planes[i].to(tl.float32) * deltas[i], q.dtype),)  # noqa: RUF005
+    words = load_words(k_codes_ptr + place * (K_WORDS * G), G, G, K_WORDS, K_ROWS, K_ROWS * PER // A, G)
+    s = add_codes(tl.zeros([q.shape[0], G], tl.float32), factors, words, BITS, K_ROWS, K_ROWS * PER // A, K_L)
+    s = (s + bias[:, None]) * scale
+    visible = (pos[None, :] <= last[:, None]) & (pos[None, :] > hidden[:, None])
+    p, keep, top, total = softmax_step(tl.where(visible, s, float("-inf")), top, total)
+
+    new = ()
+    for i in tl.static_range(GROUPS):
+        scale_at = v_scale_ptr + place * (2 * GROUPS * G) + i * G + token
+        step = tl.load(scale_at).to(tl.float32)
+        zero = tl.load(scale_at + GROUPS * G).to(tl.float32)
+        unseen = p == 0.0  # whatever its value holds
+        weight = tl.where(unseen, 0.0, p * step[None, :])
+        bias = tl.sum(tl.where(unseen, 0.0, p * (zero + MIDDLE * step)[None, :]), 1)
+        values = v_codes_ptr + place * (G // PER * PADDED) + i * G
+        words = load_words(values, PADDED, D - i * G, G // PER, V_ROWS, V_ROWS * PER // G, LANES)
+        part = acc[i] * keep[:, None] + bias[:, None]
+        part = add_codes(part, planes(narrowed(weight, q.dtype), V_L), words, BITS, V_ROWS, V_ROWS * PER // G, V_L)
+        new = new + (part,)  # noqa: RUF005
+    return top, total, new
+
+
+@triton.jit(do_not_specialize=[
+    "stride_qb", "pages", "table_pages", "page", "ring", "sinks", "residual", "splits", "window", "room",
+])  # fmt: skip
+def _decode_codes_kernel(
+    q_ptr, o_ptr, lse_ptr, part_ptr, counter_ptr, length_ptr, table_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
+    v_scale_ptr, k_recent_ptr, v_recent_ptr, k_sink_ptr, v_sink_ptr,
+    stride_qb, stride_qs, stride_qn, m, share, s, pages, table_pages, page, ring, sinks, residual, room, splits,
+    scale, window,
+    D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr,
+    PAGED: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sample, head, row, live_row = _query_rows(m, share, s, R)
+    split = tl.program_id(1)
+    q = _load_queries(
+        q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE
+    )
+    length = tl.maximum(tl.load(length_ptr + sample), 0)
+    last, hidden = seen_range(length, row, s, window)
+    begin, end = history_range(length, s, window, sinks, residual, room, ring, G, RING)
+    # Split 0 has what is kept uncoded, the others share the groups.
+    first, beyond, used = share_of((end - begin) // G, split - 1, splits - 1)
+    top = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    if split == 0:
+        acc = tl.zeros([R, A], tl.float32)
+        lane = tl.arange(0, BLOCK_N)
+        if SINKS:
+            for start in range(0, tl.minimum(length, sinks), BLOCK_N):
+                pos = start + lane
+                at = ((sample * m + head) * sinks + pos) * D
+                live = pos < tl.minimum(length, sinks)
+                top, total, acc = _attend_tile(
+                    q, k_sink_ptr, v_sink_ptr, at, live, pos, last, hidden, scale, top, total, acc, D, A
+                )
+        start, count = recent_range(length, s, window, sinks, residual, G)
+        kept = residual + G
+        for offset in range(0, count, BLOCK_N):
+            slot = ring_slot(start % kept, offset + lane, kept)
+            at = ((sample * m + head) * kept + slot) * D
+            live = offset + lane < count
+            pos = start + sinks + offset + lane
+            top, total, acc = _attend_tile(
+                q, k_recent_ptr, v_recent_ptr, at, live, pos, last, hidden, scale, top, total, acc, D, A
+            )
+        leave_part(part_ptr, 0, splits, live_row, top, total, acc, 0, D, A, R)
+    else:
+        q_planes = planes(q, A // max(16, A * BITS // 32))
+        acc = ()
+        for _ in tl.static_range((D + G - 1) // G):
+            acc = acc + (tl.zeros([R, min(G, A)], tl.float32),)  # noqa: RUF005 (Triton knows no star)
+        for index in range(first, beyond):
+            slot = ring_slot(begin % ring, index * G, ring) if RING else begin + index * G
+            entry, in_page = page_of(table_ptr, sample, slot, True, page, table_pages, pages, PAGED)
+            place = (entry * m + head) * (page // G) + in_page // G
+            pos = begin + sinks + index * G + tl.arange(0, G)
+            top, total, acc = _attend_codes(
+                q, q_planes, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale,
+                top, total, acc, D, A, G, BITS,
+            )  # fmt: skip
+        for i in tl.static_range((D + G - 1) // G):
+            leave_part(part_ptr, split, splits, live_row, top, total, acc[i], i * G, D, min(G, A), R)
+    _finish(o_ptr, lse_ptr, part_ptr, counter_ptr, sample, head, m, share, s, row, live_row, used + 1, splits, D, A, R)
 
 
 @cache
@@ -151,16 +270,22 @@ def _run(
     programs = b * m * cdiv(rows, r)
     room = table.shape[1] * shape.page
     steps = cdiv(shape.ring or room, shape.group if shape.bits else here["BLOCK_N"])
-    splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS"))
+    splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS")) + (shape.bits > 0)
     part = torch.empty(programs * splits * r * (d + 2), dtype=torch.float32, device=q.device)
     align = alignment(q.stride()[:3])
     window = 0 if window >= 2**31 - 16 else window
-    launch(
-        _decode_rows_kernel, (programs, splits),
-        q, o, lse, part, counters(programs, q.device), length, table, at["k_rows"], at["v_rows"],
-        at["k_sink"], at["v_sink"], *(stride // align for stride in q.stride()[:3]),
-        m, n // m, s, kept.shape[0], table.shape[1], shape.page, shape.ring, shape.sinks, room, splits,
-        scale * LOG2E.value, window,
-        D=d, A=max(16, triton.next_power_of_2(d)), R=r, WIDE=wide, PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0,
-        ALIGN=align, **here,
-    )  # fmt: skip
+    common = (q, o, lse, part, counters(programs, q.device), length, table)
+    sizes = (*(x // align for x in q.stride()[:3]), m, n // m, s, kept.shape[0] if not shape.bits else at["k_codes"].shape[0])
+    flags = {
+        "D": d, "A": max(16, triton.next_power_of_2(d)), "R": r, "WIDE": wide, "PAGED": table.shape[1] > 1,
+        "RING": shape.ring > 0, "SINKS": shape.sinks > 0, "ALIGN": align, **here,
+    }  # fmt: skip
+    sizes = (*sizes, table.shape[1], shape.page, shape.ring, shape.sinks)
+    rest = (room, splits, scale * LOG2E.value, window)
+    if shape.bits:
+        names = ("k_codes", "k_scale", "v_codes", "v_scale", "k_recent", "v_recent", "k_sink", "v_sink")
+        args = (*common, *(at[x] for x in names), *sizes, shape.residual, *rest)
+        launch(_decode_codes_kernel, (programs, splits), *args, G=shape.group, BITS=shape.bits, **flags)
+    else:
+        args = (*common, *(at[x] for x in ("k_rows", "v_rows", "k_sink", "v_sink")), *sizes, *rest)
+        launch(_decode_rows_kernel, (programs, splits), *args, **flags)

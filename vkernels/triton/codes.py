@@ -1,0 +1,61 @@
+"""Products with packed codes, without unpacking a tile: one product per place of a code inside its word.
+
+A word holds 32 / bits codes along the axis that is summed. A tile of words, shifted by i places, is a tile of every L-th
+element of that axis, as a product wants it: unpacking is a shift and a mask in the register that held the word, and the
+other factor is cut into the same L planes once. Few words are loaded F times over, F L = 32 / bits, so that a plane has
+the 16 rows of a tensor core:
+
+    plane i, row r  =  element r L + i  =  word r / F, place (r mod F) L + i
+"""
+
+import triton
+import triton.language as tl
+
+from vkernels.triton.matmul import dot
+
+
+@triton.jit
+def planes(x, L: tl.constexpr):
+    """The L planes [rows, r] of x [rows, r L]: plane i holds columns i, L + i, 2 L + i, ..."""
+    out = (x,)
+    for level in tl.static_range(5):
+        if (1 << level) < L:
+            low, high = (), ()
+            for i in tl.static_range(1 << level):
+                a, b = tl.split(tl.reshape(out[i], [x.shape[0], x.shape[1] >> (level + 1), 2]))
+                low, high = low + (a,), high + (b,)  # noqa: RUF005 (Triton knows no star)
+            out = low + high
+    return out
+
+
+@triton.jit
+def load_words(ptr, row_stride, columns, WORDS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, LANES: tl.constexpr):
+    """Tile [K, LANES] of words, each in F rows; zeros past WORDS words and past `columns` lanes."""
+    word = tl.arange(0, K) // F
+    lane = tl.arange(0, LANES)
+    inside = (word < WORDS)[:, None] & (lane < columns)[None, :]
+    return tl.load(ptr + word[:, None] * row_stride + lane[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def codes_at(words, i: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, L: tl.constexpr, dtype):
+    """Plane i of a tile of words, less `middle(BITS)`: whole numbers that every dtype holds exactly."""
+    place = (tl.arange(0, K) % F) * L + i
+    code = (words >> (place * BITS)[:, None]) & ((1 << BITS) - 1)
+    return (code - (1 << (BITS - 1))).to(dtype)
+
+
+@triton.jit
+def narrowed(x, dtype):
+    """x in a product's dtype; what float16 cannot hold saturates, as infinity times a code of 0 would be NaN."""
+    if dtype == tl.float16:
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
+def add_codes(acc, factors, words, BITS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, L: tl.constexpr):
+    """acc + factor @ (codes - middle): `factors` are the planes [rows, K] of the factor."""
+    for i in tl.static_range(L):
+        acc += dot(factors[i], codes_at(words, i, BITS, K, F, L, factors[i].dtype))
+    return acc
