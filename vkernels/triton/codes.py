@@ -42,7 +42,7 @@ def codes_at(words, i: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, F: tl.
     """Plane i of a tile of words, less `middle(BITS)`: whole numbers that every dtype holds exactly."""
     place = (tl.arange(0, K) % F) * L + i
     code = (words >> (place * BITS)[:, None]) & ((1 << BITS) - 1)
-    return (code - (1 << (BITS - 1))).to(dtype)
+    return (code - (1 << (BITS - 1))).to(tl.float32).to(dtype)  # the interpreter makes no bfloat16 of integers
 
 
 @triton.jit

@@ -53,6 +53,10 @@ SPEC = OpSpec(
         Shape("qwen", lambda m: _blank(m, "bf16", 1, 8, (28, 4), 128, 8192), "Qwen2-VL-7B, 8 sequences"),
         Shape("qwen_paged", lambda m: _blank(m, "bf16", 8, 1, (28, 4), 128, 8192, page=64), "Qwen2-VL-7B, 8 queries"),
         Shape("ring_72", lambda m: _blank(m, "bf16", 1, 1, (16, 16), 72, 4096, ring=True, sinks=4), "head size 72"),
+        Shape("llama_int8", lambda m: _blank(m, "int8", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 8 bit"),
+        Shape("llama_int4", lambda m: _blank(m, "int4", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 4 bit"),
+        Shape("llama_int2", lambda m: _blank(m, "int2", 1, 1, (32, 32), 128, 8192, group=32), "LLaMA-7B, 2 bit (INTP)"),
+        Shape("qwen_int4", lambda m: _blank(m, "int4", 1, 8, (28, 4), 128, 8192, group=128, page=128), "Qwen2-VL-7B"),
         Shape("float32", lambda m: _blank(m, "fp32", 1, 1, (28, 4), 128, 4096), "float32", dtypes=(torch.float32,)),
     ],
     rejects=[

@@ -207,20 +207,20 @@ def _decode_codes_kernel(
         leave_part(part_ptr, 0, splits, live_row, top, total, acc, 0, D, A, R)
     else:
         q_planes = planes(q, A // max(16, A * BITS // 32))
-        acc = ()
+        parts = ()
         for _ in tl.static_range((D + G - 1) // G):
-            acc = acc + (tl.zeros([R, min(G, A)], tl.float32),)  # noqa: RUF005 (Triton knows no star)
+            parts = parts + (tl.zeros([R, min(G, A)], tl.float32),)  # noqa: RUF005 (Triton knows no star)
         for index in range(first, beyond):
             slot = ring_slot(begin % ring, index * G, ring) if RING else begin + index * G
             entry, in_page = page_of(table_ptr, sample, slot, True, page, table_pages, pages, PAGED)
             place = (entry * m + head) * (page // G) + in_page // G
             pos = begin + sinks + index * G + tl.arange(0, G)
-            top, total, acc = _attend_codes(
+            top, total, parts = _attend_codes(
                 q, q_planes, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale,
-                top, total, acc, D, A, G, BITS,
+                top, total, parts, D, A, G, BITS,
             )  # fmt: skip
         for i in tl.static_range((D + G - 1) // G):
-            leave_part(part_ptr, split, splits, live_row, top, total, acc[i], i * G, D, min(G, A), R)
+            leave_part(part_ptr, split, splits, live_row, top, total, parts[i], i * G, D, min(G, A), R)
     _finish(o_ptr, lse_ptr, part_ptr, counter_ptr, sample, head, m, share, s, row, live_row, used + 1, splits, D, A, R)
 
 
