@@ -46,11 +46,16 @@ def codes_at(words, i: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, F: tl.
 
 
 @triton.jit
-def narrowed(x, dtype):
-    """x in a product's dtype; what float16 cannot hold saturates, as infinity times a code of 0 would be NaN."""
-    if dtype == tl.float16:
-        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-    return x.to(dtype)
+def unit_rows(q):
+    """(rows of q below 1, the powers of two they were divided by): in float16, which holds a bfloat16 below 1 exactly
+    and whose product with a delta, itself float16, is rounded to 11 bits and cannot overflow. float32 stays as it is."""
+    if q.dtype == tl.float32:
+        return q, tl.full([q.shape[0]], 1.0, tl.float32)
+    else:
+        q = q.to(tl.float32)
+        exponent = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        norm = (exponent + 0x00800000).to(tl.float32, bitcast=True)
+        return (q / norm[:, None]).to(tl.float16), norm
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from vkernels.check import bind, require, same_dtype
 from vkernels.kv_cache import STORAGE, Layout
 from vkernels.library import unit_stride
-from vkernels.triton.codes import add_codes, load_words, narrowed, planes
+from vkernels.triton.codes import add_codes, load_words, planes, unit_rows
 from vkernels.triton.counters import counters
 from vkernels.triton.head import load_head
 from vkernels.triton.history import checked_cache, history_range, page_of, recent_range, ring_slot, seen_range, share_of
@@ -115,7 +115,7 @@ def _decode_rows_kernel(
 
 @triton.jit
 def _attend_codes(
-    q, q_planes, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale, top, total, acc,
+    q, unit_q, norm, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale, top, total, acc,
     D: tl.constexpr, A: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """One group of coded tokens, the group at `place` of the storage. acc is a tuple: one part per group of channels."""
@@ -134,13 +134,10 @@ def _attend_codes(
     delta = tl.load(k_scale_ptr + place * (2 * D) + channel, mask=channel < D, other=0.0).to(tl.float32)
     zero = tl.load(k_scale_ptr + place * (2 * D) + D + channel, mask=channel < D, other=0.0).to(tl.float32)
     bias = tl.sum(q.to(tl.float32) * (zero + MIDDLE * delta)[None, :], 1)
-    deltas = planes(delta[None, :], K_L)
-    factors = ()
-    for i in tl.static_range(K_L):
-        factors = factors + (narrowed(q_planes[i].to(tl.float32) * deltas[i], q.dtype),)  # noqa: RUF005
+    factors = planes(unit_q * delta.to(unit_q.dtype)[None, :], K_L)
     words = load_words(k_codes_ptr + place * (K_WORDS * G), G, G, K_WORDS, K_ROWS, K_ROWS * PER // A, G)
     s = add_codes(tl.zeros([q.shape[0], G], tl.float32), factors, words, BITS, K_ROWS, K_ROWS * PER // A, K_L)
-    s = (s + bias[:, None]) * scale
+    s = (s * norm[:, None] + bias[:, None]) * scale
     visible = (pos[None, :] <= last[:, None]) & (pos[None, :] > hidden[:, None])
     p, keep, top, total = softmax_step(tl.where(visible, s, float("-inf")), top, total)
 
@@ -155,7 +152,7 @@ def _attend_codes(
         values = v_codes_ptr + place * (G // PER * PADDED) + i * G
         words = load_words(values, PADDED, D - i * G, G // PER, V_ROWS, V_ROWS * PER // G, LANES)
         part = acc[i] * keep[:, None] + bias[:, None]
-        part = add_codes(part, planes(narrowed(weight, q.dtype), V_L), words, BITS, V_ROWS, V_ROWS * PER // G, V_L)
+        part = add_codes(part, planes(weight.to(unit_q.dtype), V_L), words, BITS, V_ROWS, V_ROWS * PER // G, V_L)
         new = new + (part,)  # noqa: RUF005
     return top, total, new
 
@@ -206,7 +203,7 @@ def _decode_codes_kernel(
             )
         leave_part(part_ptr, 0, splits, live_row, top, total, acc, 0, D, A, R)
     else:
-        q_planes = planes(q, A // max(16, A * BITS // 32))
+        unit_q, norm = unit_rows(q)
         parts = ()
         for _ in tl.static_range((D + G - 1) // G):
             parts = parts + (tl.zeros([R, min(G, A)], tl.float32),)  # noqa: RUF005 (Triton knows no star)
@@ -216,7 +213,7 @@ def _decode_codes_kernel(
             place = (entry * m + head) * (page // G) + in_page // G
             pos = begin + sinks + index * G + tl.arange(0, G)
             top, total, parts = _attend_codes(
-                q, q_planes, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale,
+                q, unit_q, norm, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale,
                 top, total, parts, D, A, G, BITS,
             )  # fmt: skip
         for i in tl.static_range((D + G - 1) // G):
