@@ -50,8 +50,7 @@ SPEC = OpSpec(
     ],
     shapes=[
         Shape("llama", lambda m: _blank(m, "bf16", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 8,192 tokens"),
-        Shape("qwen", lambda m: _blank(m, "bf16", 1, 8, (28, 4), 128, 8192), "Qwen2-VL-7B, 8 sequences"),
-        Shape("qwen_paged", lambda m: _blank(m, "bf16", 8, 1, (28, 4), 128, 8192, page=64), "Qwen2-VL-7B, 8 queries"),
+        Shape("qwen", lambda m: _blank(m, "bf16", 8, 8, (28, 4), 128, 8192, page=64), "Qwen2-VL-7B, 8 x 8 queries"),
         Shape("ring_72", lambda m: _blank(m, "bf16", 1, 1, (16, 16), 72, 4096, ring=True, sinks=4), "head size 72"),
         Shape("llama_int8", lambda m: _blank(m, "int8", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 8 bit"),
         Shape("llama_int4", lambda m: _blank(m, "int4", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 4 bit"),
