@@ -1,6 +1,6 @@
 """Products with packed codes, without unpacking a tile: one product per place of a code inside its word.
 
-A word holds 32 / bits codes along the axis that is summed. A tile of words, shifted by i places, is a tile of every L-th
+A word holds 32 / bits codes along the axis that is summed. A tile of words, shifted by i places, is one of every L-th
 element of that axis, as a product wants it: unpacking is a shift and a mask in the register that held the word, and the
 other factor is cut into the same L planes once. Few words are loaded F times over, F L = 32 / bits, so that a plane has
 the 16 rows of a tensor core:
@@ -23,8 +23,8 @@ def planes(x, L: tl.constexpr):
             low, high = (), ()
             for i in tl.static_range(1 << level):
                 a, b = tl.split(tl.reshape(out[i], [x.shape[0], x.shape[1] >> (level + 1), 2]))
-                low, high = low + (a,), high + (b,)  # noqa: RUF005 (Triton knows no star)
-            out = low + high
+                low, high = low + (a,), high + (b,)  # type: ignore[assignment]  # noqa: RUF005
+            out = low + high  # type: ignore[assignment]
     return out
 
 
@@ -50,8 +50,11 @@ def codes_at(words, i: tl.constexpr, BITS: tl.constexpr, K: tl.constexpr, F: tl.
 
 @triton.jit
 def unit_rows(q):
-    """(rows of q below 1, the powers of two they were divided by): in float16, which holds a bfloat16 below 1 exactly
-    and whose product with a delta, itself float16, is rounded to 11 bits and cannot overflow. float32 stays as it is."""
+    """(rows of q below 1, the powers of two they were divided by). float32 stays as it is.
+
+    In float16, which holds the digits of a bfloat16: its product with a delta, itself float16, keeps 11 bits and cannot
+    overflow.
+    """
     if q.dtype == tl.float32:
         return q, tl.full([q.shape[0]], 1.0, tl.float32)
     else:

@@ -24,6 +24,8 @@ from vkernels.triton.softmax import LOG2E, softmax_step
 from vkernels.triton.tiles import tiles
 
 NAME = "decode_attention"
+# What grows with lengths: specialised on, every capacity would compile anew.
+LENGTHS = ["stride_qb", "pages", "table_pages", "page", "ring", "sinks", "residual", "room", "splits", "window"]
 
 
 @triton.jit
@@ -70,23 +72,21 @@ def _attend_tile(
     return top, total, acc * keep[:, None] + dot(p.to(q.dtype), v.to(q.dtype))
 
 
-@triton.jit(do_not_specialize=[
-    "stride_qb", "pages", "table_pages", "page", "ring", "sinks", "splits", "window", "room",
-])  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def _decode_rows_kernel(
     q_ptr, o_ptr, lse_ptr, part_ptr, counter_ptr, length_ptr, table_ptr, k_ptr, v_ptr, k_sink_ptr, v_sink_ptr,
-    stride_qb, stride_qs, stride_qn, m, share, s, pages, table_pages, page, ring, sinks, room, splits, scale, window,
-    D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    stride_qb, stride_qs, stride_qn, m, share, s, pages, table_pages, page, ring, sinks, residual, room, splits,
+    scale, window,
+    D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr,
     PAGED: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sample, head, row, live_row = _query_rows(m, share, s, R)
     split = tl.program_id(1)
-    q = _load_queries(
-        q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE
-    )
+    q = _load_queries(q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE)
     length = tl.maximum(tl.load(length_ptr + sample), 0)
+    window = tl.minimum(window, length)  # a longer one hides no more, and 32 bits hold every difference
     last, hidden = seen_range(length, row, s, window)
-    begin, end = history_range(length, s, window, sinks, 0, room, ring, 1, RING)
+    begin, end = history_range(length, s, window, sinks, residual, room, ring, G, RING)
     first, beyond, used = share_of((end - begin + BLOCK_N - 1) // BLOCK_N, split, splits)
     top = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -115,10 +115,15 @@ def _decode_rows_kernel(
 
 @triton.jit
 def _attend_codes(
-    q, unit_q, norm, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale, top, total, acc,
+    q, unit_q, norm, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, place, pos, last, hidden, scale,
+    top, total, acc,
     D: tl.constexpr, A: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """One group of coded tokens, the group at `place` of the storage. acc is a tuple: one part per group of channels."""
+    """One group of coded tokens, that at `place` of the storage; acc is a tuple, one tile per group of channels.
+
+    Keys:   q k = norm (unit_q delta) (code - middle) + q (zero + middle delta)
+    Values: p v = (p delta) (code - middle) + p (zero + middle delta)
+    """
     PER: tl.constexpr = 32 // BITS
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     K_ROWS: tl.constexpr = max(16, A // PER)
@@ -153,13 +158,11 @@ def _attend_codes(
         words = load_words(values, PADDED, D - i * G, G // PER, V_ROWS, V_ROWS * PER // G, LANES)
         part = acc[i] * keep[:, None] + bias[:, None]
         part = add_codes(part, planes(weight.to(unit_q.dtype), V_L), words, BITS, V_ROWS, V_ROWS * PER // G, V_L)
-        new = new + (part,)  # noqa: RUF005
+        new = new + (part,)  # type: ignore[assignment]  # noqa: RUF005
     return top, total, new
 
 
-@triton.jit(do_not_specialize=[
-    "stride_qb", "pages", "table_pages", "page", "ring", "sinks", "residual", "splits", "window", "room",
-])  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def _decode_codes_kernel(
     q_ptr, o_ptr, lse_ptr, part_ptr, counter_ptr, length_ptr, table_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
     v_scale_ptr, k_recent_ptr, v_recent_ptr, k_sink_ptr, v_sink_ptr,
@@ -170,10 +173,9 @@ def _decode_codes_kernel(
 ):  # fmt: skip
     sample, head, row, live_row = _query_rows(m, share, s, R)
     split = tl.program_id(1)
-    q = _load_queries(
-        q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE
-    )
+    q = _load_queries(q_ptr, stride_qb, stride_qs, stride_qn, sample, head, share, s, row, live_row, D, A, ALIGN, WIDE)
     length = tl.maximum(tl.load(length_ptr + sample), 0)
+    window = tl.minimum(window, length)  # a longer one hides no more, and 32 bits hold every difference
     last, hidden = seen_range(length, row, s, window)
     begin, end = history_range(length, s, window, sinks, residual, room, ring, G, RING)
     # Split 0 has what is kept uncoded, the others share the groups.
@@ -206,7 +208,7 @@ def _decode_codes_kernel(
         unit_q, norm = unit_rows(q)
         parts = ()
         for _ in tl.static_range((D + G - 1) // G):
-            parts = parts + (tl.zeros([R, min(G, A)], tl.float32),)  # noqa: RUF005 (Triton knows no star)
+            parts = parts + (tl.zeros([R, min(G, A)], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
         for index in range(first, beyond):
             slot = ring_slot(begin % ring, index * G, ring) if RING else begin + index * G
             entry, in_page = page_of(table_ptr, sample, slot, True, page, table_pages, pages, PAGED)
@@ -237,52 +239,48 @@ def _splits(device: torch.device, steps: int, programs: int, per_sm: int, split_
 
 def decode_attention(q: Tensor, length: Tensor, table: Tensor, *rest) -> tuple[Tensor, Tensor]:
     *storage, scale, window, layout = rest
-    b, s, n, d = bind(NAME, ("q", q, "b s n d")).values()
+    sizes = bind(NAME, ("q", q, "b s n d"), ("length", length, "b"))
+    b, s, n, d = (sizes[axis] for axis in "bsnd")
+    same_dtype(NAME, ("q", q))
     pool = storage[2] if layout and layout[0] else storage[0]
     m = pool.shape[1] if pool is not None and pool.dim() > 1 else 0
     require(m > 0 and n > 0 and n % m == 0, NAME, "q", "have a multiple of the cache's heads", n)
     require(1 <= s <= 8, NAME, "q", "hold 1 to 8 tokens", s)
-    require(window >= 0 and math.isfinite(scale), NAME, "window", "be at least 0, and scale finite", (window, scale))
-    bind(NAME, ("q", q, "b s n d"), ("length", length, "b"))
-    same_dtype(NAME, ("q", q))
+    require(window >= 0, NAME, "window", "be at least 0", window)
+    require(math.isfinite(scale), NAME, "scale", "be finite", scale)
     shape = checked_cache(NAME, length, table, storage, layout, m, d)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(b, n, s, dtype=torch.float32)
     if b:
-        _run(unit_stride(q), length, table, dict(zip(STORAGE, storage, strict=True)), scale, window, shape, o, lse)
+        at = dict(zip(STORAGE, storage, strict=True))
+        _run(unit_stride(q), o, lse, length, table, at, scale * LOG2E.value, min(window, 2**31 - 1), shape)
     return o, lse
 
 
 def _run(
-    q: Tensor, length: Tensor, table: Tensor, at: dict[str, Tensor], scale: float, window: int, shape: Layout,
-    o: Tensor, lse: Tensor,
+    q: Tensor, o: Tensor, lse: Tensor, length: Tensor, table: Tensor, at: dict[str, Tensor],
+    scale: float, window: int, shape: Layout,
 ) -> None:  # fmt: skip
     b, s, n, d = q.shape
+    names = STORAGE[2:] if shape.bits else STORAGE[:2] + STORAGE[8:]
     kept = at["k_recent"] if shape.bits else at["k_rows"]
-    m, wide = kept.shape[1], q.dtype != kept.dtype or q.dtype == torch.float32
-    kernel = "_decode_codes_kernel" if shape.bits else "_decode_rows_kernel"
-    here = dict(tiles(NAME, kernel, arch(q.device), d=d, bytes=4 if wide else 2))
-    rows = n // m * s
-    r = min(here.pop("BLOCK_R"), max(16, triton.next_power_of_2(rows)))
-    programs = b * m * cdiv(rows, r)
-    room = table.shape[1] * shape.page
+    pool = at["k_codes"] if shape.bits else at["k_rows"]
+    m, wide = pool.shape[1], q.dtype != kept.dtype or q.dtype == torch.float32
+    kernel = _decode_codes_kernel if shape.bits else _decode_rows_kernel
+    here = dict(tiles(NAME, kernel.fn.__name__, arch(q.device), d=d, bytes=4 if wide else 2))
+    rows, most = n // m * s, here.pop("BLOCK_R")
+    r = min(most, max(16, triton.next_power_of_2(rows)))
+    programs, room = b * m * cdiv(rows, r), table.shape[1] * shape.page
     steps = cdiv(shape.ring or room, shape.group if shape.bits else here["BLOCK_N"])
     splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS")) + (shape.bits > 0)
     part = torch.empty(programs * splits * r * (d + 2), dtype=torch.float32, device=q.device)
     align = alignment(q.stride()[:3])
-    window = 0 if window >= 2**31 - 16 else window
-    common = (q, o, lse, part, counters(programs, q.device), length, table)
-    sizes = (*(x // align for x in q.stride()[:3]), m, n // m, s, kept.shape[0] if not shape.bits else at["k_codes"].shape[0])
-    flags = {
-        "D": d, "A": max(16, triton.next_power_of_2(d)), "R": r, "WIDE": wide, "PAGED": table.shape[1] > 1,
-        "RING": shape.ring > 0, "SINKS": shape.sinks > 0, "ALIGN": align, **here,
-    }  # fmt: skip
-    sizes = (*sizes, table.shape[1], shape.page, shape.ring, shape.sinks)
-    rest = (room, splits, scale * LOG2E.value, window)
-    if shape.bits:
-        names = ("k_codes", "k_scale", "v_codes", "v_scale", "k_recent", "v_recent", "k_sink", "v_sink")
-        args = (*common, *(at[x] for x in names), *sizes, shape.residual, *rest)
-        launch(_decode_codes_kernel, (programs, splits), *args, G=shape.group, BITS=shape.bits, **flags)
-    else:
-        args = (*common, *(at[x] for x in ("k_rows", "v_rows", "k_sink", "v_sink")), *sizes, *rest)
-        launch(_decode_rows_kernel, (programs, splits), *args, **flags)
+    launch(
+        kernel, (programs, splits),
+        q, o, lse, part, counters(programs, q.device), length, table, *(at[name] for name in names),
+        *(stride // align for stride in q.stride()[:3]), m, n // m, s, pool.shape[0], table.shape[1],
+        shape.page, shape.ring, shape.sinks, shape.residual, room, splits, scale, window,
+        D=d, A=max(16, triton.next_power_of_2(d)), R=r, G=shape.group, WIDE=wide,
+        PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0, ALIGN=align,
+        **here, **({"BITS": shape.bits} if shape.bits else {}),
+    )  # fmt: skip
