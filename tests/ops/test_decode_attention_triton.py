@@ -291,7 +291,7 @@ def test_captured_launches_share_no_counter(monkeypatch):
 
 def test_one_launch_and_one_compilation_whatever_the_length():
     """Twenty capacities and lengths: a call is one launch, a store one compilation; grids know no length."""
-    from tests.test_triton import python
+    from test_triton import python
 
     code = """
 import json, torch, vkernels as vk

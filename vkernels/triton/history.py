@@ -108,7 +108,7 @@ def checked_cache(
     }
     shapes = shapes if bits else {"k_rows": f"{head} {d}", "v_rows": f"{head} {d}"}
     shapes |= {"k_sink": sink, "v_sink": sink} if shape.sinks else {}
-    held = {name: x for name in shapes if (x := at[name]) is not None and x.is_contiguous()}
+    held = {name: tensor for name in shapes if (tensor := at[name]) is not None and tensor.is_contiguous()}
     for name in shapes:
         require(name in held, op, name, "be given and contiguous", "another")
     bind(op, ("length", length, "b"), *((name, held[name], axes) for name, axes in shapes.items()))
