@@ -316,3 +316,21 @@ for name, scheme, options in (("plain", "bf16", {}), ("paged", "bf16", {"page": 
 print(json.dumps(found))
 """
     assert set(map(tuple, json.loads(python("-c", code)).values())) == {(40, 1, 20)}
+
+
+def test_the_first_row_of_every_table_is_pinned():
+    from vkernels.triton.tiles import table
+
+    tiles = table("decode_attention")
+    rows = {"BLOCK_R": 64, "BLOCK_N": 64, "PER_SM": 2, "SPLIT_STEPS": 2, "num_warps": 4, "num_stages": 3}
+    codes = {
+        "BLOCK_R": 16,
+        "BLOCK_N": 32,
+        "PER_SM": 3,
+        "SPLIT_STEPS": 4,
+        "num_warps": 4,
+        "num_stages": 3,
+        "maxnreg": 168,
+    }
+    assert tiles[ROWS]["sm80"][0] == {"bytes": 2, "d": 128, **rows}
+    assert tiles[CODES]["sm80"][0] == {"bytes": 2, "d": 64, **codes}

@@ -126,11 +126,11 @@ def _attend_codes(
     """
     PER: tl.constexpr = 32 // BITS
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    K_ROWS: tl.constexpr = max(16, A // PER)
-    V_ROWS: tl.constexpr = max(16, G // PER)
+    K_ROWS: tl.constexpr = A // PER if A >= 16 * PER else 16
+    V_ROWS: tl.constexpr = G // PER if G >= 16 * PER else 16
     K_WORDS: tl.constexpr = (D + PER - 1) // PER
     GROUPS: tl.constexpr = (D + G - 1) // G
-    LANES: tl.constexpr = min(G, A)
+    LANES: tl.constexpr = G if G < A else A
     PADDED: tl.constexpr = (D + 15) // 16 * 16
     K_L: tl.constexpr = A // K_ROWS
     V_L: tl.constexpr = G // V_ROWS
@@ -205,10 +205,11 @@ def _decode_codes_kernel(
             )
         leave_part(part_ptr, 0, splits, live_row, top, total, acc, 0, D, A, R)
     else:
+        LANES: tl.constexpr = G if G < A else A
         unit_q, norm = unit_rows(q)
         parts = ()
         for _ in tl.static_range((D + G - 1) // G):
-            parts = parts + (tl.zeros([R, min(G, A)], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            parts = parts + (tl.zeros([R, LANES], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
         for index in range(first, beyond):
             slot = ring_slot(begin % ring, index * G, ring) if RING else begin + index * G
             entry, in_page = page_of(table_ptr, sample, slot, True, page, table_pages, pages, PAGED)
@@ -219,7 +220,7 @@ def _decode_codes_kernel(
                 top, total, parts, D, A, G, BITS,
             )  # fmt: skip
         for i in tl.static_range((D + G - 1) // G):
-            leave_part(part_ptr, split, splits, live_row, top, total, parts[i], i * G, D, min(G, A), R)
+            leave_part(part_ptr, split, splits, live_row, top, total, parts[i], i * G, D, LANES, R)
     _finish(o_ptr, lse_ptr, part_ptr, counter_ptr, sample, head, m, share, s, row, live_row, used + 1, splits, D, A, R)
 
 
