@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vkernels.check import refusal
-from vkernels.masks.attributes import Axis, Ids, Relation, Segment
+from vkernels.masks.attributes import Axis, Relation, Segment, upload
 from vkernels.masks.grid import Grid
 from vkernels.masks.plan import Box, MaskPlan
+from vkernels.masks.roles import Roles, box_columns, roles
 from vkernels.masks.video_mask import VideoMask
 
 
@@ -70,40 +71,31 @@ class _Part:
     start: Tensor
     end: Tensor
     codes: int  # how many codes the segment spans
-    sorted: bool  # codes ascend with position already
-    box: list[Relation]
-    plain: bool  # no relation at all
+    roles: Roles
 
 
 def _code(segment: Segment, device: torch.device) -> _Part:
-    relations = [relation for relation in segment.relations if not relation.trivial]
+    role, leader = roles(segment), roles(segment).leader
     n, g = segment.tokens, segment.globals
-    steady = [r for r in relations if r.attribute.monotone]
-    loose = [r for r in relations if not r.attribute.monotone]
-    classes = [r for r in loose if r.same]
-    box = [r for r in loose if not r.same]
-    leader = next((r for r in box if isinstance(r.attribute, Ids)), box[0] if box and not steady else None)
     if leader is None:
         start = torch.zeros((1, n), dtype=torch.int64, device=device)
         end = start + n
-        for relation in steady:
+        for relation in role.intervals:
             first, last = relation.attribute.interval(relation.lo, relation.hi, device)
             start, end = torch.maximum(start, first), torch.minimum(end, last)
         order = torch.arange(n, device=device)[None]
     else:
-        box = [r for r in box if r is not leader] + [r for r in steady if not r.same]
-        classes = classes + [r for r in steady if r.same]
         order = leader.attribute.values(device)
         start, end = (order + leader.lo).clamp(0, n), (order + (leader.hi + 1)).clamp(0, n)
     cell: Tensor | None = None
     cells = 1
-    for relation in classes:
+    for relation in role.classes:
         value = relation.attribute.values(device)
         cell = value if cell is None else cell * relation.attribute.size + value
         cells *= max(relation.attribute.size, 1)
         if cells > 2**20 and cells > n:
             cell, cells = _dense_rank(cell), n
-    in_order = not classes and leader is None  # codes are positions themselves, globals first: nothing to sort
+    in_order = role.in_order  # codes are positions themselves, globals first: nothing to sort
     offset = g + (0 if cell is None else cell * n)
     code, start, end = order + offset, start + offset, end + offset
     codes = g + (n if in_order else cells * n)
@@ -113,7 +105,7 @@ def _code(segment: Segment, device: torch.device) -> _Part:
             torch.cat([ahead.expand(tail.shape[0], -1), tail], 1)
             for ahead, tail in ((first, code), (torch.zeros_like(first), start), (torch.full_like(first, codes), end))
         )
-    return _Part(code, start, end, codes, in_order, box, not relations)
+    return _Part(code, start, end, codes, role)
 
 
 def _dense_rank(cell: Tensor) -> Tensor:
@@ -125,13 +117,13 @@ def _dense_rank(cell: Tensor) -> Tensor:
 
 def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
     s, p = mask.tokens, mask.samples
-    keep_k = None if mask.keep_k is None else mask.keep_k.to(device, non_blocking=True).expand(p, -1)
-    keep_q = None if mask.keep_q is None else mask.keep_q.to(device, non_blocking=True).expand(p, -1)
+    keep_k = None if mask.keep_k is None else upload(mask.keep_k, device).expand(p, -1)
+    keep_q = None if mask.keep_q is None else upload(mask.keep_q, device).expand(p, -1)
     segments = [segment for segment in mask.segments if segment.length]
     parts = [_code(segment, device) for segment in segments]
     box = _box(segments, parts, p, device)
-    in_order = all(part.sorted for part in parts)
-    everything = len(parts) <= 1 and all(part.plain for part in parts)
+    in_order = all(part.roles.in_order for part in parts)
+    everything = len(parts) <= 1 and all(part.roles.plain for part in parts)
     globals_ = any(segment.globals for segment in segments)
 
     rows: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -239,23 +231,13 @@ def _permuted(values: Tensor, rows: Tensor | None) -> Tensor:
 
 def _box(segments: list[Segment], parts: list[_Part], p: int, device: torch.device) -> Box | None:
     """What the intervals leave over. A segment without one of the relations writes 0 there, which satisfies it."""
-    columns: list[tuple[int, int]] = []
-    places: list[list[int]] = []
-    for part in parts:
-        used: list[int] = []
-        for relation in part.box:
-            bounds = (relation.lo, relation.hi)
-            free = [i for i, known in enumerate(columns) if known == bounds and i not in used]
-            if not free:
-                columns.append(bounds)
-            used.append(free[0] if free else len(columns) - 1)
-        places.append(used)
+    columns, places = box_columns([part.roles for part in parts])
     if not columns:
         return None
     rows = []
     for segment, part, used in zip(segments, parts, places, strict=True):
         values = torch.zeros((p, len(columns), segment.length), dtype=torch.int32, device=device)
-        for relation, column in zip(part.box, used, strict=True):
+        for relation, column in zip(part.roles.box, used, strict=True):
             values[:, column, segment.globals :] = relation.attribute.values(device)
         rows.append(values)
     attributes = torch.cat(rows, -1)
