@@ -2,35 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vkernels.check import refusal
+from vkernels.dispatch import Backend, choose
+from vkernels.library import triton_why_not
 from vkernels.masks.attributes import Axis, Relation, Segment, upload
+from vkernels.masks.description import too_wide
 from vkernels.masks.grid import Grid
 from vkernels.masks.plan import Box, MaskPlan
 from vkernels.masks.roles import Roles, box_columns, roles
 from vkernels.masks.video_mask import VideoMask
 
 
-def lower_mask(mask: VideoMask, device: torch.device | str | None = None) -> MaskPlan:
-    """The plan of `mask` on `device` (default cpu), cached with the mask.
+Lowering = Callable[[VideoMask, torch.device], MaskPlan]
 
-    Shapes: see MaskPlan. No gradients. Deterministic. Raises TypeError when `mask` is not a VideoMask.
-    Memory grows with the number of tokens, never with its square; nothing is read back from the device.
+
+@dataclass(frozen=True)
+class Call:
+    mask: VideoMask
+    device: torch.device
+
+
+def lower_mask(mask: VideoMask, device: torch.device | str | None = None, *, backend: str | None = None) -> MaskPlan:
+    """The plan of a mask: what attention kernels eat.
+
+    Args:
+        mask: who may see whom.
+        device: where the plan's tensors are to be; None is the CPU.
+        backend: "triton" (kernels, on an NVIDIA GPU), "reference" (torch operations, on any device), or None: on a GPU
+            the first that can, elsewhere the reference. The plan is the same.
+
+    Returns:
+        MaskPlan, kept with the mask per device and backend: lowering twice costs nothing. Its memory grows with the
+        number of tokens, never with its square. Gradients: none. Deterministic. Kept tokens and ids are never read
+        back to the host, whichever device holds them.
+
+    Raises:
+        TypeError: `mask` is not a VideoMask. ValueError: no such backend. NoBackend: it cannot run here, and why.
+
+    Example:
+        >>> plan = vk.lower_mask(vk.VideoMask.frame_causal(vk.Grid(8, 16, 16)))
+
+    Source: this library.
     """
+    call = prepare(mask, device)
+    return call.mask.plan(call.device, backend)
+
+
+def prepare(mask: VideoMask, device: torch.device | str | None = None) -> Call:
     if not isinstance(mask, VideoMask):
         raise TypeError(refusal("lower_mask", "mask", "be a VideoMask", type(mask).__name__))
-    return mask.plan(device)
+    return Call(mask, torch.device(device or "cpu"))
 
 
-def lower(mask: VideoMask, device: torch.device) -> MaskPlan:
-    return _by_strides(mask, device) or _by_intervals(mask, device)
+def lower(mask: VideoMask, device: torch.device, backend: str | None = None) -> MaskPlan:
+    """Not cached; `VideoMask.plan` is."""
+    call = Call(mask, device)
+    if backend is None and device.type != "cuda":
+        return BACKENDS[-1].run(call)  # Triton's interpreter is for tests, which ask for it
+    return choose("lower_mask", BACKENDS, backend, call).run(call)
 
 
-def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
+def _triton_why_not(call: Call) -> str | None:
+    reason = triton_why_not(torch.empty(0, device=call.device))
+    if reason is None and too_wide([segment for segment in call.mask.segments if segment.length]):
+        return "the classes of the mask's ids need more than 62 bits, which torch operations rank and this backend does not"
+    return reason
+
+
+def _by_kernels(mask: VideoMask, device: torch.device) -> MaskPlan:
+    from vkernels.masks.device import plan_on_device
+
+    if not mask.tokens or not mask.samples:
+        return _by_intervals(mask, device)
+    return plan_on_device(mask, device, "triton")
+
+
+def _strides_first(call: Call, by_tensors: Lowering) -> MaskPlan:
+    return _by_strides(call.mask, call.device, by_tensors) or by_tensors(call.mask, call.device)
+
+
+BACKENDS = (
+    Backend("triton", _triton_why_not, lambda call: _strides_first(call, _by_kernels)),
+    Backend("reference", lambda call: None, lambda call: _strides_first(call, _by_intervals)),
+)
+
+
+def _by_strides(mask: VideoMask, device: torch.device, by_tensors: Lowering) -> MaskPlan | None:
     """One regular grid cut by `same` relations into groups that lie at a constant stride: no tensor is needed."""
     if mask.keep_k is not None or mask.keep_q is not None or len(mask.segments) != 1:
         return None
@@ -53,7 +116,7 @@ def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
         for r in segment.relations
         if isinstance(r.attribute, Axis) and not r.same
     )
-    plan = _by_intervals(VideoMask((Segment(part.tokens, inner),)), device)
+    plan = by_tensors(VideoMask((Segment(part.tokens, inner),)), device)
     if plan.q_rows is not None or plan.k_rows is not None or plan.box is not None:
         return None
     return replace(plan, s_q=grid.tokens, s_k=grid.tokens, groups=groups, q_stride=stride, k_stride=stride)
