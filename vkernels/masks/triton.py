@@ -25,10 +25,19 @@ INTERVAL: tl.constexpr = tl.constexpr(description.INTERVAL)
 CLASS: tl.constexpr = tl.constexpr(description.CLASS)
 BOX: tl.constexpr = tl.constexpr(description.BOX)
 LEADER: tl.constexpr = tl.constexpr(description.LEADER)
+LARGEST: tl.constexpr = tl.constexpr(2**31 - 1)
 
 AS_IS: tl.constexpr = tl.constexpr(0)  # a code is a place already
 BY_COUNT: tl.constexpr = tl.constexpr(1)  # a place is the number of kept tokens before it
 BY_SEARCH: tl.constexpr = tl.constexpr(2)  # a place is the number of live codes below it
+
+
+@triton.jit
+def _mine(s, blocks, BLOCK: tl.constexpr):
+    """(sample, its tokens or slots, which of them there are) of this program: `blocks` programs to a sample. int64."""
+    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample.to(tl.int64), token, token < s
 
 
 @triton.jit
@@ -53,9 +62,9 @@ def _value(
 ):  # fmt: skip
     """The attribute of token `x` of its segment."""
     kind = tl.load(relation, mask=live, other=0)
-    size = tl.maximum(tl.load(relation + 2, mask=live, other=1), 1)
-    at = tl.load(relation + 5, mask=live, other=1)
-    value = x // tl.maximum(at, 1) % size
+    size, at = tl.load(relation + 2, mask=live, other=1), tl.load(relation + 5, mask=live, other=1)
+    # Both fit 32 bits where the value is arithmetic; a 64-bit division is a call with a stack frame.
+    value = (x.to(tl.int32) // clamp(at, 1, LARGEST).to(tl.int32) % clamp(size, 1, LARGEST).to(tl.int32)).to(tl.int64)
     if HAS_BLOCKS:
         first = clamp(at, 0, n_ends - 1) + 1
         ended = count_below(
@@ -148,9 +157,8 @@ def _locate(
 @triton.jit(do_not_specialize=["s", "blocks", "stride_k"])
 def _count_kept_kernel(keep_ptr, kept_ptr, s, blocks, stride_k, BLOCK: tl.constexpr):
     """kept[sample, block]: how many tokens of each block stay."""
-    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    keep = tl.load(keep_ptr + sample.to(tl.int64) * stride_k + token, mask=token < s, other=0)
+    sample, token, live = _mine(s, blocks, BLOCK)
+    keep = tl.load(keep_ptr + sample * stride_k + token, mask=live, other=0)
     tl.store(kept_ptr + tl.program_id(0), tl.sum((keep != 0).to(tl.int32), 0))
 
 
@@ -160,34 +168,32 @@ def _compact_kernel(
 ):  # fmt: skip
     """A stable partition: kept tokens in order, then dropped tokens in order; how many are kept, in all and before each
     token."""
-    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    mine = kept_ptr + sample.to(tl.int64) * blocks
+    sample, token, live = _mine(s, blocks, BLOCK)
+    block = tl.program_id(0) % blocks
+    mine = kept_ptr + sample * blocks
     ahead = sum_of(mine, 0, block, BLOCK)
     count = ahead + sum_of(mine, block, blocks, BLOCK)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    live = token < s
-    keep = (tl.load(keep_ptr + sample.to(tl.int64) * stride_k + token, mask=live, other=0) != 0).to(tl.int32)
+    keep = (tl.load(keep_ptr + sample * stride_k + token, mask=live, other=0) != 0).to(tl.int32)
     before = ahead + exclusive_count(keep)
     place = tl.where(keep != 0, before, count + token - before)
-    tl.store(rows_ptr + sample.to(tl.int64) * s + place, token, mask=live)
-    to = before_ptr + sample.to(tl.int64) * (s + 1)
+    tl.store(rows_ptr + sample * s + place, token.to(tl.int32), mask=live)
+    to = before_ptr + sample * (s + 1)
     tl.store(to + token, before, mask=live)
     if block == 0:
         tl.store(to + s, count)
         tl.store(count_ptr + sample, count)
 
 
-@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "total",
+@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "blocks",
                                "stride_k", "past"])  # fmt: skip
 def _codes_kernel(
     segments_ptr, relations_ptr, ends_ptr, ids_ptr, keep_ptr, out_ptr,
-    n_segments, n_relations, most, n_ends, n_ids, steps, s, total, stride_k, past,
+    n_segments, n_relations, most, n_ends, n_ids, steps, s, blocks, stride_k, past,
     HAS_BLOCKS: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What each token sorts by: its code, and `past` where it is dropped."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = index < total
-    sample, token = index // s, index % s
+    sample, token, live = _mine(s, blocks, BLOCK)
+    index = sample * s + token
     code, _, _, _, _, _ = _place(
         token, sample, live, segments_ptr, n_segments, relations_ptr, n_relations, most, ends_ptr, n_ends,
         ids_ptr, n_ids, steps, HAS_BLOCKS, HAS_IDS,
@@ -198,16 +204,15 @@ def _codes_kernel(
     tl.store(out_ptr + index, code, mask=live)
 
 
-@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "total"])
+@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "blocks"])
 def _ranges_kernel(
     segments_ptr, relations_ptr, ends_ptr, ids_ptr, rows_ptr, count_ptr, before_ptr, ladder_ptr, out_ptr,
-    n_segments, n_relations, most, n_ends, n_ids, steps, s, total,
+    n_segments, n_relations, most, n_ends, n_ids, steps, s, blocks,
     HAS_BLOCKS: tl.constexpr, HAS_IDS: tl.constexpr, LOCATE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The key intervals of each query in processing order; the global keys' interval first, where R is 2."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = index < total
-    sample, slot = index // s, index % s
+    sample, slot, live = _mine(s, blocks, BLOCK)
+    index = sample * s + slot
     token = slot
     if rows_ptr is not None:
         token = clamp(tl.load(rows_ptr + index, mask=live, other=0).to(tl.int64), 0, s - 1)
@@ -217,7 +222,7 @@ def _ranges_kernel(
     )  # fmt: skip
     seen = live
     if count_ptr is not None:
-        seen = live & (slot < tl.load(count_ptr + sample, mask=live, other=0))
+        seen = live & (slot < tl.load(count_ptr + sample))
     first = _locate(start, sample, s, seen, before_ptr, ladder_ptr, steps, LOCATE)
     last = tl.maximum(first, _locate(end, sample, s, seen, before_ptr, ladder_ptr, steps, LOCATE))
     to = out_ptr + index * (2 * R)
@@ -231,17 +236,16 @@ def _ranges_kernel(
     tl.store(to + 2 * R - 1, tl.where(seen, last, 0).to(tl.int32), mask=live)
 
 
-@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "total",
+@triton.jit(do_not_specialize=["n_segments", "n_relations", "most", "n_ends", "n_ids", "steps", "s", "blocks",
                                "columns"])  # fmt: skip
 def _box_kernel(
     segments_ptr, relations_ptr, ends_ptr, ids_ptr, rows_ptr, attr_ptr, flag_ptr,
-    n_segments, n_relations, most, n_ends, n_ids, steps, s, total, columns,
+    n_segments, n_relations, most, n_ends, n_ids, steps, s, blocks, columns,
     HAS_BLOCKS: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """attr[sample, column, slot], 0 where the token's segment has no relation there; and which tokens are global."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = index < total
-    sample, slot = index // s, index % s
+    sample, slot, live = _mine(s, blocks, BLOCK)
+    index = sample * s + slot
     token = slot
     if rows_ptr is not None:
         token = clamp(tl.load(rows_ptr + index, mask=live, other=0).to(tl.int64), 0, s - 1)
@@ -275,12 +279,15 @@ def _checked(segments: Tensor, relations: Tensor, ends: Tensor, ids: Tensor, lay
     return layout[0], layout[1], min(layout[2], relations.shape[0])
 
 
-def _table(segments: Tensor, relations: Tensor, ends: Tensor, ids: Tensor, layout: list[int]):
-    """What every kernel that places tokens takes: (its numbers, its constants)."""
+def _table(segments: Tensor, relations: Tensor, ends: Tensor, ids: Tensor, layout: list[int], block: int):
+    """What every kernel that places tokens takes: its grid, its numbers, its constants."""
     p, s, most = _checked(segments, relations, ends, ids, layout)
     longest = max(s, segments.shape[0], ends.shape[0], ids.shape[0])
-    numbers = (segments.shape[0], relations.shape[0], most, ends.shape[0], ids.shape[0], longest.bit_length() + 1, s)
-    return (*numbers, p * s), {"HAS_BLOCKS": bool(layout[3] & BLOCKS.value), "HAS_IDS": bool(layout[3] & IDS.value)}
+    blocks = cdiv(s, block)
+    steps = longest.bit_length() + 1
+    numbers = (segments.shape[0], relations.shape[0], most, ends.shape[0], ids.shape[0], steps, s, blocks)
+    constants = {"HAS_BLOCKS": bool(layout[3] & BLOCKS.value), "HAS_IDS": bool(layout[3] & IDS.value)}
+    return (p * blocks,), numbers, constants
 
 
 def _tiles(kernel: str, x: Tensor) -> dict[str, int]:
@@ -306,17 +313,17 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def codes(segments, relations, ends, ids, keep: Tensor | None, past: int, layout: list[int]) -> Tensor:
     """int64 [p, s]: what each token sorts by."""
-    numbers, constants = _table(segments, relations, ends, ids, layout)
+    here = _tiles("_codes_kernel", segments)
+    grid, numbers, constants = _table(segments, relations, ends, ids, layout, here["BLOCK"])
     p, s = layout[:2]
     bind("lower_mask", ("segments", segments, "x f"), ("keep", keep, f"{p} {s}"))
     if keep is not None:
         require(keep.dtype == torch.bool, "lower_mask", "keep", "be bool", keep.dtype, TypeError)
         keep = keep if s <= 1 or keep.stride(1) == 1 else keep.contiguous()
     out = torch.empty(p, s, dtype=torch.int64, device=segments.device)
-    here = _tiles("_codes_kernel", out)
     stride = 0 if keep is None or p == 1 else keep.stride(0)
     launch(
-        _codes_kernel, (cdiv(p * s, here["BLOCK"]),),
+        _codes_kernel, grid,
         segments, relations, ends, ids, keep, out, *numbers, stride, past, **constants, **here,
     )  # fmt: skip
     return out
@@ -327,7 +334,8 @@ def ranges(
     ladder: Tensor | None, intervals: int, layout: list[int],
 ) -> Tensor:  # fmt: skip
     """int32 [p, s, 2 * intervals], in processing order."""
-    numbers, constants = _table(segments, relations, ends, ids, layout)
+    here = _tiles("_ranges_kernel", segments)
+    grid, numbers, constants = _table(segments, relations, ends, ids, layout, here["BLOCK"])
     p, s = layout[:2]
     bind(
         "lower_mask", ("segments", segments, "x f"), ("rows", rows, f"{p} {s}"), ("count", count, f"{p}"),
@@ -337,10 +345,9 @@ def ranges(
         require(x is None or x.is_contiguous(), "lower_mask", name, "be contiguous", None if x is None else x.stride())
     require(intervals in (1, 2), "lower_mask", "intervals", "be 1 or 2", intervals)
     out = torch.empty(p, s, 2 * intervals, dtype=torch.int32, device=segments.device)
-    here = _tiles("_ranges_kernel", out)
     locate = BY_COUNT if before is not None else BY_SEARCH if ladder is not None else AS_IS
     launch(
-        _ranges_kernel, (cdiv(p * s, here["BLOCK"]),),
+        _ranges_kernel, grid,
         segments, relations, ends, ids, rows, count, before, ladder, out, *numbers,
         **constants, LOCATE=locate.value, R=intervals, **here,
     )  # fmt: skip
@@ -351,16 +358,16 @@ def box(
     segments, relations, ends, ids, rows: Tensor | None, columns: int, flags: bool, layout: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(attributes int32 [p, columns, s], flags uint8 [p, s] or [0]), in processing order."""
-    numbers, constants = _table(segments, relations, ends, ids, layout)
+    here = _tiles("_box_kernel", segments)
+    grid, numbers, constants = _table(segments, relations, ends, ids, layout, here["BLOCK"])
     p, s = layout[:2]
     bind("lower_mask", ("segments", segments, "x f"), ("rows", rows, f"{p} {s}"))
     require(rows is None or rows.is_contiguous(), "lower_mask", "rows", "be contiguous", rows is None or rows.stride())
     require(columns >= 0, "lower_mask", "columns", "be at least 0", columns)
     attr = torch.empty(p, columns, s, dtype=torch.int32, device=segments.device)
     flag = torch.empty((p, s) if flags else (0,), dtype=torch.uint8, device=segments.device)
-    here = _tiles("_box_kernel", attr)
     launch(
-        _box_kernel, (cdiv(p * s, here["BLOCK"]),),
+        _box_kernel, grid,
         segments, relations, ends, ids, rows, attr, flag if flags else None, *numbers, columns, **constants, **here,
     )  # fmt: skip
     return attr, flag
