@@ -17,7 +17,7 @@ from vkernels.spec import OpSpec
 
 def info(_: argparse.Namespace) -> int:
     """What is active, and for what is not, why."""
-    from vkernels.spec import all_specs
+    from vkernels.spec import compiled_specs
 
     print(f"vkernels {vkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     missing = native_missing()
@@ -33,7 +33,7 @@ def info(_: argparse.Namespace) -> int:
         print(f"backend cpu: not active: {missing}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = triton_why_not(torch.empty(0, device=device))
-    ops = ", ".join(spec.name for spec in all_specs() if any(b.name == "triton" for b in spec.backends))
+    ops = ", ".join(spec.name for spec in compiled_specs() if any(b.name == "triton" for b in spec.backends))
     state = f"not active: {reason}" if reason else "active on the GPU" if device == "cuda" else "active, interpreted"
     print(f"backend triton: {state}; ops so far: {ops}")
     print("backend cuda: not active: this version has no cuda kernels yet")
@@ -98,14 +98,14 @@ def table(_: argparse.Namespace) -> int:
 
 def compile_kernels(arguments: argparse.Namespace) -> int:
     """Triton kernels compiled for chips that need not be here, with what decides their speed; 1 if one has a fault."""
-    from vkernels.spec import all_specs
+    from vkernels.spec import compiled_specs
     from vkernels.triton.aot import survey
 
     if INTERPRETED:
         raise SystemExit("compile: TRITON_INTERPRET must be unset, or there is nothing to compile")
     header = ["kernel", "chip", "shape", "registers", "shared", "spills", "occupancy", "instructions", "faults"]
     rows, faulty = [], 0
-    for spec in all_specs():
+    for spec in compiled_specs():
         if spec.shapes and (not arguments.op or spec.name in arguments.op):
             for arch in arguments.arch:
                 for made, faults in survey(spec, arch):

@@ -129,3 +129,8 @@ def devices_of(backend: str) -> list[str]:
 
 def all_specs() -> list[OpSpec]:
     return [import_module(f"vkernels.ops.{name}.spec").SPEC for name in OPS]
+
+
+def compiled_specs() -> list[OpSpec]:
+    """Everything with GPU kernels: the ops, and mask lowering, which serves them."""
+    return [*all_specs(), import_module("vkernels.masks.spec").SPEC]

@@ -1,4 +1,5 @@
-"""Tile tables: `tiles.json` beside the kernels says, per kernel, which limit it runs into, and per chip its tiles.
+"""Tile tables: `tiles.json` beside the kernels says, per kernel, which limit it runs into ("arithmetic", "bytes", or
+"launch" where a launch costs more than either), and per chip its tiles.
 
     {"_attention_fwd_kernel": {"bound": "arithmetic",
                                "candidates": {"BLOCK_M": [64, 128], "num_warps": [4, 8]},
@@ -20,7 +21,8 @@ from typing import Any
 
 import vkernels
 
-ROOT = Path(vkernels.__file__).parent / "ops"
+ROOT = Path(vkernels.__file__).parent
+HOME = {"lower_mask": ROOT / "masks"}  # else vkernels/ops/<op>
 LIMITS = ("d", "bytes")
 _override: dict[str, dict[str, int]] = {}
 
@@ -28,7 +30,7 @@ _override: dict[str, dict[str, int]] = {}
 @cache
 def table(op: str) -> dict[str, Any]:
     """The table of an op: kernel -> {"bound", "candidates", chip: rows}."""
-    return json.loads((ROOT / op / "tiles.json").read_text())
+    return json.loads((HOME.get(op, ROOT / "ops" / op) / "tiles.json").read_text())
 
 
 def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dict[str, int]:
