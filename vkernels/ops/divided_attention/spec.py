@@ -5,7 +5,7 @@ from __future__ import annotations
 from vkernels.check import ShapeError
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention.api import BACKENDS, Call, divided_attention, prepare
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, **options) -> dict:
@@ -16,6 +16,10 @@ def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = No
 
 def _case(case: str, *args, **options) -> Case:
     return Case(case, lambda maker: _inputs(maker, *args, **options))
+
+
+def _shape(model: str, case: str, *args, **options) -> Shape:
+    return Shape(case, lambda maker: _inputs(maker, *args, **options), model, tensor_cores=True)
 
 
 def _reject(case: str, error: type[Exception], match: str, **change) -> Reject:
@@ -51,6 +55,11 @@ SPEC = OpSpec(
         _case("spatial-pairs", 1, Grid(4, 3, 7), 2, 128, axis="spatial", cls=1, frames_per_group=2),
         _case("spatial", 2, Grid(2, 1, 5), 3, 8, axis="spatial"),
         _case("empty", 0, Grid(2, 2, 2), 2, 64, axis="spatial"),
+    ],
+    shapes=[
+        _shape("TimeSformer-B, 8 frames", "temporal-t8", 8, Grid(8, 14, 14), 12, 64, cls=1),
+        _shape("BT-Adapter on EVA-g, 16 frames", "temporal-t16", 16, Grid(16, 16, 16), 16, 88, cls=1, order="patch"),
+        _shape("BT-Adapter on CLIP-L, 64 frames", "temporal-t64", 4, Grid(64, 16, 16), 16, 64, cls=1, order="patch"),
     ],
     rejects=[
         _reject("grid", ValueError, r"grid must cover the tokens \(cls \+ t\*h\*w = 12 of them\)", grid=Grid(3, 2, 2)),
