@@ -43,15 +43,18 @@ class Sequences:
 
 
 @triton.jit
-def token_rows(
-    outer, inner, i, first, run, stride_outer, stride_inner, stride_run, stride_token, RUNS: tl.constexpr
-):  # fmt: skip
-    """Token rows, int64, of tokens `i` of sequences (outer, inner)."""
-    row = first + outer.to(tl.int64) * stride_outer + inner.to(tl.int64) * stride_inner
+def token_rows(i, run, stride_run, stride_token, RUNS: tl.constexpr):
+    """Token rows, int64, of tokens `i` of a sequence, counted from its first."""
     if RUNS:
-        return row + (i // run).to(tl.int64) * stride_run + (i % run).to(tl.int64) * stride_token
-    else:
-        return row + i.to(tl.int64) * stride_token
+        return (i // run).to(tl.int64) * stride_run + (i % run).to(tl.int64) * stride_token
+    else:  # Triton compiles whatever follows an if
+        return i.to(tl.int64) * stride_token
+
+
+@triton.jit
+def first_row(outer, inner, first, stride_outer, stride_inner):
+    """Token row, int64, of the first token of a sequence."""
+    return first + outer.to(tl.int64) * stride_outer + inner.to(tl.int64) * stride_inner
 
 
 @triton.jit

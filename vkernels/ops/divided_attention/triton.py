@@ -6,7 +6,6 @@ queries over tiles of keys (triton_long.py).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -61,44 +60,105 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _shared(layout: list[int]) -> bool:
-    return bool(layout[2] and layout[3])
-
-
 def _tiles(kernel: str, q: Tensor) -> dict[str, int]:
     return tiles(NAME, kernel, arch(q.device), d=q.shape[3], bytes=q.element_size())
 
 
-def _short(kernel: Any, tensors: tuple[Tensor, ...], heads: int, per_key: int, here, scale, layout, where) -> None:
-    b, _, _, d = tensors[0].shape
-    strides, align = _strides(*tensors)
-    a, rest = parts(d)
-    launch(
-        kernel, (cdiv(b * where.count, here["ROWS"] // where.length) * heads,),
-        *tensors, *strides, scale, heads, b * where.count, where.count, where.inner, where.length, *where.strides,
-        PER_KEY=per_key, RUNS=where.runs, CLS=layout[2], D=d, A=a, B=rest, ALIGN=align, **here,
-    )  # fmt: skip
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, layout: list[int]):
+        self.b, self.s, self.n, self.d = q.shape
+        self.m = k.shape[2]
+        self.scale = scale
+        self.where = sequences(layout)
+        self.cls = bool(layout[2])
+        self.shared = bool(layout[2] and layout[3])
+        a, b = parts(self.d)
+        self.head = {"D": self.d, "A": a, "B": b}
+        self.meta = {**self.head, "PER_KEY": self.n // self.m, "RUNS": self.where.runs}
+
+    @property
+    def sequences(self) -> int:
+        return self.b * self.where.count
+
+    def fits(self, here: dict[str, int]) -> bool:
+        """Whether whole sequences go into a tile, packed."""
+        return not self.shared and self.where.length <= here["ROWS"]
+
+    def short(self, kernel: Any, heads: int, here: dict[str, int], *tensors: Tensor) -> None:
+        strides, align = _strides(*tensors)
+        where = self.where
+        packed = here["ROWS"] // max(where.length, 1)
+        launch(
+            kernel, (cdiv(self.sequences, packed) * heads,), *tensors, *strides,
+            self.scale, heads, self.sequences, where.count, where.inner, where.length, *where.strides,
+            CLS=self.cls, ALIGN=align, **self.meta, **here,
+        )  # fmt: skip
+
+    def long(self, kernel: Any, heads: int, slots: int, here: dict[str, int], tensors, *scratch: Tensor) -> None:
+        strides, align = _strides(*tensors)
+        where = self.where
+        launch(
+            kernel, (slots * heads * self.sequences,), *tensors, *scratch, *strides,
+            self.scale, heads, slots, where.outer, where.inner, where.length, *where.strides,
+            CLS=self.shared, ALIGN=align, **self.meta, **here,
+        )  # fmt: skip
+
+    def cls_rows(self, out: tuple[Tensor, ...], part: tuple[Tensor, ...], counts: tuple[int, int]) -> None:
+        """Sum what the sequences left for the CLS rows of `out`, or write 0 there where none speaks of it."""
+        here = tiles(NAME, "_cls_sum_kernel", arch(out[0].device))
+        part, outs = part or out, len(out)
+        launch(
+            triton_long._cls_sum_kernel, (self.b * self.n, outs), *part, *part[:1] * (3 - outs), *out,
+            *out[:1] * (3 - outs), self.s, self.b, self.n, self.m, *counts, **self.head, **here,
+        )  # fmt: skip
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Tensor:
     q, k, v = (unit_stride(x) for x in (q, k, v))
     _check(q, k, v, layout)
-    o = _like(q)
-    n, m = q.shape[2], k.shape[2]
-    where = sequences(layout)
-    here = _tiles("_short_fwd_kernel", q)
-    _short(triton_short._short_fwd_kernel, (q, k, v, o), n, n // m, here, scale, layout, where)
+    call, o = _Call(q, k, scale, layout), _like(q)
+    if call.sequences and call.fits(here := _tiles("_short_fwd_kernel", q)):
+        call.short(triton_short._short_fwd_kernel, call.n, here, q, k, v, o)
+        return o
+    here = _tiles("_long_fwd_kernel", q)
+    slots = cdiv(call.where.length, here["BLOCK_M"]) + call.shared
+    part = q.new_empty((call.b, call.n, call.where.outer, call.d) if call.shared else 0, dtype=torch.float32)
+    call.long(triton_long._long_fwd_kernel, call.n, slots, here, (q, k, v, o), part)
+    if call.cls:
+        call.cls_rows((o,), (part,) if call.shared else (), (call.where.outer * call.shared, 0))
     return o
 
 
 def backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_o, q, k, v = (unit_stride(x) for x in (grad_o, q, k, v))
+    grad_o, q, k, v = inputs = tuple(unit_stride(x) for x in (grad_o, q, k, v))
     _check(q, k, v, layout, grad_o)
-    n, m = q.shape[2], k.shape[2]
-    dq, dk, dv = _like(q), _like(k), _like(v)
-    where = sequences(layout)
-    here = _tiles("_short_bwd_kernel", q)
-    _short(triton_short._short_bwd_kernel, (grad_o, q, k, v, dq, dk, dv), m, n // m, here, scale, layout, where)
+    call, dq, dk, dv = _Call(q, k, scale, layout), _like(q), _like(k), _like(v)
+    if call.sequences and call.fits(here := _tiles("_short_bwd_kernel", q)):
+        call.short(triton_short._short_bwd_kernel, call.m, here, *inputs, dq, dk, dv)
+        return dq, dk, dv
+
+    def scratch(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    b, n, outer, length = call.b, call.n, call.where.outer, call.where.length
+    here = _tiles("_long_dq_kernel", q)
+    slots = cdiv(length, here["BLOCK_M"]) + call.shared
+    stats = scratch(call.sequences, n, length, 2)
+    rows = outer * call.shared
+    cls_stats, dq_part = scratch(b, n, rows, 2), scratch(b, n, rows, call.d)
+    dk_part, dv_part = (scratch(b, n, rows, slots, call.d) for _ in "kv")
+    call.long(
+        triton_long._long_dq_kernel, n, slots, here, (*inputs, dq), stats, cls_stats, dq_part, dk_part, dv_part
+    )
+    here = _tiles("_long_dkv_kernel", q)
+    call.long(
+        triton_long._long_dkv_kernel, call.m, cdiv(length, here["BLOCK_N"]), here, (*inputs, dk, dv), stats, cls_stats
+    )
+    if call.cls:
+        part = (dq_part, dk_part, dv_part) if rows else ()
+        call.cls_rows((dq, dk, dv), part, (rows, n // call.m * rows * slots))
     return dq, dk, dv

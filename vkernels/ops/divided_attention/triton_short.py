@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.sequences import pack, token_rows
+from vkernels.triton.sequences import first_row, pack, token_rows
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
 # What grows with the number of tokens must not be specialised on, or every length would compile anew.
@@ -59,10 +59,8 @@ def _short_fwd_kernel(
     tile, head = tl.program_id(0) // n, tl.program_id(0) % n
     slot, sequence, i, live = pack(tile, length, sequences, ROWS)
     sample, of_sample = (sequence // per_sample).to(tl.int64), sequence % per_sample
-    token = token_rows(
-        of_sample // inner_count, of_sample % inner_count, i,
-        first, run, stride_outer, stride_inner, stride_run, stride_token, RUNS,
-    )  # fmt: skip
+    token = first_row(of_sample // inner_count, of_sample % inner_count, first, stride_outer, stride_inner)
+    token += token_rows(i, run, stride_run, stride_token, RUNS)
     key = head // PER_KEY
     q_at = (sample * stride_qb + token * stride_qs + head * stride_qn) * ALIGN
     k_at = (sample * stride_kb + token * stride_ks + key * stride_kn) * ALIGN
@@ -94,10 +92,8 @@ def _short_bwd_kernel(
     tile, key = tl.program_id(0) // m, tl.program_id(0) % m
     slot, sequence, i, live = pack(tile, length, sequences, ROWS)
     sample, of_sample = (sequence // per_sample).to(tl.int64), sequence % per_sample
-    token = token_rows(
-        of_sample // inner_count, of_sample % inner_count, i,
-        first, run, stride_outer, stride_inner, stride_run, stride_token, RUNS,
-    )  # fmt: skip
+    token = first_row(of_sample // inner_count, of_sample % inner_count, first, stride_outer, stride_inner)
+    token += token_rows(i, run, stride_run, stride_token, RUNS)
     packed = ROWS // length
     k_a, k_b = load_head(k_ptr, (sample * stride_kb + token * stride_ks + key * stride_kn) * ALIGN, live, D, A, B)
     v_a, v_b = load_head(v_ptr, (sample * stride_vb + token * stride_vs + key * stride_vn) * ALIGN, live, D, A, B)
