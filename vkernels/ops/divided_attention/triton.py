@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vkernels.check import bind, require, same_dtype
 from vkernels.library import unit_stride
-from vkernels.ops.divided_attention import triton_long, triton_short
+from vkernels.ops.divided_attention import triton_cls, triton_long, triton_short
 from vkernels.triton.head import parts
 from vkernels.triton.launch import alignment, arch, cdiv, launch
 from vkernels.triton.sequences import Sequences
@@ -110,7 +110,7 @@ class _Call:
         here = tiles(NAME, "_cls_sum_kernel", arch(out[0].device))
         part, outs = part or out, len(out)
         launch(
-            triton_long._cls_sum_kernel, (self.b * self.n, outs), *part, *part[:1] * (3 - outs), *out,
+            triton_cls._cls_sum_kernel, (self.b * self.n, outs), *part, *part[:1] * (3 - outs), *out,
             *out[:1] * (3 - outs), self.s, self.b, self.n, self.m, *counts, **self.head, **here,
         )  # fmt: skip
 

@@ -2,8 +2,7 @@
 
 A shared CLS lies outside the tiles, so that 257 = 1 + 256 tokens leave none of them half empty. As a key it is one more
 column: the softmax starts from its score. As a query it is one more program per sequence and head, next to those that
-read the same keys. What each sequence owes to the CLS's output and gradients it leaves as rows of float32;
-`_cls_sum_kernel` adds them in a fixed order.
+read the same keys (triton_cls.py).
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vkernels.ops.divided_attention.triton_cls import cls_query_bwd, cls_query_fwd, cls_query_on_keys
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.row import load_row, row_dot, row_mix, row_scores, row_spread, store_row
+from vkernels.triton.row import load_row, row_mix, row_scores, row_spread, store_row
 from vkernels.triton.sequences import first_row, token_rows
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
@@ -107,29 +107,11 @@ def _long_fwd_kernel(
         store_head(o_ptr, o_at, live, normalise(acc_a, total), normalise(acc_b, total), D, A, B)
     else:
         if CLS:
-            q_a, q_b = load_row(q_ptr, q_cls, D, A, B)
-            kc_a, kc_b = load_row(k_ptr, k_cls, D, A, B)
-            o_a, o_b = load_row(v_ptr, v_cls, D, A, B)
-            top = row_dot(q_a, q_b, kc_a, kc_b, B) * scale
-            total = tl.full([], 1.0, tl.float32)
-            for start in range(0, length, BLOCK_N):
-                j = start + tl.arange(0, BLOCK_N)
-                token = token_rows(j, run, stride_run, stride_token, RUNS)
-                k_a, k_b = load_head(k_ptr, k_at + token * stride_ks, j < length, D, A, B)
-                v_a, v_b = load_head(v_ptr, v_at + token * stride_vs, j < length, D, A, B)
-                s = tl.where(j < length, row_scores(k_a, k_b, q_a, q_b, B) * scale, float("-inf"))
-                new_top = tl.maximum(top, tl.max(s, 0))
-                keep = tl.exp2(top - new_top)
-                p = tl.exp2(s - new_top)
-                top = new_top
-                total = total * keep + tl.sum(p, 0)
-                o_a *= keep
-                if B > 0:
-                    o_b *= keep
-                o_a, o_b = row_mix(p, v_a, v_b, o_a, o_b, B)
-            mean = 1.0 / (total * outer_count)
-            part = ((sample * n + head) * outer_count + outer) * D
-            store_row(part_ptr, part, o_a * mean, o_b * mean, D, A, B)
+            part = (sample * n + head) * outer_count + outer
+            cls_query_fwd(
+                q_ptr + q_cls, k_ptr, v_ptr, part_ptr + part * D, k_cls, v_cls, k_at, v_at, stride_ks, stride_vs,
+                length, run, stride_run, stride_token, scale, outer_count, RUNS, D, A, B, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=GROWS)
@@ -206,47 +188,12 @@ def _long_dq_kernel(
         store_head(dq_ptr, dq_at, live, dq_a * scale, dq_b * scale, D, A, B)
     else:
         if CLS:
-            g_a, g_b = load_row(g_ptr, g_cls, D, A, B)
-            g_a, g_b = g_a / outer_count, g_b / outer_count
-            q_a, q_b = load_row(q_ptr, q_cls, D, A, B)
-            kc_a, kc_b = load_row(k_ptr, k_cls, D, A, B)
-            vc_a, vc_b = load_row(v_ptr, v_cls, D, A, B)
-            own_s = row_dot(q_a, q_b, kc_a, kc_b, B) * (scale * LOG2E)
-            own_dp = row_dot(g_a, g_b, vc_a, vc_b, B)
-            own_top, own_mixed = own_s, own_dp
-            own_total = tl.full([], 1.0, tl.float32)
-            for start in range(0, length, BLOCK_N):
-                j = start + tl.arange(0, BLOCK_N)
-                at = token_rows(j, run, stride_run, stride_token, RUNS)
-                k_a, k_b = load_head(k_ptr, k_at + at * stride_ks, j < length, D, A, B)
-                v_a, v_b = load_head(v_ptr, v_at + at * stride_vs, j < length, D, A, B)
-                s = tl.where(j < length, row_scores(k_a, k_b, q_a, q_b, B) * (scale * LOG2E), float("-inf"))
-                new_top = tl.maximum(own_top, tl.max(s, 0))
-                keep = tl.exp2(own_top - new_top)
-                p = tl.exp2(s - new_top)
-                own_top = new_top
-                own_total = own_total * keep + tl.sum(p, 0)
-                own_mixed = own_mixed * keep + tl.sum(p * row_scores(v_a, v_b, g_a, g_b, B), 0)
-            own_lse = own_top + tl.log2(own_total)
-            own_delta = own_mixed / own_total
-            tl.store(cls_stats_ptr + 2 * part, own_lse)
-            tl.store(cls_stats_ptr + 2 * part + 1, own_delta)
-            own_p = tl.exp2(own_s - own_lse)
-            own_ds = own_p * (own_dp - own_delta) * scale
             to = (part * slots + slot) * D
-            store_row(dk_part_ptr, to, own_ds * q_a, own_ds * q_b, D, A, B)
-            store_row(dv_part_ptr, to, own_p * g_a, own_p * g_b, D, A, B)
-            own_a, own_b = own_ds * kc_a, own_ds * kc_b
-            for start in range(0, length, BLOCK_N):
-                j = start + tl.arange(0, BLOCK_N)
-                at = token_rows(j, run, stride_run, stride_token, RUNS)
-                k_a, k_b = load_head(k_ptr, k_at + at * stride_ks, j < length, D, A, B)
-                v_a, v_b = load_head(v_ptr, v_at + at * stride_vs, j < length, D, A, B)
-                s = row_scores(k_a, k_b, q_a, q_b, B) * (scale * LOG2E)
-                p = tl.where(j < length, tl.exp2(s - own_lse), 0.0)
-                ds = p * (row_scores(v_a, v_b, g_a, g_b, B) - own_delta) * scale
-                own_a, own_b = row_mix(ds, k_a, k_b, own_a, own_b, B)
-            store_row(dq_part_ptr, part * D, own_a, own_b, D, A, B)
+            cls_query_bwd(
+                g_ptr + g_cls, q_ptr + q_cls, k_ptr, v_ptr, cls_stats_ptr + 2 * part, dq_part_ptr + part * D,
+                dk_part_ptr + to, dv_part_ptr + to, k_cls, v_cls, k_at, v_at, stride_ks, stride_vs,
+                length, run, stride_run, stride_token, scale, outer_count, RUNS, D, A, B, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=GROWS)
@@ -277,14 +224,11 @@ def _long_dkv_kernel(
         g_at = (sample * stride_gb + head * stride_gn) * ALIGN
         q_at = (sample * stride_qb + head * stride_qn) * ALIGN
         if CLS:
-            qc_a, qc_b = load_row(q_ptr, q_at, D, A, B)
-            gc_a, gc_b = load_row(g_ptr, g_at, D, A, B)
-            gc_a, gc_b = gc_a / outer_count, gc_b / outer_count
             cls_stats = ((sample * n + head) * outer_count + outer) * 2
-            p = tl.exp2(row_scores(k_a, k_b, qc_a, qc_b, B) * (scale * LOG2E) - tl.load(cls_stats_ptr + cls_stats))
-            ds = p * (row_scores(v_a, v_b, gc_a, gc_b, B) - tl.load(cls_stats_ptr + cls_stats + 1))
-            dk_a, dk_b = row_spread(ds, qc_a, qc_b, dk_a, dk_b, B)
-            dv_a, dv_b = row_spread(p, gc_a, gc_b, dv_a, dv_b, B)
+            dk_a, dk_b, dv_a, dv_b = cls_query_on_keys(
+                g_ptr + g_at, q_ptr + q_at, cls_stats_ptr + cls_stats, k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
+                scale, outer_count, D, A, B,
+            )  # fmt: skip
         stats = (sequence.to(tl.int64) * n + head) * length
         for start in range(0, length, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
@@ -301,37 +245,3 @@ def _long_dkv_kernel(
     dv_at = (sample * stride_dvb + token * stride_dvs + key * stride_dvn) * ALIGN
     store_head(dk_ptr, dk_at, live, dk_a * scale, dk_b * scale, D, A, B)
     store_head(dv_ptr, dv_at, live, dv_a, dv_b, D, A, B)
-
-
-@triton.jit
-def _cls_sum(
-    part_ptr, out_ptr, stride_b, heads, count, rows, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    if row < rows:
-        sum_a, sum_b = zero_head(BLOCK, A, B)
-        for start in range(0, count, BLOCK):
-            r = start + tl.arange(0, BLOCK)
-            x_a, x_b = load_head(part_ptr, (row.to(tl.int64) * count + r) * D, r < count, D, A, B)
-            sum_a += x_a
-            if B > 0:
-                sum_b += x_b
-        at = (row // heads).to(tl.int64) * stride_b + row % heads * D
-        store_row(out_ptr, at, tl.sum(sum_a, 0), tl.sum(sum_b, 0), D, A, B)
-
-
-@triton.jit(do_not_specialize=["s", "b", "count_0", "count_1"])
-def _cls_sum_kernel(
-    part_0_ptr, part_1_ptr, part_2_ptr, out_0_ptr, out_1_ptr, out_2_ptr, s, b, heads_0, heads_1, count_0, count_1,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The CLS rows of o, or of dq, dk and dv: sums of `count` consecutive rows per sample and head; 0 where it is 0."""
-    which = tl.program_id(1)
-    size = s.to(tl.int64) * D
-    if which == 0:
-        _cls_sum(part_0_ptr, out_0_ptr, size * heads_0, heads_0, count_0, b * heads_0, D, A, B, BLOCK)
-    elif which == 1:
-        _cls_sum(part_1_ptr, out_1_ptr, size * heads_1, heads_1, count_1, b * heads_1, D, A, B, BLOCK)
-    else:
-        _cls_sum(part_2_ptr, out_2_ptr, size * heads_1, heads_1, count_1, b * heads_1, D, A, B, BLOCK)
