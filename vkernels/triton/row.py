@@ -8,29 +8,29 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_part(ptr, at, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+def _load_part(ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
     column = FIRST + tl.arange(0, SIZE)
-    return tl.load(ptr + at + column, mask=column < D, other=0.0).to(tl.float32)
+    return tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_row(ptr, at, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Both parts, float32, of the head that starts at element `at`."""
-    a = _load_part(ptr, at, 0, A, D)
+def load_row(ptr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Both parts, float32, of the head at `ptr`."""
+    a = _load_part(ptr, 0, A, D)
     if B == 0:
         return a, a
     else:  # Triton compiles whatever follows an if
-        return a, _load_part(ptr, at, A, B, D)
+        return a, _load_part(ptr, A, B, D)
 
 
 @triton.jit
-def store_row(ptr, at, a, b, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+def store_row(ptr, a, b, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """The inverse of `load_row`, rounded to what `ptr` points to."""
     column = tl.arange(0, A)
-    tl.store(ptr + at + column, a.to(ptr.dtype.element_ty), mask=column < D)
+    tl.store(ptr + column, a.to(ptr.dtype.element_ty), mask=column < D)
     if B > 0:
         column = A + tl.arange(0, B)
-        tl.store(ptr + at + column, b.to(ptr.dtype.element_ty), mask=column < D)
+        tl.store(ptr + column, b.to(ptr.dtype.element_ty), mask=column < D)
 
 
 @triton.jit

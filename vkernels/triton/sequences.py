@@ -43,12 +43,15 @@ class Sequences:
 
 
 @triton.jit
-def token_rows(i, run, stride_run, stride_token, RUNS: tl.constexpr):
-    """Token rows, int64, of tokens `i` of a sequence, counted from its first."""
+def token_rows(i, run, stride_run, stride_token, RUNS: tl.constexpr, WIDE: tl.constexpr):
+    """Token rows of tokens `i` of a sequence, counted from its first. WIDE: elements take 64 bits to count; where 32 do,
+    every address in a register is half as large."""
+    if WIDE:
+        i = i.to(tl.int64)
     if RUNS:
-        return (i // run).to(tl.int64) * stride_run + (i % run).to(tl.int64) * stride_token
+        return i // run * stride_run + i % run * stride_token
     else:  # Triton compiles whatever follows an if
-        return i.to(tl.int64) * stride_token
+        return i * stride_token
 
 
 @triton.jit

@@ -6,6 +6,7 @@ queries over tiles of keys (triton_long.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     return [stride // align for stride in found], align
 
 
+def _extent(axes: Iterable[int], *tensors: Tensor) -> int:
+    """How many elements lie between the first and the last along `axes`, at the most."""
+    return max(sum(x.shape[axis] * x.stride(axis) for axis in axes) for x in tensors)
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -70,6 +76,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, scale: float, layout: list[int]):
         self.b, self.s, self.n, self.d = q.shape
         self.m = k.shape[2]
+        self.like = q
         self.scale = scale
         self.where = sequences(layout)
         self.cls = bool(layout[2])
@@ -86,32 +93,39 @@ class _Call:
         """Whether whole sequences go into a tile, packed."""
         return not self.shared and self.where.length <= here["ROWS"]
 
+    def scratch(self, heads: int, size: int) -> Tensor:
+        """What every sequence leaves for the CLS, float32; next to nothing where it is not shared."""
+        outer = self.where.outer if self.shared else 0
+        return self.like.new_empty((self.b, heads, outer, size), dtype=torch.float32)
+
     def short(self, kernel: Any, heads: int, here: dict[str, int], *tensors: Tensor) -> None:
         strides, align = _strides(*tensors)
-        where = self.where
+        where, wide = self.where, _extent(range(3), *tensors) >= 2**31
         packed = here["ROWS"] // max(where.length, 1)
         launch(
             kernel, (cdiv(self.sequences, packed) * heads,), *tensors, *strides,
             self.scale, heads, self.sequences, where.count, where.inner, where.length, *where.strides,
-            CLS=self.cls, ALIGN=align, **self.meta, **here,
+            WIDE=wide, CLS=self.cls, ALIGN=align, **self.meta, **here,
         )  # fmt: skip
 
     def long(self, kernel: Any, heads: int, slots: int, here: dict[str, int], tensors, *scratch: Tensor) -> None:
         strides, align = _strides(*tensors)
-        where = self.where
+        where, wide = self.where, _extent((1,), *tensors) >= 2**31
         launch(
             kernel, (slots * heads * self.sequences,), *tensors, *scratch, *strides,
             self.scale, heads, slots, where.outer, where.inner, where.length, *where.strides,
-            CLS=self.shared, ALIGN=align, **self.meta, **here,
+            WIDE=wide, CLS=self.shared, ALIGN=align, **self.meta, **here,
         )  # fmt: skip
 
-    def cls_rows(self, out: tuple[Tensor, ...], part: tuple[Tensor, ...], counts: tuple[int, int]) -> None:
-        """Sum what the sequences left for the CLS rows of `out`, or write 0 there where none speaks of it."""
+    def cls_rows(self, out: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> None:
+        """The CLS rows of `out`: the sums of what the sequences left in `part`, or 0 where they leave nothing."""
         here = tiles(NAME, "_cls_sum_kernel", arch(out[0].device))
-        part, outs = part or out, len(out)
+        count = self.where.outer * self.shared
+        three = (0, len(out) - 2, -1)
         launch(
-            triton_cls._cls_sum_kernel, (self.b * self.n, outs), *part, *part[:1] * (3 - outs), *out,
-            *out[:1] * (3 - outs), self.s, self.b, self.n, self.m, *counts, **self.head, **here,
+            triton_cls._cls_sum_kernel, (self.b * self.n, len(out)),
+            *(part[i] for i in three), *(out[i] for i in three), self.s, self.b, self.n, self.m, count,
+            **self.head, **here,
         )  # fmt: skip
 
 
@@ -124,10 +138,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) ->
         return o
     here = _tiles("_long_fwd_kernel", q)
     slots = cdiv(call.where.length, here["BLOCK_M"]) + call.shared
-    part = q.new_empty((call.b, call.n, call.where.outer, call.d) if call.shared else 0, dtype=torch.float32)
+    part = call.scratch(call.n, call.d)
     call.long(triton_long._long_fwd_kernel, call.n, slots, here, (q, k, v, o), part)
     if call.cls:
-        call.cls_rows((o,), (part,) if call.shared else (), (call.where.outer * call.shared, 0))
+        call.cls_rows((o,), (part,))
     return o
 
 
@@ -141,24 +155,15 @@ def backward(
         call.short(triton_short._short_bwd_kernel, call.m, here, *inputs, dq, dk, dv)
         return dq, dk, dv
 
-    def scratch(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
-
-    b, n, outer, length = call.b, call.n, call.where.outer, call.where.length
+    n, m, d, length = call.n, call.m, call.d, call.where.length
+    stats = q.new_empty((call.sequences, n, length, 2), dtype=torch.float32)
+    cls_stats, *part = (call.scratch(*shape) for shape in ((n, 2), (n, d), (m, d), (m, d)))
     here = _tiles("_long_dq_kernel", q)
     slots = cdiv(length, here["BLOCK_M"]) + call.shared
-    stats = scratch(call.sequences, n, length, 2)
-    rows = outer * call.shared
-    cls_stats, dq_part = scratch(b, n, rows, 2), scratch(b, n, rows, call.d)
-    dk_part, dv_part = (scratch(b, n, rows, slots, call.d) for _ in "kv")
-    call.long(
-        triton_long._long_dq_kernel, n, slots, here, (*inputs, dq), stats, cls_stats, dq_part, dk_part, dv_part
-    )
+    call.long(triton_long._long_dq_kernel, n, slots, here, (*inputs, dq), stats, cls_stats, part[0])
     here = _tiles("_long_dkv_kernel", q)
-    call.long(
-        triton_long._long_dkv_kernel, call.m, cdiv(length, here["BLOCK_N"]), here, (*inputs, dk, dv), stats, cls_stats
-    )
+    slots = cdiv(length, here["BLOCK_N"]) + call.shared
+    call.long(triton_long._long_dkv_kernel, m, slots, here, (*inputs, dk, dv), stats, cls_stats, *part[1:])
     if call.cls:
-        part = (dq_part, dk_part, dv_part) if rows else ()
-        call.cls_rows((dq, dk, dv), part, (rows, n // call.m * rows * slots))
+        call.cls_rows((dq, dk, dv), tuple(part))
     return dq, dk, dv

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.sequences import first_row, pack, token_rows
+from vkernels.triton.sequences import pack, token_rows
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
 # What grows with the number of tokens must not be specialised on, or every length would compile anew.
@@ -53,14 +53,17 @@ def _short_fwd_kernel(
     stride_ob, stride_os, stride_on,
     scale, n, sequences, per_sample, inner_count, length,
     first, run, stride_outer, stride_inner, stride_run, stride_token,
-    PER_KEY: tl.constexpr, RUNS: tl.constexpr, CLS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    PER_KEY: tl.constexpr, RUNS: tl.constexpr, WIDE: tl.constexpr, CLS: tl.constexpr, D: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0) // n, tl.program_id(0) % n
     slot, sequence, i, live = pack(tile, length, sequences, ROWS)
-    sample, of_sample = (sequence // per_sample).to(tl.int64), sequence % per_sample
-    token = first_row(of_sample // inner_count, of_sample % inner_count, first, stride_outer, stride_inner)
-    token += token_rows(i, run, stride_run, stride_token, RUNS)
+    sample, of_sample = sequence // per_sample, sequence % per_sample
+    outer, inner = of_sample // inner_count, of_sample % inner_count
+    if WIDE:
+        sample, outer, inner = sample.to(tl.int64), outer.to(tl.int64), inner.to(tl.int64)
+    token = first + outer * stride_outer + inner * stride_inner
+    token += token_rows(i, run, stride_run, stride_token, RUNS, WIDE)
     key = head // PER_KEY
     q_at = (sample * stride_qb + token * stride_qs + head * stride_qn) * ALIGN
     k_at = (sample * stride_kb + token * stride_ks + key * stride_kn) * ALIGN
@@ -86,14 +89,17 @@ def _short_bwd_kernel(
     stride_dqb, stride_dqs, stride_dqn, stride_dkb, stride_dks, stride_dkn, stride_dvb, stride_dvs, stride_dvn,
     scale, m, sequences, per_sample, inner_count, length,
     first, run, stride_outer, stride_inner, stride_run, stride_token,
-    PER_KEY: tl.constexpr, RUNS: tl.constexpr, CLS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    PER_KEY: tl.constexpr, RUNS: tl.constexpr, WIDE: tl.constexpr, CLS: tl.constexpr, D: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, key = tl.program_id(0) // m, tl.program_id(0) % m
     slot, sequence, i, live = pack(tile, length, sequences, ROWS)
-    sample, of_sample = (sequence // per_sample).to(tl.int64), sequence % per_sample
-    token = first_row(of_sample // inner_count, of_sample % inner_count, first, stride_outer, stride_inner)
-    token += token_rows(i, run, stride_run, stride_token, RUNS)
+    sample, of_sample = sequence // per_sample, sequence % per_sample
+    outer, inner = of_sample // inner_count, of_sample % inner_count
+    if WIDE:
+        sample, outer, inner = sample.to(tl.int64), outer.to(tl.int64), inner.to(tl.int64)
+    token = first + outer * stride_outer + inner * stride_inner
+    token += token_rows(i, run, stride_run, stride_token, RUNS, WIDE)
     packed = ROWS // length
     k_a, k_b = load_head(k_ptr, (sample * stride_kb + token * stride_ks + key * stride_kn) * ALIGN, live, D, A, B)
     v_a, v_b = load_head(v_ptr, (sample * stride_vb + token * stride_vs + key * stride_vn) * ALIGN, live, D, A, B)
