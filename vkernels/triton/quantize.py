@@ -30,29 +30,31 @@ def half_outward(x, UP: tl.constexpr):
 
 
 @triton.jit
-def quant_scale(low, high, bad, BITS: tl.constexpr):
+def quant_scale(low, high, BITS: tl.constexpr):
     """(delta, zero, zero in float32, 1 / delta) of groups between low and high, within +-HALF_MAX.
 
-    A `bad` group holds a NaN: delta and zero are NaN. Its codes are 0, as those of a group of one value: 1 / delta is 0.
+    A group that holds a NaN says high = inf: delta and zero are NaN. Its codes are 0, as those of a group of one value:
+    what is returned as 1 / delta is 0.
     """
+    bad = high > HALF_MAX
     zero = half_outward(low, False)
     zero_value = zero.to(tl.float32)
     delta = half_outward(tl.div_rn(high - zero_value, tl.full(low.shape, (1 << BITS) - 1, tl.float32)), True)
-    codes_something = (delta.to(tl.float32) > 0.0) & (bad == 0)
+    codes_something = (delta.to(tl.float32) > 0.0) & ~bad
     step = tl.where(codes_something, delta.to(tl.float32), 1.0)
     inverse = tl.where(codes_something, tl.div_rn(tl.full(low.shape, 1.0, tl.float32), step), 0.0)
     nan = tl.full(low.shape, float("nan"), tl.float32).to(tl.float16)
-    return tl.where(bad != 0, nan, delta), tl.where(bad != 0, nan, zero), zero_value, inverse
+    return tl.where(bad, nan, delta), tl.where(bad, nan, zero), zero_value, inverse
 
 
 @triton.jit
 def quantise(x, inside, AXIS: tl.constexpr, BITS: tl.constexpr):
     """Codes (int32, like x; 0 where not `inside`), and delta and zero of groups along AXIS, of x in float32."""
-    bad = tl.max((x != x).to(tl.int32), AXIS)
-    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -HALF_MAX), HALF_MAX)
+    nan = x != x
+    x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), -HALF_MAX), HALF_MAX)
     low = tl.min(tl.where(inside, x, HALF_MAX), AXIS)
-    high = tl.max(tl.where(inside, x, -HALF_MAX), AXIS)
-    delta, zero, zero_value, inverse = quant_scale(low, high, bad, BITS)
+    high = tl.max(tl.where(inside, tl.where(nan, float("inf"), x), -HALF_MAX), AXIS)
+    delta, zero, zero_value, inverse = quant_scale(low, high, BITS)
     place = (x - tl.expand_dims(zero_value, AXIS)) * tl.expand_dims(inverse, AXIS)
     place = tl.minimum(tl.maximum(place, 0.0), (1 << BITS) - 1.0)
     codes = (place + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
