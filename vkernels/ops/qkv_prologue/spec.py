@@ -77,7 +77,7 @@ SPEC = OpSpec(
         Case("empty", lambda m: _inputs(m, 1, 0, 2, 1, 16, RopeSpec.build(16), bias=m.randn(64))),
     ],
     shapes=[
-        Shape("llama", _llama, "LLaMA-7B, 2,048 tokens into a cache"),
+        Shape("llama", _llama, "LLaMA-7B, 2,048 tokens into a cache", gradients=False),
         Shape("qwen3_vl", _qwen, "Qwen3-VL-8B, 8,192 tokens", dtypes=(torch.bfloat16, torch.float32)),
         Shape("vit64", lambda m: _inputs(m, 8, 257, 16, 16, 64, None, bias=m.randn(48 * 64)), "CLIP ViT-L/14"),
         Shape("vit72", lambda m: _tower(m, 72, 27), "SigLIP with two axes"),
