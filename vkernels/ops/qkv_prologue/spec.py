@@ -40,7 +40,7 @@ def _qwen(m: Maker) -> dict[str, Any]:
 
 
 def _tower(m: Maker, d: int, side: int, **rest: Any) -> dict[str, Any]:
-    spec = RopeSpec.grid((d // 2, d // 2))
+    spec = RopeSpec.grid((d // 2, d // 2), layout="pair")
     given = _inputs(m, 8, side * side, 16, 16, d, spec, bias=m.randn(48 * d), **rest)
     return {**given, "pos": torch.zeros(2, side * side, dtype=torch.int64)}
 
