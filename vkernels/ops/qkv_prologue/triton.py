@@ -300,8 +300,13 @@ def _backward_heads(
     there = head < heads
     head = first + head
     column = (base + head) * HEAD[0]
-    b0, b1 = tl.zeros([BLOCK_H, HEAD[3]], tl.float32), tl.zeros([BLOCK_H, HEAD[3]], tl.float32)
-    br = tl.zeros([BLOCK_H, HEAD[5] if HEAD[6] else HEAD[3]], tl.float32)
+    R: tl.constexpr = HEAD[3]
+    LEFT: tl.constexpr = HEAD[5] if HEAD[6] else HEAD[3]
+    b0, b1, br = (
+        tl.zeros([BLOCK_H, R], tl.float32),
+        tl.zeros([BLOCK_H, R], tl.float32),
+        tl.zeros([BLOCK_H, LEFT], tl.float32),
+    )
     n0, n1, nr = b0, b1, br
     w0, w1, wr = 0.0, 0.0, 0.0
     if NORM[0]:
@@ -408,7 +413,9 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
     )
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(x.dtype == qkv.dtype, NAME, name, f"have the dtype of qkv ({qkv.dtype})", x.dtype, TypeError)
-        require(x.stride(-1) == 1 or d == 1 or not x.numel(), NAME, name, "have stride 1 in its last dimension", x.stride())
+        require(
+            x.stride(-1) == 1 or d == 1 or not x.numel(), NAME, name, "have stride 1 in its last dimension", x.stride()
+        )
     for name, x in (("bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)):
         good = x is None or (x.dtype == torch.float32 and x.is_contiguous())
         require(good, NAME, name, "be contiguous float32", "" if x is None else x.dtype, TypeError)
@@ -447,7 +454,10 @@ def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
     here = dict(tiles(NAME, "_qkv_prologue_kernel", arch(qkv.device), d=layout[2], bytes=qkv.element_size()))
     tokens, _, n, m = given["sizes"]
     rows, wide = fixed["ROWS"], here["BLOCK_H"]
-    blocks, chunks = cdiv(tokens, here["BLOCK_S"]), rows * (cdiv(n // rows, wide) + cdiv(m // rows, wide)) + cdiv(m, wide)
+    blocks, chunks = (
+        cdiv(tokens, here["BLOCK_S"]),
+        rows * (cdiv(n // rows, wide) + cdiv(m // rows, wide)) + cdiv(m, wide),
+    )
     # Few tokens share their heads among programs, which costs angles once more each; many keep them in one.
     splits = min(chunks, max(here.pop("PROGRAMS") // max(blocks, 1), 1))
     launch(
