@@ -48,6 +48,15 @@ def words(count: int, bits: int) -> int:
     return (count * bits + 31) // 32
 
 
+def on_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """int32 tensor of `numbers`, without waiting for the device: equal ones are filled in there, others are copied from
+    pinned memory."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int32, device=device)
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
 class KVCache:
     """Keys and values of `b` sequences, appended at the end, read by `decode_attention`.
 
@@ -257,7 +266,7 @@ class KVCache:
         """Say that `count` tokens were written: for kernels that write rows of the storage themselves."""
         counts = [count] * self.b if isinstance(count, int) else count
         self._lengths = [n + c for n, c in zip(self._lengths, counts, strict=True)]
-        self.lengths = torch.tensor(self._lengths, dtype=torch.int32).to(self.device)
+        self.lengths = on_device(self._lengths, self.device)
 
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (b count m d) of the storage where the next `count` tokens belong: write them, then `advance(count)`.

@@ -5,6 +5,7 @@
                                "candidates": {"BLOCK_M": [64, 128], "num_warps": [4, 8]},
                                "sm90": [{"d": 64, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}, ...]}}
 
+"bound" is "arithmetic", "bytes", or "reads" for a kernel that reads much and writes next to nothing.
 The first row whose `d` (head size or row length) and `bytes` (of an element) are not below the call's is taken; a row
 without one of them serves every value. A chip without rows of its own takes those of the nearest older one. Rows never
 depend on sequence length. `python -m vkernels tune` measures the candidates and writes rows.
