@@ -19,7 +19,7 @@ import vkernels as vk
 from vkernels import rearrangement as plans
 from vkernels.library import native, native_missing
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native_missing()), reason="no native"))]
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native_missing()), reason="no native")), "triton"]
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -26,7 +26,7 @@ from vkernels.ops.rearrange.triton_gather import (
     plan_arguments,
     reduce_taps,
     source_arguments,
-    source_strides,
+    source_steps,
 )
 from vkernels.triton.launch import alignment, arch, cdiv, launch
 from vkernels.triton.norm import row_statistics
@@ -190,7 +190,7 @@ def _run(
         good = tensor.dtype in FLOATS or moves
         require(good, OP, name, "have a float dtype unless single rows are moved as they are", tensor.dtype)
     dense = [t for t in (y, residual, total) if t is not None]
-    align = alignment([*source_strides(x), *(stride for t in dense for stride in t.stride()[:2])])
+    align = alignment([*source_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
     if moves:
         bits = BITS[y.element_size()]
         x, y = [source.view(bits) for source in x], y.view(bits)

@@ -25,7 +25,7 @@ from vkernels.ops.rearrange.triton_gather import (
     plan_arguments,
     reduce_taps,
     source_arguments,
-    source_strides,
+    source_steps,
     tap_range,
 )
 from vkernels.rearrangement.plan import transpose_csr
@@ -130,7 +130,7 @@ def rows_bwd(
         return du, dv, partial.zero_()
     dy, dsum, residual = (None if t is None else unit_stride(t) for t in (dy, dsum, residual))
     dense = [t for t in (dy, dsum, residual) if t is not None]
-    align = alignment([*source_strides(x), *(stride for t in dense for stride in t.stride()[:2])])
+    align = alignment([*source_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
     here = blocks("_rows_bwd_kernel", x[0], whole=norm > 0)
 
     def by_row(t: Tensor | None) -> list[int | None]:

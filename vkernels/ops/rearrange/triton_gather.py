@@ -25,8 +25,8 @@ PLAN_SIZES = ["stride_ptr", "stride_idx", "stride_weight", "taps", "n_rows"]
 
 
 @triton.jit
-def _rows_of(source, row, sample, ALIGN: tl.constexpr):
-    """Addresses of rows of one source."""
+def _row_offset(source, row, sample, ALIGN: tl.constexpr):
+    """Elements from the start of a source to its row `row`, counted over all sources."""
     row -= source[1]
     at = sample * (source[4] * ALIGN)
     if source[3] is not None:
@@ -35,18 +35,25 @@ def _rows_of(source, row, sample, ALIGN: tl.constexpr):
     if source[2] is not None:
         at += row % source[2] * (source[6] * ALIGN)
         row = row // source[2]
-    return source[0] + (at + row * (source[5] * ALIGN))
+    return at + row * (source[5] * ALIGN)
 
 
 @triton.jit
 def load_rows(sources, row, sample, live, n_rows, column, COUNT: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):
-    """[rows, columns] of the rows that exist and are `live`, else 0."""
+    """[rows, columns] of the rows that exist and are `live`, else 0.
+
+    All rows are addressed from the first source. A choice hides from Triton that what is chosen is a multiple of ALIGN,
+    so it is told.
+    """
+    size: tl.constexpr = sources[0][0].dtype.element_ty.primitive_bitwidth // 8
     live = live & (row >= 0) & (row < n_rows)
     row = row.to(tl.int64)
-    at = _rows_of(sources[0], row, sample, ALIGN)
+    at = _row_offset(sources[0], row, sample, ALIGN)
     for i in tl.static_range(1, COUNT):
-        at = tl.where(row >= sources[i][1], _rows_of(sources[i], row, sample, ALIGN), at)
-    return tl.load(at[:, None] + column[None, :], mask=live[:, None] & (column < C)[None, :], other=0)
+        apart = (sources[i][0].to(tl.int64) - sources[0][0].to(tl.int64)) // size
+        there = apart + _row_offset(sources[i], row, sample, ALIGN)
+        at = tl.multiple_of(tl.where(row >= sources[i][1], there, at), ALIGN)
+    return tl.load(sources[0][0] + at[:, None] + column[None, :], mask=live[:, None] & (column < C)[None, :], other=0)
 
 
 @triton.jit
@@ -114,8 +121,10 @@ def source_arguments(x: list[Tensor], align: int) -> list[Any]:
     return arguments + [None] * (8 * (SOURCES - len(x)))
 
 
-def source_strides(x: list[Tensor]) -> list[int]:
-    return [stride for source in x for stride in source.stride()[:-1]]
+def source_steps(x: list[Tensor]) -> list[int]:
+    """Every distance in elements that ALIGN must divide."""
+    apart = [(source.data_ptr() - x[0].data_ptr()) // source.element_size() for source in x[1:]]
+    return [*apart, *(stride for source in x for stride in source.stride()[:-1])]
 
 
 def plan_arguments(ptr: Tensor | None, idx: Tensor, weight: Tensor | None, n_rows: int) -> list[Any]:
