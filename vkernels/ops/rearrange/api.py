@@ -340,8 +340,9 @@ def _triton_why_not(call: Call) -> str | None:
     for tensor in (*call.x, call.residual, call.out):
         if tensor is None:
             continue
-        probe = tensor.new_empty(0, dtype=torch.int64) if call.affine is not None else tensor  # moves see bits
-        if (reason := triton_why_not(probe)) is not None:
+        if call.affine is not None and tensor.dtype == torch.float64:
+            tensor = tensor.new_empty(0, dtype=torch.int64)  # a move sees bits
+        if (reason := triton_why_not(tensor)) is not None:
             return reason
     if call.affine is not None:
         return None

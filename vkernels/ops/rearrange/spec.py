@@ -48,7 +48,7 @@ def _assemble_embeddings(m: Maker) -> dict:
 
 
 def _pool_newline(m: Maker) -> dict:
-    plan = plans.pool(64, 27, 27, mode="bilinear").compose(plans.newline(64, 14, 14, mode="one_token"))
+    plan = plans.pool(64, 27, 27, mode="bilinear").compose(plans.newline(64, 14, 14))
     return {"x": m.randn(1, 64 * 729, 3584), "plan": plan, "fill": m.randn(1, 3584)}
 
 

@@ -32,6 +32,7 @@ from vkernels.triton.launch import alignment, arch, cdiv, launch
 from vkernels.triton.norm import row_statistics
 from vkernels.triton.tiles import tiles
 
+MANY_TAPS = 16  # a row, on average
 # Moves see bits: one kernel for every dtype of a width, and NaNs keep their payload.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -149,6 +150,13 @@ def blocks(kernel: str, x: Tensor, whole: bool) -> dict[str, int]:
     return {**here, "BLOCK_R": max(1, block // columns), "BLOCK_C": columns}
 
 
+def _kernel(moves: bool, norm: int, idx: Tensor, n_out: int) -> str:
+    """Whose tiles serve a launch. Rows of many taps want few elements a program and many taps under way."""
+    if moves:
+        return "_move_rows_kernel"
+    return "_rows_kernel, many taps" if norm == 0 and idx.shape[1] >= MANY_TAPS * n_out else "_rows_kernel"
+
+
 def parameters(c: int, device: torch.device, **vectors: Tensor | None) -> list[Tensor | None]:
     """The epilogue's vectors of c channels, checked. A gate of stride 0 stays as it is."""
     found = []
@@ -194,7 +202,7 @@ def _run(
     if moves:
         bits = BITS[y.element_size()]
         x, y = [source.view(bits) for source in x], y.view(bits)
-    here = blocks("_move_rows_kernel" if moves else "_rows_kernel", x[0], whole=norm > 0)
+    here = blocks(_kernel(moves, norm, idx, n_out), x[0], whole=norm > 0)
     grid = (cdiv(b * n_out, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),)
 
     def by_row(t: Tensor | None) -> list[int | None]:
