@@ -150,11 +150,11 @@ def blocks(kernel: str, x: Tensor, whole: bool) -> dict[str, int]:
     return {**here, "BLOCK_R": max(1, block // columns), "BLOCK_C": columns}
 
 
-def _kernel(moves: bool, norm: int, idx: Tensor, n_out: int) -> str:
+def _kind(norm: int, idx: Tensor, n_out: int) -> str:
     """Whose tiles serve a launch. Rows of many taps want few elements a program and many taps under way."""
-    if moves:
-        return "_move_rows_kernel"
-    return "_rows_kernel, many taps" if norm == 0 and idx.shape[1] >= MANY_TAPS * n_out else "_rows_kernel"
+    if norm:
+        return "_rows_kernel, norm"
+    return "_rows_kernel, many taps" if idx.shape[1] >= MANY_TAPS * n_out else "_rows_kernel"
 
 
 def parameters(c: int, device: torch.device, **vectors: Tensor | None) -> list[Tensor | None]:
@@ -202,7 +202,7 @@ def _run(
     if moves:
         bits = BITS[y.element_size()]
         x, y = [source.view(bits) for source in x], y.view(bits)
-    here = blocks(_kernel(moves, norm, idx, n_out), x[0], whole=norm > 0)
+    here = blocks("_move_rows_kernel" if moves else _kind(norm, idx, n_out), x[0], whole=norm > 0)
     grid = (cdiv(b * n_out, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),)
 
     def by_row(t: Tensor | None) -> list[int | None]:
