@@ -69,7 +69,7 @@ def tap_range(plan, sample, row, live):
     at = plan[0] + sample * plan[3] + row
     first = tl.minimum(tl.maximum(tl.load(at, mask=live, other=0), 0), plan[6])
     last = tl.minimum(tl.load(at + 1, mask=live, other=0), plan[6])
-    return first, last
+    return first, tl.maximum(first, last)
 
 
 @triton.jit
