@@ -47,16 +47,19 @@ def test_norms_and_their_gradients_by_hand():
     torch.testing.assert_close(y[0, 0], torch.tensor([0.848528, 1.131371]))
     torch.testing.assert_close(x.grad[0, 0], torch.tensor([0.64, -0.48]) / 12.5**0.5)
     x = torch.tensor([[[1.0, 3.0]]], requires_grad=True)
-    y = run(x, plan, norm="layer", eps=0.0, norm_weight=torch.tensor([2.0, 5.0]), norm_bias=torch.tensor([0.5, 0.0]))
+    weight, bias = torch.tensor([2.0, 5.0], requires_grad=True), torch.tensor([0.5, 0.0], requires_grad=True)
+    y = run(x, plan, norm="layer", eps=0.0, norm_weight=weight, norm_bias=bias)
     y.sum().backward()
     torch.testing.assert_close(y[0, 0], torch.tensor([-1.5, 5.0]))
     torch.testing.assert_close(x.grad[0, 0], torch.zeros(2))
+    assert weight.grad.tolist() == [-1, 1]  # the empty rest of a tile of rows adds nothing, not even at eps 0
+    assert bias.grad.tolist() == [1, 1]
 
 
 @interpreted
-@pytest.mark.parametrize("c", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("c", [1, 15, 33])
 def test_borders_of_row_tiles(c):
-    """More rows than chunks, rows that end inside a tile of 64 elements, columns on both sides of a tile of 16."""
+    """More rows than chunks, rows that end inside a tile of 64 elements, a row that is no power of two."""
     x, residual = torch.randn(3, 11, c), torch.randn(3, 9, c)
     keep = torch.stack([torch.randperm(11)[:9] for _ in range(3)])
     vectors = [torch.randn(c) for _ in range(4)]
@@ -141,11 +144,12 @@ def test_into_sets_adds_drops_and_leaves_the_rest():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.bool])
-@pytest.mark.parametrize("s", [1, 7, 8, 9, 17])
+@pytest.mark.parametrize(
+    ("dtype", "s"), [(torch.float64, 1), (torch.bfloat16, 7), (torch.uint8, 8), (torch.bool, 9), (torch.bfloat16, 17)]
+)
 def test_borders_of_affine_tiles(dtype, s):
     """Turned and copied, both fastest factors on both sides of a tile of 8, read through strange strides."""
-    x = torch.randint(0, 2, (2, s, 3, 18)).to(dtype)
+    x = torch.randint(0, 2, (2, s, 2, 10)).to(dtype)
     for pattern, sizes in (
         ("b s t c -> b c t s", {}),
         ("b s t (c q) -> (b q) t s c", {"q": 2}),
@@ -155,8 +159,7 @@ def test_borders_of_affine_tiles(dtype, s):
         plan = plans.from_einops(pattern, **sizes)
         want = einops.repeat(x, pattern, **sizes)
         with poisoned_memory(), guarded_memory():
-            assert torch.equal(run(x, plan), want)
-            assert torch.equal(run(strided(x), plan), want)
+            assert torch.equal(run(strided(x) if s % 2 else x, plan), want)
 
 
 @interpreted
@@ -191,9 +194,9 @@ def test_hostile_row_numbers_read_zeros_and_write_nothing():
         assert torch.equal(rows_op(x, None, idx), want)
         assert torch.equal(rows_op(x, None, idx, torch.ones(1, 6)), want)
         sums = rows_op(x, ptr, idx)
-    assert torch.equal(sums[0, 2], x[0, 3])  # taps 2 to the end
+    assert torch.equal(sums[0, 2], x[0, 3])  # taps 2 to the last
+    assert torch.equal(sums[0, 4], x[0, 3])  # taps 0 to 4
     assert not sums[0, [0, 1, 3, 5]].any()
-    assert torch.equal(sums[0, 4], x[0, 3])  # taps 0 to 5
     out = torch.zeros(3, 6, 20)
     op("rearrange_rows_into", "triton")(
         out[1:2], [torch.ones(1, 5, 20)], None, ints([0] * 6), *[None] * 6, idx, 0, 0, 1.0, 0.0, False
@@ -201,7 +204,7 @@ def test_hostile_row_numbers_read_zeros_and_write_nothing():
     assert out[1, [3, 5]].all()
     assert out.sum() == 40
     with guarded_memory():
-        dx = op("rearrange_max_bwd", "triton")(torch.ones(1, 6, 20), x, ptr, idx, ptr, idx)
+        dx = op("rearrange_max_bwd", "triton")(torch.ones(1, 6, 20), x, ptr, idx, ptr[:, :6], idx)
     assert dx.isfinite().all()
 
 
@@ -312,13 +315,13 @@ print(json.dumps({name: [[n for n, _ in kept[-1]], len({k for call in kept for _
 
 
 def test_turned_lengths_compile_a_bounded_number_of_times():
-    """The tile and the width of accesses follow a length only up to 64: multiples of 8 from there on are one kernel."""
+    """Three shapes of tiles, accesses of 16 bytes or of one element: multiples of 8 are one kernel, there and back."""
     code = """
 kept = noted(lambda s: vk.rearrange(empty(2, s, 64), plans.from_einops("b s c -> b c s"), backend="triton"), %s)
 print(json.dumps(len({k for call in kept for _, k in call})))
 """
-    assert python(code % "range(64, 4096, 200)") == 2  # there and back
-    assert python(code % "LENGTHS") <= 20
+    assert python(code % "range(64, 4096, 200)") == 1
+    assert python(code % "LENGTHS") <= 8
 
 
 def test_first_rows_of_the_tables_are_pinned():

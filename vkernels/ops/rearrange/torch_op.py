@@ -39,7 +39,7 @@ def row_axes(x: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _out_rows(ptr: torch.Tensor | None, idx: torch.Tensor) -> int:
-    return idx.shape[1] if ptr is None else ptr.shape[1] - 1
+    return idx.shape[1] if ptr is None else max(ptr.shape[1] - 1, 0)
 
 
 def batch(x: list[torch.Tensor], idx: torch.Tensor) -> int:

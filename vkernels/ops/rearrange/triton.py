@@ -17,6 +17,7 @@ from vkernels.check import FLOATS, require
 from vkernels.library import unit_stride
 from vkernels.ops.rearrange.torch_op import NORMS, REDUCES, WIDEST_NORM, rows_results
 from vkernels.ops.rearrange.triton_gather import (
+    INDICES,
     OP,
     PLAN_SIZES,
     SOURCE_SIZES,
@@ -61,7 +62,7 @@ def _target(rows_ptr, stride_rows, sample, row, live, s_out):
 _SIZES = [*SOURCE_SIZES, *PLAN_SIZES, "stride_rows", "stride_yb", "stride_yr", "tasks", "n_out", "s_out"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=INDICES)
 def _move_rows_kernel(
     x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2,
     x1_ptr, x1_first, x1_n1, x1_n2, x1_b, x1_s0, x1_s1, x1_s2,
@@ -96,7 +97,10 @@ def scaled_sum(v, bias_ptr, gate_ptr, residual, column, scale, C: tl.constexpr, 
     return v
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "stride_rb", "stride_rr", "stride_sb", "stride_sr"])
+@triton.jit(
+    do_not_specialize=[*_SIZES, "stride_rb", "stride_rr", "stride_sb", "stride_sr"],
+    do_not_specialize_on_alignment=INDICES,
+)
 def _rows_kernel(
     x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2,
     x1_ptr, x1_first, x1_n1, x1_n2, x1_b, x1_s0, x1_s1, x1_s2,

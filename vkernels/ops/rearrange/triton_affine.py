@@ -16,10 +16,11 @@ from torch import Tensor
 from vkernels.check import require
 from vkernels.ops.rearrange.triton import BITS
 from vkernels.ops.rearrange.triton_gather import OP
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import arch, cdiv, launch
 from vkernels.triton.tiles import tiles
 
 OUTER = 7  # factors beside the run; with two of them in the tile, 5 remain
+SHORT = 8  # a factor no longer than this is the narrow side of a tile
 Factor = tuple[int, int, int]  # size, stride in x, stride in y
 
 
@@ -148,7 +149,7 @@ def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     here = dict(tiles(OP, "_copy_runs_kernel", arch(x.device), bytes=x.element_size()))
     columns = min(triton.next_power_of_2(run), here.pop("BLOCK_C"))
     block_r = max(1, here.pop("BLOCK") // columns)
-    align, run_align = alignment([stride for _, stride, _ in outer]), alignment([run])
+    align, run_align = _wide(x, [stride for _, stride, _ in outer]), _wide(x, [run])
     rows = y.numel() // run
     launch(
         _copy_runs_kernel, (cdiv(rows, block_r) * cdiv(run, columns),), x, y,
@@ -159,10 +160,17 @@ def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
 
 
 def _sides(size_i: int, size_j: int, block: int, side: int) -> tuple[int, int]:
-    """A square tile, or where a factor is short one that is longer along the other."""
-    most_i, most_j = triton.next_power_of_2(size_i), triton.next_power_of_2(size_j)
-    i = min(most_i, block // min(most_j, side))
-    return i, min(most_j, block // i)
+    """A square tile, or where a factor is short one that is long along the other. Three shapes, so that a length does
+    not compile anew."""
+    if size_j <= SHORT < size_i:
+        return block // SHORT, SHORT
+    return (SHORT, block // SHORT) if size_i <= SHORT < size_j else (block // side, side)
+
+
+def _wide(x: Tensor, numbers: list[int]) -> int:
+    """The elements of a 16-byte access where it divides every number, else 1: two variants, not one per divisor."""
+    elements = min(8, 16 // x.element_size())
+    return math.gcd(elements, *numbers) // elements * (elements - 1) + 1
 
 
 def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
@@ -174,9 +182,9 @@ def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     rest.reverse()
     here = dict(tiles(OP, "_turn_kernel", arch(x.device), bytes=x.element_size()))
     block_i, block_j = _sides(i[0], j[0], here.pop("BLOCK"), here.pop("SIDE"))
-    x_align = alignment([f[1] for f in (*rest, j)] + ([] if i[1] == 1 else [i[1]]))
-    y_align = alignment([f[2] for f in (*rest, i)])
-    i_align, j_align = alignment([i[0]]), alignment([j[0]])
+    x_align = _wide(x, [f[1] for f in (*rest, j)] + ([] if i[1] == 1 else [i[1]]))
+    y_align = _wide(x, [f[2] for f in (*rest, i)])
+    i_align, j_align = _wide(x, [i[0]]), _wide(x, [j[0]])
     tiles_i, tiles_j = cdiv(i[0], block_i), cdiv(j[0], block_j)
     launch(
         _turn_kernel, (tiles_i * tiles_j * math.prod(f[0] for f in rest),), x, y,

@@ -16,6 +16,7 @@ from vkernels.library import unit_stride
 from vkernels.ops.rearrange.torch_op import REDUCES, bwd_results
 from vkernels.ops.rearrange.triton import blocks, check_how, parameters, scaled_sum, tile_of
 from vkernels.ops.rearrange.triton_gather import (
+    INDICES,
     OP,
     PLAN_SIZES,
     SOURCE_SIZES,
@@ -41,7 +42,10 @@ def _keep_sum(partial_ptr, which, acc, column, C: tl.constexpr):
     tl.store(partial_ptr + which * C + column, tl.sum(acc, 0), mask=column < C)
 
 
-@triton.jit(do_not_specialize=[*SOURCE_SIZES, *PLAN_SIZES, *_STRIDES, "tasks", "n_out", "chunks"])
+@triton.jit(
+    do_not_specialize=[*SOURCE_SIZES, *PLAN_SIZES, *_STRIDES, "tasks", "n_out", "chunks"],
+    do_not_specialize_on_alignment=INDICES,
+)
 def _rows_bwd_kernel(
     x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2,
     x1_ptr, x1_first, x1_n1, x1_n2, x1_b, x1_s0, x1_s1, x1_s2,
@@ -80,7 +84,7 @@ def _rows_bwd_kernel(
                 residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             u = scaled_sum(v, bias_ptr, gate_ptr, residual, column, scale, C, GATE_STEP)
             mean, deviation = row_statistics(u, inside, eps, C, NORM == 1)
-            unit = (u - mean) * deviation
+            unit = tl.where(inside, (u - mean) * deviation, 0.0)
             if norm_bias_ptr is not None:
                 dnorm_bias += g
             if norm_weight_ptr is not None:
@@ -151,7 +155,7 @@ def rows_bwd(
 _MAX_SIZES = [*SOURCE_SIZES[:7], *PLAN_SIZES, "stride_dyb", "stride_dyr", "tasks", "n_out"]
 
 
-@triton.jit(do_not_specialize=_MAX_SIZES)
+@triton.jit(do_not_specialize=_MAX_SIZES, do_not_specialize_on_alignment=INDICES)
 def _max_shares_kernel(
     x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2,
     ptr_ptr, idx_ptr, weight_ptr, stride_ptr, stride_idx, stride_weight, taps, n_rows,
@@ -183,7 +187,9 @@ def _max_shares_kernel(
     tl.store(share_ptr + at, dy / tl.maximum(winners, 1.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_xb", "stride_xr", *PLAN_SIZES, "tasks", "n_in"])
+@triton.jit(
+    do_not_specialize=["stride_xb", "stride_xr", *PLAN_SIZES, "tasks", "n_in"], do_not_specialize_on_alignment=INDICES
+)
 def _max_bwd_kernel(
     x_ptr, stride_xb, stride_xr, ptr_ptr, idx_ptr, weight_ptr, stride_ptr, stride_idx, stride_weight, taps, n_rows,
     best_ptr, share_ptr, dx_ptr, tasks, n_in,

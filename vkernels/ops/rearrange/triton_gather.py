@@ -21,6 +21,7 @@ from vkernels.ops.rearrange.torch_op import SOURCES, batch, row_axes
 
 OP = "rearrange"
 SOURCE_SIZES = [f"x{i}_{field}" for i in range(SOURCES) for field in ("first", "n1", "n2", "b", "s0", "s1", "s2")]
+INDICES = ["ptr_ptr", "idx_ptr", "weight_ptr", "rows_ptr"]  # read one by one; a source's part of a plan starts anywhere
 PLAN_SIZES = ["stride_ptr", "stride_idx", "stride_weight", "taps", "n_rows"]
 
 
