@@ -147,9 +147,10 @@ def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     *outer, (run, _, _) = factors
     outer.reverse()
     here = dict(tiles(OP, "_copy_runs_kernel", arch(x.device), bytes=x.element_size()))
-    columns = min(triton.next_power_of_2(run), here.pop("BLOCK_C"))
-    block_r = max(1, here.pop("BLOCK") // columns)
     align, run_align = _wide(x, [stride for _, stride, _ in outer]), _wide(x, [run])
+    columns, block = min(triton.next_power_of_2(run), here.pop("BLOCK_C")), here.pop("BLOCK")
+    # An element that is loaded alone has an address of its own, and so many do not fit into registers.
+    block_r = max(1, (block if align * run_align > 1 else block // 4) // columns)
     rows = y.numel() // run
     launch(
         _copy_runs_kernel, (cdiv(rows, block_r) * cdiv(run, columns),), x, y,
@@ -170,7 +171,7 @@ def _sides(size_i: int, size_j: int, block: int, side: int) -> tuple[int, int]:
 def _wide(x: Tensor, numbers: list[int]) -> int:
     """The elements of a 16-byte access where it divides every number, else 1: two variants, not one per divisor."""
     elements = min(8, 16 // x.element_size())
-    return math.gcd(elements, *numbers) // elements * (elements - 1) + 1
+    return elements if all(number % elements == 0 for number in numbers) else 1
 
 
 def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
