@@ -86,7 +86,7 @@ def specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...]
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTER[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, bool):
             signature[parameter.name] = "i1"
