@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_torch_threads", [](uintptr_t parallel_for, uintptr_t get_num_threads) {
     vk::set_torch_threads(reinterpret_cast<void*>(parallel_for), reinterpret_cast<void*>(get_num_threads));
   });
+  m.def("cuda_missing", &vk::cuda_missing);
   m.def("num_threads", &vk::num_threads);
   m.def("advise_huge_pages",
         [](uintptr_t address, size_t bytes) { vk::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });

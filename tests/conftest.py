@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
+import cuda_on_cpu
 import vkernels
 from vkernels.library import native
 
@@ -22,6 +23,9 @@ if folder := os.environ.get("VKERNELS_TESTED_FROM"):  # `make sanitize`: green o
         found = Path(getattr(module, "__file__", None) or "nowhere").resolve()
         if not found.is_relative_to(Path(folder).resolve()):
             pytest.exit(f"the tests must run on the library under {folder}, got {found}", returncode=2)
+
+
+cuda_on_cpu.install()
 
 
 @pytest.fixture(autouse=True)
