@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vkernels import NoBackend
-from vkernels.library import INTERPRETED
+from vkernels.library import INTERPRETED, emulator
 from vkernels.spec import Maker, all_specs
 from vkernels.testing import assert_gradient, assert_within_budget, guarded_memory, poisoned_memory, strided
 from vkernels.testing.results import tensors_of
@@ -243,7 +243,8 @@ def test_cost_is_stated(spec):
 def test_every_backend_runs_somewhere(spec):
     """`why_not` cannot make the suite green by refusing everything."""
     for backend in spec.backends:
-        if backend.name in ("cpu", "reference") or (backend.name == "triton" and INTERPRETED):
+        emulated = backend.name == "cuda" and emulator is not None
+        if backend.name in ("cpu", "reference") or (backend.name == "triton" and INTERPRETED) or emulated:
             for dtype in spec.dtypes:
                 reasons = [backend.why_not(spec.prepare(**make(case, dtype))) for case in spec.cases]
                 assert None in reasons, f"{spec.name}.{backend.name} runs no {dtype} case: {reasons}"

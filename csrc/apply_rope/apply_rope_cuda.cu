@@ -103,21 +103,37 @@ VK_DEVICE T* head_to(const Heads& x, const Place& at, int head) {
   return static_cast<T*>(x.to) + at.ib * x.to_b + at.is * x.to_s + head * x.to_n;
 }
 
-template <class T>
-VK_DEVICE void load_floats(const T* from, float (&x)[kLanesOf<T>]) {
-  widen<T>(load16(from), x);
+// What a thread moves at a time, as it lies in memory.
+template <class Traits>
+using Piece = std::conditional_t<Traits::kWidth == 1, typename Traits::Element, Vector>;
+
+template <class Traits>
+VK_DEVICE Piece<Traits> load_piece(const typename Traits::Element* from) {
+  if constexpr (Traits::kWidth == 1)
+    return load(from);
+  else
+    return load16(from);
 }
-template <class T>
-VK_DEVICE void load_floats(const T* from, float (&x)[1]) {
-  x[0] = widen_one(load(from));
+template <class Traits>
+VK_DEVICE void store_piece(typename Traits::Element* to, const Piece<Traits>& x) {
+  if constexpr (Traits::kWidth == 1)
+    store(to, x);
+  else
+    store16(to, x);
 }
-template <class T>
-VK_DEVICE void store_floats(T* to, const float (&x)[kLanesOf<T>]) {
-  store16(to, narrow<T>(x));
+template <class Traits>
+VK_DEVICE void widen_piece(const Piece<Traits>& piece, float (&x)[Traits::kWidth]) {
+  if constexpr (Traits::kWidth == 1)
+    x[0] = widen_one(piece);
+  else
+    widen<typename Traits::Element>(piece, x);
 }
-template <class T>
-VK_DEVICE void store_floats(T* to, const float (&x)[1]) {
-  store(to, narrow_one<T>(x[0]));
+template <class Traits>
+VK_DEVICE Piece<Traits> narrow_piece(const float (&x)[Traits::kWidth]) {
+  if constexpr (Traits::kWidth == 1)
+    return narrow_one<typename Traits::Element>(x[0]);
+  else
+    return narrow<typename Traits::Element>(x);
 }
 
 // Turns kWidth pairs of heads begin .. end, held as two vectors. Neighbours that are pairs lie through both.
@@ -127,36 +143,39 @@ VK_DEVICE void turn_heads(const Heads& x, const Place& at, int begin, int end, i
   using T = typename Traits::Element;
   constexpr int kWidth = Traits::kWidth, kHeads = Traits::kHeads;
   for (int head = begin; head < end; head += step * kHeads) {
-    float a[kHeads][kWidth], b[kHeads][kWidth];
+    Piece<Traits> pieces[kHeads][2];
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
       if (head + i * step >= end) break;
       const T* from = head_from<T>(x, at, head + i * step);
-      load_floats(from + first, a[i]);
-      load_floats(from + second, b[i]);
+      pieces[i][0] = load_piece<Traits>(from + first);
+      pieces[i][1] = load_piece<Traits>(from + second);
     }
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
       if (head + i * step >= end) break;
+      float a[kWidth], b[kWidth];
+      widen_piece<Traits>(pieces[i][0], a);
+      widen_piece<Traits>(pieces[i][1], b);
       if (neighbours && kWidth > 1) {
 #pragma unroll
         for (int j = 0; j < kWidth / 2; ++j) {
-          turn_pair(a[i][2 * j], a[i][2 * j + 1], c[j], s[j], a[i][2 * j], a[i][2 * j + 1]);
-          turn_pair(b[i][2 * j], b[i][2 * j + 1], c[kWidth / 2 + j], s[kWidth / 2 + j], b[i][2 * j], b[i][2 * j + 1]);
+          turn_pair(a[2 * j], a[2 * j + 1], c[j], s[j], a[2 * j], a[2 * j + 1]);
+          turn_pair(b[2 * j], b[2 * j + 1], c[kWidth / 2 + j], s[kWidth / 2 + j], b[2 * j], b[2 * j + 1]);
         }
       } else {
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) turn_pair(a[i][j], b[i][j], c[j], s[j], a[i][j], b[i][j]);
+        for (int j = 0; j < kWidth; ++j) turn_pair(a[j], b[j], c[j], s[j], a[j], b[j]);
       }
       T* to = head_to<T>(x, at, head + i * step);
-      store_floats(to + first, a[i]);
-      store_floats(to + second, b[i]);
+      store_piece<Traits>(to + first, narrow_piece<Traits>(a));
+      store_piece<Traits>(to + second, narrow_piece<Traits>(b));
     }
   }
 }
 
 template <class Traits>
-VK_KERNEL(kThreads)
+VK_KERNEL(kThreads, 2)
 turn_vectors(const Params p) {
   using T = typename Traits::Element;
   constexpr int kWidth = Traits::kWidth;
@@ -189,10 +208,7 @@ turn_vectors(const Params p) {
             for (int head = begin; head < end; head += p.head_lanes) {
               const T* from = head_from<T>(x, at, head) + e;
               T* to = head_to<T>(x, at, head) + e;
-              if constexpr (kWidth > 1)
-                store16(to, load16(from));
-              else
-                store(to, load(from));
+              store_piece<Traits>(to, load_piece<Traits>(from));
             }
           }
         }
@@ -216,7 +232,7 @@ VK_DEVICE Vector turn_row(const T* row, int column, const int (&other)[kLanesOf<
 }
 
 template <class Traits>
-VK_KERNEL(kThreads)
+VK_KERNEL(kThreads, 2)
 turn_staged(const Params p) {
   using T = typename Traits::Element;
   constexpr int kWidth = Traits::kWidth, kStages = Traits::kStages;

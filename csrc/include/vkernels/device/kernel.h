@@ -8,11 +8,12 @@
 #include "vkernels/half.h"
 
 #if defined(__CUDACC__)
-#define VK_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads of a block at most, and how many blocks a multiprocessor must be able to hold.
+#define VK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define VK_DEVICE __device__ static __forceinline__
 #else
 #include "vkernels/device/emulated.h"
-#define VK_KERNEL(threads) void
+#define VK_KERNEL(...) void
 #define VK_DEVICE [[maybe_unused]] static inline
 #endif
 
