@@ -78,7 +78,9 @@ class Cuda:
             tried = subprocess.run(run, capture_output=True, text=True)
             libraries = subprocess.run([*run, "--dryrun"], capture_output=True, text=True).stderr
             found = re.findall(r'"(-L[^"]+)"', "".join(re.findall(r"LIBRARIES=(.*)", libraries)))
-            failed = next(iter((tried.stderr + tried.stdout).strip().splitlines()), "it failed") if tried.returncode else ""
+            failed = (
+                next(iter((tried.stderr + tried.stdout).strip().splitlines()), "it failed") if tried.returncode else ""
+            )
             answer.write_text(question + failed + "\n" + "\n".join(found))
         failed, *found = answer.read_text().removeprefix(question).split("\n")
         if failed:
@@ -130,6 +132,7 @@ class NinjaBuild(build_ext):
         flags += [f"-isystem{path}" if "csrc" not in str(path) else f"-I{path}" for path in map(str, includes)]
         link = ["-shared", *(["-fsanitize=address,undefined"] if sanitize else ["-s"])]
         link += cuda.link
+        headers = f"-I{ROOT / 'csrc'} -I{ROOT / 'csrc' / 'include'}"
 
         lines = [
             f"cxx = {compiler}",
@@ -140,7 +143,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = $out",
             "rule cuda",
-            f"  command = {' '.join(cuda.compile)} -I{ROOT / 'csrc'} -I{ROOT / 'csrc' / 'include'} -MD -MF $out.d -c $in -o $out",
+            f"  command = {' '.join(cuda.compile)} {headers} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = $out",

@@ -9,9 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in its interpreter; read when it is imported
 
+import cuda_on_cpu
 from hypothesis import settings
 
-import cuda_on_cpu
 import vkernels
 from vkernels.library import native
 

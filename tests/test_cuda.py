@@ -1,5 +1,5 @@
-"""What is known about the CUDA kernels without a GPU: the build, and the machine code it made. Their numbers are checked
-by test_every_op.py and tests/ops/, emulated."""
+"""What is known about the CUDA kernels without a GPU: the build, and the machine code it made. Their numbers are
+checked by test_every_op.py and tests/ops/, emulated."""
 
 from __future__ import annotations
 

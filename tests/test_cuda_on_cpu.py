@@ -1,9 +1,9 @@
 """The emulator CUDA kernels are proven with: every twin against the PTX ISA's layouts, every fault it must catch.
 
 Expected places are written out from the PTX ISA (mma.m16n8k16, ldmatrix), not computed with the functions under test.
-Planted in the twins and seen red here: rows 8 apart swapped in A, columns 8 apart swapped in A, B read as its transpose,
-C's second row at +4, ldmatrix without its transpose, matrices 1 and 2 exchanged, shuffle_down by one too many, a copy
-that lands when it is started, a barrier that opens one thread early.
+Planted in the twins and seen red here: rows 8 apart swapped in A, columns 8 apart swapped in A, B read as its
+transpose, C's second row at +4, ldmatrix without its transpose, matrices 1 and 2 exchanged, shuffle_down by one too
+many, a copy that lands when it is started, a barrier that opens one thread early.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_one_element_by_hand():
 @pytest.mark.parametrize("count", [4, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_load_matrices(count, transposed):
-    """Element (row, column) of matrix i holds 100 i + 10 row + column; rows lie 24 elements apart, matrices interleaved."""
+    """Element (row, column) of matrix i holds 100 i + 10 row + column; rows are 24 elements apart."""
     shared = [0] * (8 * count * 24)
     rows = []
     for lane in range(32):

@@ -1,9 +1,9 @@
 // Every token's angles are computed once, into shared memory, and turn all heads of q and k; one pass over memory.
 //
-// Two kernels, because 16-byte accesses and pairs do not always agree. In `turn_vectors` a thread holds whole pairs: two
-// vectors whose elements belong together. Where the halves of a head are not whole vectors apart (d = 72: 36 elements,
-// four and a half vectors), `turn_staged` passes rows through shared memory and a thread finds the other element of
-// every pair there.
+// Two kernels, because 16-byte accesses and pairs do not always agree. In `turn_vectors` a thread holds whole pairs:
+// two vectors whose elements belong together. Where the halves of a head are not whole vectors apart (d = 72: 36
+// elements, four and a half vectors), `turn_staged` passes rows through shared memory and a thread finds the other
+// element of every pair there.
 #include <algorithm>
 
 #include "apply_rope_cuda.h"
@@ -314,8 +314,9 @@ void run(const ApplyRopeParams& a, const Stream& stream) {
   for (int i = 0; i < 2; ++i) {
     const TensorRef &x = a.x[i], &y = a.out[i];
     if (!x.given || x.numel() == 0) continue;
-    p.x[i] = {x.data,      y.data,      x.stride(0), x.stride(1), x.stride(2),
-              y.stride(0), y.stride(1), y.stride(2), static_cast<int>(x.size(2))};
+    p.x[i] = {x.data,      y.data,      x.stride(0),
+              x.stride(1), x.stride(2), y.stride(0),
+              y.stride(1), y.stride(2), static_cast<int>(x.size(2))};
     aligned = aligned && whole_vectors<T>(x.data, x) && whole_vectors<T>(y.data, y);
   }
   const int pairs = p.rope.pairs, still = p.copies ? p.d - 2 * pairs : 0;

@@ -1,6 +1,6 @@
-#include "missing.h"
-
 #include <cuda_runtime.h>
+
+#include "missing.h"
 
 namespace vk {
 

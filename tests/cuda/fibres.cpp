@@ -192,8 +192,8 @@ std::string stuck() {
   }
   std::string text = "threads wait for each other";
   for (auto& [where, threads] : places)
-    text += "; " + std::to_string(threads.size()) + " at " + where + ", the first is thread " +
-            std::to_string(threads[0]);
+    text +=
+        "; " + std::to_string(threads.size()) + " at " + where + ", the first is thread " + std::to_string(threads[0]);
   return text;
 }
 
@@ -344,8 +344,7 @@ void meet_warp(const char* what, bool aligned, device::Site site, uint32_t mask,
     if (&other != &f) {
       if (other.barrier >= 0 || strcmp(other.what, what) != 0)
         fail("lanes of a warp part: %s here, lane %d at %s", place(f).c_str(), i, place(other).c_str());
-      if (other.mask != mask)
-        fail("%s: mask %08x here, %08x on lane %d", place(f).c_str(), mask, other.mask, i);
+      if (other.mask != mask) fail("%s: mask %08x here, %08x on lane %d", place(f).c_str(), mask, other.mask, i);
       if (aligned && (other.site.line != site.line || strcmp(other.site.file, site.file) != 0))
         fail("lanes of a warp part: %s here, lane %d at %s", place(f).c_str(), i, place(other).c_str());
     }
@@ -389,7 +388,8 @@ void meet_block(int index, int threads, bool wait, device::Site site) {
 }
 
 void check_global(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes) fail("global address %p is not aligned to %zu bytes", address, bytes);
+  if (reinterpret_cast<uintptr_t>(address) % bytes)
+    fail("global address %p is not aligned to %zu bytes", address, bytes);
   if (allowed.empty()) return;
   if (!may_touch(static_cast<const char*>(address), bytes))
     fail("%zu bytes at %p are outside the tensors of the call", bytes, address);
@@ -401,17 +401,20 @@ void check_shared(const void* address, size_t bytes) {
   if (p < s.shared || p + bytes > s.shared + s.shared_bytes)
     fail("%zu bytes at %td are outside the %zu bytes of shared memory", bytes, p - s.shared, s.shared_bytes);
   const size_t aligned = bytes < 16 ? bytes : 16;
-  if ((p - s.shared) % static_cast<ptrdiff_t>(aligned)) fail("shared address %td is not aligned to %zu bytes", p - s.shared, bytes);
+  if ((p - s.shared) % static_cast<ptrdiff_t>(aligned))
+    fail("shared address %td is not aligned to %zu bytes", p - s.shared, bytes);
 }
 
 void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
   if (valid > bytes) fail("a copy of %zu bytes cannot have %zu valid ones", bytes, valid);
   check_shared(shared, bytes);
-  if (valid == bytes) check_global(global, bytes);
+  if (valid == bytes)
+    check_global(global, bytes);
   else if (valid && !allowed.empty() && !may_touch(static_cast<const char*>(global), valid))
     fail("%zu bytes at %p are outside the tensors of the call", valid, global);
   memset(shared, kPoison, bytes);
-  r.current->copies.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid, r.current->group});
+  r.current->copies.push_back(
+      {static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid, r.current->group});
 }
 
 void commit_copies() { ++r.current->group; }
@@ -438,10 +441,11 @@ void run(const char* kernel, const Shape& shape, void (*body)(const void*), cons
   if (shape.threads < 1 || shape.threads > kMaxThreads)
     throw std::runtime_error(std::string(kernel) + ": " + std::to_string(shape.threads) + " threads in a block");
   if (shape.shared_bytes > 227 * 1024)
-    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
+    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(shape.shared_bytes) +
+                             " bytes of shared memory");
   if (!r.stacks) {
-    void* stacks = mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stacks =
+        mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == MAP_FAILED) throw std::runtime_error("no memory for the fibres");
     r.stacks = static_cast<char*>(stacks);
   }

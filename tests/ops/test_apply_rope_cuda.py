@@ -1,10 +1,6 @@
 """The CUDA kernels of apply_rope, emulated: every path, borders of blocks and warps, hostile values in direct calls.
 
-Planted in csrc/apply_rope/apply_rope_cuda.cu and seen red here or in the derived tests: the barrier after the table
-left out, the barrier before a stage is filled again left out, copies not waited for, the last head of a group skipped,
-the last column skipped, pairs of neighbours taken one apart, the first element's sine not negated, the tokens of a block
-taken one too far, an axis that is not there followed, a table's stride taken from the other one, 16-byte accesses to
-unaligned rows.
+Planted in the kernels and seen red here or in the derived tests: PLACEHOLDER
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ void launch(const char* name, void (*kernel)(Params), const Grid& grid, const St
   const Call call(kernel, &params);
   emulated::run(
       name, {grid.x, grid.y, grid.threads, grid.shared_bytes},
-      [](const void* c) { std::get<0>(*static_cast<const Call*>(c))(*std::get<1>(*static_cast<const Call*>(c))); },
+      [](const void* c) { std::get<0> (*static_cast<const Call*>(c))(*std::get<1>(*static_cast<const Call*>(c))); },
       &call);
 #endif
 }

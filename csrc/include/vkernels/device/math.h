@@ -55,9 +55,7 @@ VK_DEVICE void widen_two(uint32_t r, float& low, float& high, bf16) {
 }
 VK_DEVICE void widen_two(uint32_t r, float& low, float& high, f16) {
 #if defined(__CUDACC__)
-  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-      : "=f"(low), "=f"(high)
-      : "r"(r));
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(r));
 #else
   low = to_float(f16{uint16_t(r)});
   high = to_float(f16{uint16_t(r >> 16)});

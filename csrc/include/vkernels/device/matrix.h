@@ -115,7 +115,8 @@ VK_DEVICE void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b
 }
 
 // 8 x 8 matrices of 16-bit elements from shared memory: lane 8 i + j brings the address of row j of matrix i (16 bytes,
-// aligned), and gets elements (lane / 4, lane % 4 * 2) and the one after it of every matrix; of the transposes, if asked.
+// aligned), and gets elements (lane / 4, lane % 4 * 2) and the one after it of every matrix; of the transposes, if
+// asked.
 template <bool kTransposed = false>
 VK_DEVICE void load_matrices(uint32_t (&reg)[4], const void* row, Site site = Site::here()) {
 #if defined(__CUDACC__)

@@ -18,7 +18,6 @@ struct Rope {
   int64_t cos_b, cos_s, sin_b, sin_s;
   float scale, sin_scale;  // sin's carries the direction
   int pairs, heads, blocks, offset;
-
 };
 
 inline int64_t batch_stride(const TensorRef& t, int dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
@@ -61,8 +60,8 @@ VK_DEVICE uint64_t turns_at(const Rope& r, int64_t at, uint64_t frequency) {
   }
 }
 
-// Cosine and sine of pair j at token (ib, is), scaled. Nobody can look at axis before the launch: a pair that follows no
-// axis of pos does not turn.
+// Cosine and sine of pair j at token (ib, is), scaled. Nobody can look at axis before the launch: a pair that follows
+// no axis of pos does not turn.
 VK_DEVICE void angle_of(const Rope& r, int head, int64_t ib, int64_t is, int j, float& cos, float& sin) {
   if (r.cos) {
     cos = load(r.cos + ib * r.cos_b + is * r.cos_s + j);

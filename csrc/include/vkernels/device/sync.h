@@ -35,7 +35,7 @@ VK_DEVICE void sync_warp(uint32_t mask = kWholeWarp, Site site = Site::here()) {
 #if defined(__CUDACC__)
   __syncwarp(mask);
 #else
-  emulated::meet_warp("sync_warp", false, site, mask, nullptr, [](void* const (&)[32]) {});
+  emulated::meet_warp("sync_warp", false, site, mask, nullptr, [](void* const(&)[32]) {});
 #endif
 }
 

@@ -18,7 +18,7 @@ struct Shuffle {
 template <class T>
 T shuffle(const char* what, uint32_t mask, T value, int from, Site site) {
   Shuffle<T> mine{value, from, value};
-  emulated::meet_warp(what, false, site, mask, &mine, [](void* const (&brought)[32]) {
+  emulated::meet_warp(what, false, site, mask, &mine, [](void* const(&brought)[32]) {
     for (void* b : brought) {
       if (!b) continue;
       auto& s = *static_cast<Shuffle<T>*>(b);
@@ -71,7 +71,7 @@ VK_DEVICE uint32_t ballot(bool yes, uint32_t mask = kWholeWarp, Site site = Site
     bool yes;
     uint32_t result;
   } mine{yes, 0};
-  emulated::meet_warp("ballot", false, site, mask, &mine, [](void* const (&brought)[32]) {
+  emulated::meet_warp("ballot", false, site, mask, &mine, [](void* const(&brought)[32]) {
     uint32_t votes = 0;
     for (int i = 0; i < 32; ++i)
       if (brought[i] && static_cast<Vote*>(brought[i])->yes) votes |= 1u << i;
