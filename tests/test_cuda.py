@@ -4,13 +4,15 @@ checked by test_every_op.py and tests/ops/, emulated."""
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cubins import kernels, why_not
+from cubins import cuobjdump, kernels, why_not
 
 import vkernels
 from vkernels import library
@@ -73,6 +75,48 @@ def test_apply_rope_moves_16_bytes_at_a_time():
             assert use["store16"] >= 4, kernel
         else:
             assert use["load16"] + use["store16"] == 0, kernel
+
+
+# What each function of csrc/include/vkernels/device/ must have become.
+INSTRUCTIONS = {
+    "cp.async": r"LDGSTS\.E\.BYPASS\S*\.128",
+    "its commit": r"LDGDEPBAR",
+    "its wait": r"DEPBAR\.LE SB0, 0x1",
+    "a barrier": r"BAR\.SYNC",
+    "an arrival": r"BAR\.ARV",
+    "ldmatrix x4": r"LDSM\.16\.M88\.4",
+    "ldmatrix x2": r"LDSM\.16\.M88\.2",
+    "ldmatrix x4 transposed": r"LDSM\.16\.MT88\.4",
+    "ldmatrix x2 transposed": r"LDSM\.16\.MT88\.2",
+    "mma bf16": r"HMMA\.16816\.F32\.BF16",
+    "mma f16": r"HMMA\.16816\.F32 ",
+    "a 16-byte load": r"LDG\S*\.128",
+    "a load past L1": r"LDG\.E\.NA\.128",
+    "a 16-byte store": r"STG\S*\.128",
+    "a shuffle": r"SHFL\.IDX",
+    "a butterfly": r"SHFL\.BFLY",
+    "a shift": r"SHFL\.DOWN",
+    "a vote": r"VOTE\.ANY",
+    "2^x": r"MUFU\.EX2",
+    "log2 x": r"MUFU\.LG2",
+    "two bf16": r"F2FP\.BF16",
+    "two f16": r"F2FP\.(F16\.F32\.)?PACK_AB",
+}
+
+
+@built
+def test_every_function_of_the_device_layer_is_its_instruction(tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    cubin = tmp_path / "every_instruction.cubin"
+    source = ROOT / "tests/cuda/every_instruction.cu"
+    command = [nvcc, "-std=c++17", "-arch=sm_80", "-cubin", f"-I{ROOT / 'csrc/include'}", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    missing = [what for what, pattern in INSTRUCTIONS.items() if not re.search(pattern, code)]
+    assert not missing, missing
 
 
 def run(code: str, **environment: str) -> str:

@@ -63,6 +63,11 @@ def test_borders_of_blocks(s, heads, d):
     close_to_reference(q, k, RopeSpec.build(d), torch.arange(s))
 
 
+def test_one_row_that_is_not_whole_vectors():
+    """No stride gives it away: the last four elements are no vector of their own."""
+    close_to_reference(torch.randn(1, 1, 1, 20).bfloat16(), None, RopeSpec.build(16), torch.ones(1))
+
+
 def test_more_pairs_than_threads():
     q = torch.randn(1, 2, 1, 2050)
     close_to_reference(q, None, RopeSpec.build(2048), torch.arange(2))
