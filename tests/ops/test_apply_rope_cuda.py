@@ -68,6 +68,20 @@ def test_one_row_that_is_not_whole_vectors():
     close_to_reference(torch.randn(1, 1, 1, 20).bfloat16(), None, RopeSpec.build(16), torch.ones(1))
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_rows_that_leave_16_byte_addresses(dim):
+    """The first row starts at one, the next ones do not."""
+    shape = [2, 2, 2, 64]
+    strides = [256, 128, 64, 1]
+    strides[dim] += 4
+    if dim == 2:
+        strides[:2] = [512, 256]
+    elif dim == 1:
+        strides[0] = 512
+    memory = torch.randn(1024).bfloat16()
+    close_to_reference(memory.as_strided(shape, strides), None, RopeSpec.build(64), torch.arange(2))
+
+
 def test_more_pairs_than_threads():
     q = torch.randn(1, 2, 1, 2050)
     close_to_reference(q, None, RopeSpec.build(2048), torch.arange(2))
