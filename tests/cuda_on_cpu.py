@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Emulated:
 
 def install() -> None:
     """Load the library, building it first; where that is impossible, the `cuda` backend keeps its refusal."""
-    if shutil.which((os.environ.get("CXX") or "g++").split()[-1]) is None:
+    compiler = (os.environ.get("CXX") or "g++").split()[-1]
+    if shutil.which(compiler) is None or not (find_spec("ninja") and find_spec("pybind11")):
         return
     path = build()
     spec = spec_from_file_location(NAME, path)

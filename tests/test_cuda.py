@@ -198,7 +198,7 @@ print(".cu.o" in text, "VK_CUDA_ABSENT" in text)
 
 def test_explain_names_the_cuda_backend():
     if library.emulator is None:
-        pytest.skip("the CUDA kernels are not emulated here (no C++ compiler)")
+        pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)")
     q = torch.zeros(1, 4, 2, 8)
     told = str(vkernels.explain("apply_rope", q, None, vkernels.RopeSpec.build(8), torch.arange(4), backend="cuda"))
     assert told.splitlines()[0] == "apply_rope: backend cuda"

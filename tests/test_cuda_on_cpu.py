@@ -20,7 +20,7 @@ from vkernels import library
 from vkernels.library import ref
 
 if library.emulator is None:
-    pytest.skip("the CUDA kernels are not emulated here (no C++ compiler)", allow_module_level=True)
+    pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)", allow_module_level=True)
 
 E = library.emulator.module
 

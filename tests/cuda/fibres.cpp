@@ -162,7 +162,6 @@ struct Run {
 } r;
 
 Order wanted_order = Order::mixed;
-std::vector<TensorRef> allowed;
 int64_t switch_count = 0;
 
 void pause(bool last = false) { r.current->context.switch_to(r.main, last); }
@@ -198,7 +197,7 @@ std::string stuck() {
 }
 
 void turn_order(Order order, int64_t block, int threads, std::vector<int>& turns) {
-  if (order == Order::mixed) order = static_cast<Order>(block % 3);
+  if (order == Order::mixed) order = static_cast<Order>((block + threads / 32) % 3);
   turns.resize(static_cast<size_t>(threads));
   for (int i = 0; i < threads; ++i) turns[size_t(i)] = order == Order::backward ? threads - 1 - i : i;
   if (order != Order::shuffled) return;
@@ -259,21 +258,6 @@ void run_block(const Shape& shape, int64_t x, int64_t y, std::vector<char>& memo
                            thread + ": " + r.error);
 }
 
-// Is the element of `t` at `offset` elements from its start one of its elements?
-bool holds(const TensorRef& t, int64_t offset) {
-  int order[TensorRef::kMaxRank];
-  for (int i = 0; i < t.rank; ++i) {
-    if (t.sizes[i] == 0) return false;
-    order[i] = i;
-  }
-  std::sort(order, order + t.rank, [&](int a, int b) { return t.strides[a] > t.strides[b]; });
-  for (int i = 0; i < t.rank; ++i) {
-    const int64_t stride = t.strides[order[i]], size = t.sizes[order[i]];
-    if (stride > 0 && size > 1) offset -= std::min(offset / stride, size - 1) * stride;
-  }
-  return offset == 0;
-}
-
 int64_t element_bytes(Dtype d) {
   switch (d) {
     case Dtype::bf16:
@@ -290,18 +274,43 @@ int64_t element_bytes(Dtype d) {
   }
 }
 
-bool may_touch(const char* address, size_t bytes) {
-  for (const char* p = address; p < address + bytes;) {
-    size_t step = 0;
-    for (const TensorRef& t : allowed) {
-      const int64_t item = element_bytes(t.dtype), at = p - static_cast<const char*>(t.data);
-      if (at >= 0 && at % item == 0 && holds(t, at / item)) {
-        step = static_cast<size_t>(item);
-        break;
-      }
+// A tensor of the call, its dimensions from the largest stride to the smallest; those of one element left out.
+struct Allowed {
+  const char* data;
+  int64_t item, sizes[TensorRef::kMaxRank], strides[TensorRef::kMaxRank];
+  int rank = 0;
+
+  explicit Allowed(const TensorRef& t) : data(static_cast<const char*>(t.data)), item(element_bytes(t.dtype)) {
+    int order[TensorRef::kMaxRank];
+    for (int i = 0; i < t.rank; ++i)
+      if (t.sizes[i] > 1 && t.strides[i] > 0) order[rank++] = i;
+    std::sort(order, order + rank, [&](int x, int y) { return t.strides[x] > t.strides[y]; });
+    for (int i = 0; i < rank; ++i) sizes[i] = t.sizes[order[i]], strides[i] = t.strides[order[i]];
+  }
+
+  // Bytes from `address` on that belong to the tensor without a gap; 0: it is no element.
+  size_t run(const char* address) const {
+    int64_t offset = address - data, left = 1;
+    if (offset < 0 || offset % item) return 0;
+    offset /= item;
+    for (int i = 0; i < rank; ++i) {
+      const int64_t index = std::min(offset / strides[i], sizes[i] - 1);
+      offset -= index * strides[i];
+      if (strides[i] == 1) left = sizes[i] - index;
     }
+    return offset == 0 ? static_cast<size_t>(left * item) : 0;
+  }
+};
+
+std::vector<Allowed> allowed;
+
+bool may_touch(const char* address, size_t bytes) {
+  for (size_t done = 0; done < bytes;) {
+    size_t step = 0;
+    for (const Allowed& t : allowed)
+      if ((step = t.run(address + done)) > 0) break;
     if (step == 0) return false;
-    p += step;
+    done += step;
   }
   return true;
 }
@@ -430,7 +439,7 @@ void wait_for_copies(int groups_left) {
 void allow(const std::vector<TensorRef>& tensors) {
   allowed.clear();
   for (const TensorRef& t : tensors)
-    if (t.given && t.numel() > 0) allowed.push_back(t);
+    if (t.given && t.numel() > 0) allowed.emplace_back(t);
 }
 
 void set_order(Order order) { wanted_order = order; }

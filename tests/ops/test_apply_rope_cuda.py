@@ -12,7 +12,7 @@ from vkernels import RopeSpec, apply_rope, library
 from vkernels.testing import strided
 
 if library.emulator is None:
-    pytest.skip("the CUDA kernels are not emulated here (no C++ compiler)", allow_module_level=True)
+    pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)", allow_module_level=True)
 
 ROPE = torch.ops.vkernels.apply_rope.cuda
 

@@ -49,7 +49,8 @@ struct Shape {
 };
 void run(const char* kernel, const Shape& shape, void (*body)(const void*), const void* arguments);
 
-// In which order the threads of a block take their turns: mixed takes another of the first three block by block.
+// In which order the threads of a block take their turns: mixed takes one of the first three by the block's
+// index and size.
 enum class Order : int { forward = 0, backward = 1, shuffled = 2, mixed = 3 };
 
 }  // namespace vk::emulated
