@@ -143,6 +143,20 @@ def test_rows_from_shared_memory_are_fragments():
     assert E.load_matrices(flat, [lane % 16 * 8 for lane in range(32)], 2, True) == registers(b, "b", 4, True)
 
 
+def test_attention_on_one_warp():
+    """The instructions together: what an attention kernel does with a tile of 16 x 16, softmax to the base 2."""
+    qkv, out = torch.randn(3, 16, 16).bfloat16(), torch.full((16, 16), math.nan)
+    E.allow([ref(qkv), ref(out)])
+    try:
+        E.attend(ref(qkv), ref(out))
+    finally:
+        E.allow([])
+    q, k, v = qkv.double()
+    weights = torch.softmax(q @ k.T * math.log(2), -1)
+    torch.testing.assert_close(out.double(), weights.bfloat16().double() @ v, rtol=0, atol=1e-2)
+    assert (out.double() - weights @ v).abs().max() < 2e-2
+
+
 def test_shuffles():
     x = list(range(100, 132))
     whole = 0xFFFFFFFF

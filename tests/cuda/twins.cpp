@@ -14,6 +14,11 @@ using namespace device;
 using Words = std::vector<std::vector<uint32_t>>;  // lane, register
 using Floats = std::vector<std::vector<float>>;
 
+struct Tile {
+  const char* qkv;
+  float* out;
+};
+
 constexpr Stream kNowhere{0, nullptr};
 
 template <class Body>
@@ -94,6 +99,41 @@ std::vector<float> rounded(std::vector<float> x, bool brain) {
   return x;
 }
 
+// softmax(q k') v of 16 queries, 16 keys and 16 channels (bf16, rows in a row) on one warp: copies, ldmatrix, two
+// products, and a softmax that never leaves the registers.
+VK_KERNEL(32) attend(Tile t) {
+  char* shared = shared_memory();
+  for (int i = lane(); i < 3 * 32; i += kWarp) copy_async16(shared + 16 * i, t.qkv + 16 * i);
+  commit_copies();
+  wait_for_copies<0>();
+  sync_warp();
+  const auto row = [&](int tensor, int r, int column) { return shared + 512 * tensor + 32 * r + 2 * column; };
+  FragmentA q;
+  load_matrices(q.reg, row(0, lane() % 16, lane() / 16 * 8));
+  FragmentC scores[2] = {}, out[2] = {};
+  for (int n = 0; n < 2; ++n) {
+    FragmentB k;
+    load_matrices(k.reg, row(1, 8 * n + lane() % 8, lane() / 8 % 2 * 8));
+    multiply_add<bf16>(scores[n], q, k);
+  }
+  for (int half = 0; half < 2; ++half) {  // rows lane / 4 and lane / 4 + 8
+    float* s[4] = {&scores[0].value[2 * half], &scores[0].value[2 * half + 1], &scores[1].value[2 * half],
+                   &scores[1].value[2 * half + 1]};
+    const float top = max_over_lanes<4>(fmaxf(fmaxf(*s[0], *s[1]), fmaxf(*s[2], *s[3])));
+    for (float* x : s) *x = exp2_fast(*x - top);
+    const float sum = sum_over_lanes<4>(*s[0] + *s[1] + *s[2] + *s[3]);
+    for (float* x : s) *x /= sum;
+  }
+  const FragmentA p = as_operand<bf16>(scores[0], scores[1]);
+  for (int n = 0; n < 2; ++n) {
+    FragmentB v;
+    load_matrices<true>(v.reg, row(2, lane() % 16, 8 * n));
+    multiply_add<bf16>(out[n], p, v);
+    for (int i = 0; i < 4; ++i)
+      store(t.out + 16 * FragmentC::row(lane(), i) + 8 * n + FragmentC::column(lane(), i), out[n].value[i]);
+  }
+}
+
 }  // namespace
 
 void bind_twins(py::module_& m) {
@@ -102,6 +142,9 @@ void bind_twins(py::module_& m) {
   m.def("shuffle", &shuffled);
   m.def("over_lanes", &over_lanes);
   m.def("rounded", &rounded);
+  m.def("attend", [](TensorRef qkv, TensorRef out) {
+    launch("attend", attend, {1, 1, 32, 1536}, kNowhere, Tile{qkv.ptr<const char>(), out.ptr<float>()});
+  });
   m.def("exp2_fast", [](float x) { return exp2_fast(x); });
   m.def("log2_fast", [](float x) { return log2_fast(x); });
   m.def("fragment_places", [](const std::string& which, int lane, int i) {

@@ -1,7 +1,7 @@
 // Tensor cores: fragments as types that know where their elements lie (PTX ISA, mma.m16n8k16 and ldmatrix).
 #pragma once
 
-#include "vkernels/device/memory.h"
+#include "vkernels/device/math.h"
 #include "vkernels/device/warp.h"
 
 namespace vk::device {
@@ -152,6 +152,13 @@ VK_DEVICE void load_matrices(uint32_t (&reg)[2], const void* row, Site site = Si
 #else
   twin::load_matrices(reg, 2, kTransposed, row, site);
 #endif
+}
+
+// Two neighbouring tiles of a product as the left operand of the next: the elements already lie where it wants them.
+template <class T>
+VK_DEVICE FragmentA as_operand(const FragmentC& left, const FragmentC& right) {
+  return {{round_two(left.value[0], left.value[1], T{}), round_two(left.value[2], left.value[3], T{}),
+           round_two(right.value[0], right.value[1], T{}), round_two(right.value[2], right.value[3], T{})}};
 }
 
 }  // namespace vk::device
