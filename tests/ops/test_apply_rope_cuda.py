@@ -1,12 +1,13 @@
 """The CUDA kernels of apply_rope, emulated: every path, borders of blocks and warps, hostile values in direct calls.
 
-Planted one at a time in csrc/apply_rope/apply_rope_cuda.cu and csrc/include/vkernels/device/rope.h, each seen red here or,
-where the spec's heads follow different axes, in the derived tests. Barriers: after the table, before the table is filled
-again, before a stage is filled again, after a copy. Copies: not waited for, not committed, two slots sharing a stage.
-Borders: the last head of a group, one head too many, the last column, one token too many, the element where turning
-begins. Pairs: neighbours taken one apart, their angles taken twice, both halves looked for above, a sine not negated.
-Alignment: rows of odd length, odd strides, halves or an offset that are not whole vectors, taken for whole vectors.
-Values: the first heads' angles for all, an axis that is not there followed, a table's stride taken from the other one.
+Planted one at a time in csrc/apply_rope/apply_rope_cuda.cu and csrc/include/vkernels/device/rope.h, each seen red
+here or, where the spec's heads follow different axes, in the derived tests. Barriers: after the table, before the
+table is filled again, before a stage is filled again, after a copy. Copies: not waited for, not committed, two slots
+sharing a stage. Borders: the last head of a group, one head too many, the last column, one token too many, the
+element where turning begins. Pairs: neighbours taken one apart, their angles taken twice, both halves looked for
+above, a sine not negated. Alignment: rows of odd length, odd strides, halves or an offset that are not whole vectors,
+taken for whole vectors. Values: the first heads' angles for all, an axis that is not there followed, a table's stride
+taken from the other one.
 """
 
 from __future__ import annotations
