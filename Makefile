@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: dev build demo test check bench gpu table format sanitize clean
 
@@ -60,7 +60,7 @@ sanitize: $(VENV)/.installed
 	VKERNELS_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	VKERNELS_TESTED_FROM=build/sanitize ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py \
+	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py tests/test_cuda_on_cpu.py \
 	  -k "not compile and not opcheck" $(ARGS)
 
 clean:

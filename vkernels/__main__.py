@@ -11,7 +11,7 @@ import torch
 
 import vkernels
 from vkernels.dispatch import Backend
-from vkernels.library import INTERPRETED, native, native_missing, triton_why_not
+from vkernels.library import INTERPRETED, cuda_missing, cuda_why_not, native, native_missing, triton_why_not
 from vkernels.spec import OpSpec
 
 
@@ -36,7 +36,9 @@ def info(_: argparse.Namespace) -> int:
     ops = ", ".join(spec.name for spec in compiled_specs() if any(b.name == "triton" for b in spec.backends))
     state = f"not active: {reason}" if reason else "active on the GPU" if device == "cuda" else "active, interpreted"
     print(f"backend triton: {state}; ops so far: {ops}")
-    print("backend cuda: not active: this version has no cuda kernels yet")
+    reason = cuda_missing() or (cuda_why_not(torch.empty(0, device=device)) if device == "cuda" else None)
+    ops = ", ".join(spec.name for spec in all_specs() if any(b.name == "cuda" for b in spec.backends))
+    print(f"backend cuda: {f'not active: {reason}' if reason else 'active on the GPU'}; ops so far: {ops}")
     for name in ("VKERNELS_CPU_ISA", "TRITON_INTERPRET"):
         print(f"environment: {name}={os.environ.get(name) or '(unset)'}")
     return 0

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vkernels.check import NoBackend, refusal
 
 try:
     from vkernels import _C  # type: ignore[attr-defined]
@@ -88,6 +90,57 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
     return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
 
 
+# The CUDA kernels compiled for the CPU, where the tests put them (docs/cuda.md); they run on CPU tensors.
+emulator: Any = None
+
+
+@torch.compiler.assume_constant_result
+def cuda_missing() -> str | None:
+    """None when the CUDA kernels are built in and a driver can run them, else the sentence that says why not."""
+    return _missing or _C.cuda_missing()
+
+
+def cuda_why_not(tensor: torch.Tensor) -> str | None:
+    """The reasons every CUDA kernel shares for refusing a call on `tensor`."""
+    if tensor.dtype == torch.float64:
+        return "dtype float64 is served by the reference only"
+    if tensor.device.type == "cpu" and (emulator is not None or recording_for is not None):
+        return None
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
+    if (missing := cuda_missing()) is not None:
+        return missing
+    major, minor = capability(tensor.device)
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, this backend needs sm_80 or newer"
+
+
+def run_cuda(name: str, tensors: Sequence[torch.Tensor | None], *rest: Any) -> None:
+    """Call the native CUDA function `name` with references to `tensors`, then `rest`, then device and stream.
+
+    Device and stream are torch's at the time of the call. Nothing waits for the device, so a call can be captured into
+    a CUDA graph.
+    """
+    op_name = name.removesuffix("_cuda")
+    device = next(x.device for x in tensors if x is not None)
+    for x in tensors:
+        if x is not None and x.device != device:
+            raise TypeError(refusal(op_name, "tensors", f"be on one device ({device})", x.device))
+    references = [ref(x) for x in tensors]
+    if device.type != "cuda":
+        if emulator is None:
+            raise NoBackend(f"{op_name}: tensors must be on an NVIDIA GPU, got {device}")
+        getattr(emulator, name)(*references, *rest, 0, 0)
+        return
+    if (missing := cuda_missing()) is not None:
+        raise NoBackend(f"{op_name}: {missing}")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        getattr(_C, name)(*references, *rest, device.index, stream)
+    else:
+        with torch.cuda.device(device):
+            getattr(_C, name)(*references, *rest, device.index, stream)
+
+
 def lazily(module: str, function: str) -> Callable[..., Any]:
     """`module.function`, imported when it is first called: Triton takes a second to import."""
     found: list[Callable[..., Any]] = []
@@ -136,8 +189,9 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 _registry = torch.library.Library("vkernels", "FRAGMENT")
 
-# Triton's interpreter runs on CPU tensors; on the GPU `launch` is the one that refuses them.
-DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA",)}
+# Triton's interpreter and the emulator of the CUDA kernels run on CPU tensors; `launch` and `run_cuda` refuse them
+# where there is neither.
+DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
 
 
 def register(
