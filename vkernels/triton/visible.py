@@ -1,0 +1,127 @@
+"""Who sees whom: key intervals of queries, what a tile of queries makes of them, and the finer box on top.
+
+Of the keys a tile of queries meets, those that every query of the tile sees are its core: no mask code runs there.
+"""
+
+import triton
+import triton.language as tl
+
+FAR: tl.constexpr = tl.constexpr(2**30)  # no index lies beyond
+
+
+@triton.jit
+def interval(ranges_ptr, i, live, r, live_k, len_q, len_k, R: tl.constexpr, PACKED: tl.constexpr):
+    """Half-open key interval `r` of queries `i`, inside the live keys whatever `ranges` holds; (x, x) of dead ones.
+
+    R = 0: every live key of the group.
+    """
+    inner, base = i, tl.zeros_like(i)
+    if PACKED:
+        inner, base = i % len_q, (i // len_q) * len_k
+    start, end = tl.zeros_like(i), tl.zeros_like(i) + live_k
+    if PACKED:
+        end = tl.zeros_like(i) + len_k
+    if R > 0:
+        at = inner.to(tl.int64) * (2 * R) + 2 * r
+        start = tl.maximum(tl.load(ranges_ptr + at, mask=live, other=0), 0)
+        end = tl.minimum(tl.load(ranges_ptr + at + 1, mask=live, other=0), end)
+    end = tl.where(live & (start < end), end, start)
+    return base + start, base + end
+
+
+@triton.jit
+def span(start, end, live):
+    """(first, last, core_first, core_last) of a tile of queries: keys outside [first, last) meet none of its live
+    queries, keys in [core_first, core_last) are seen by all of them."""
+    sees = start < end
+    first = tl.min(tl.where(sees, start, FAR), 0)
+    last = tl.max(tl.where(sees, end, 0), 0)
+    core_first = tl.max(tl.where(live, tl.where(sees, start, FAR), 0), 0)
+    core_last = tl.min(tl.where(live, tl.where(sees, end, 0), FAR), 0)
+    return first, last, core_first, core_last
+
+
+@triton.jit
+def key_steps(first, last, core_first, core_last, BLOCK: tl.constexpr):
+    """(steps, before, core): [first, last) takes `steps` blocks of keys; `before` of them, then `core` that need no
+    mask code, then the rest."""
+    steps = (tl.maximum(last - first, 0) + BLOCK - 1) // BLOCK
+    before = tl.minimum((tl.maximum(core_first - first, 0) + BLOCK - 1) // BLOCK, steps)
+    core = tl.maximum(tl.minimum(core_last, last) - first, 0) // BLOCK - before
+    return steps, before, tl.maximum(core, 0)
+
+
+@triton.jit
+def across(x, QUERIES: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """A vector over queries, or over keys, as an axis of a tile [queries, keys], or [keys, queries]."""
+    if QUERIES == KEYS_FIRST:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def visible(
+    i, seen, j, there, start, end, box, len_q, len_k,
+    RELATIONS: tl.constexpr, PACKED: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Which of keys `j` queries `i` see: inside [start, end), and inside the box where there is one.
+
+    box = (q_attr, k_attr, q_global, k_global, lows, highs); `seen` and `there` mark indices that may be read.
+    """
+    key = across(j, False, KEYS_FIRST)
+    sees = (key >= across(start, True, KEYS_FIRST)) & (key < across(end, True, KEYS_FIRST))
+    if RELATIONS > 0:
+        q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr, lows, highs = box
+        if PACKED:
+            i, j = i % len_q, j % len_k
+        inside = sees
+        for a in tl.static_range(RELATIONS):
+            q_attr = tl.load(q_attr_ptr + a * len_q.to(tl.int64) + i, mask=seen, other=0)
+            k_attr = tl.load(k_attr_ptr + a * len_k.to(tl.int64) + j, mask=there, other=0)
+            gap = across(k_attr, False, KEYS_FIRST) - across(q_attr, True, KEYS_FIRST)
+            inside = inside & (gap >= lows[a]) & (gap <= highs[a])
+        if q_global_ptr is not None:
+            everywhere = tl.load(q_global_ptr + i, mask=seen, other=0) != 0
+            inside = inside | (sees & across(everywhere, True, KEYS_FIRST))
+        if k_global_ptr is not None:
+            everywhere = tl.load(k_global_ptr + j, mask=there, other=0) != 0
+            inside = inside | (sees & across(everywhere, False, KEYS_FIRST))
+        sees = inside
+    return sees
+
+
+@triton.jit
+def _meets(bounds_ptr, t, tiles, k_first, k_last, FULL: tl.constexpr, BOX: tl.constexpr):
+    """Which query tiles `t` meet keys [k_first, k_last): with a core that covers them all (FULL), or without."""
+    there = t < tiles
+    first = tl.load(bounds_ptr + t, mask=there, other=0)
+    last = tl.load(bounds_ptr + tiles + t, mask=there, other=0)
+    meets = (first < k_last) & (last > k_first) & (first < last)
+    if BOX:
+        return meets
+    else:
+        core_first = tl.load(bounds_ptr + 2 * tiles + t, mask=there, other=0)
+        core_last = tl.load(bounds_ptr + 3 * tiles + t, mask=there, other=0)
+        covers = (core_first <= k_first) & (core_last >= k_last)
+        return meets & (covers if FULL else ~covers)
+
+
+@triton.jit
+def next_run(
+    bounds_ptr, at, tiles, k_first, k_last, FULL: tl.constexpr, BOX: tl.constexpr, SCAN: tl.constexpr
+):  # fmt: skip
+    """[begin, end): the next run of query tiles, from tile `at` on, that meet keys [k_first, k_last) in the way FULL
+    says; begin = tiles where there is none. bounds [4, tiles]: what `span` says of each tile."""
+    begin, chunk = tiles, at
+    while (begin >= tiles) & (chunk < tiles):
+        t = chunk + tl.arange(0, SCAN)
+        begin = tl.min(tl.where(_meets(bounds_ptr, t, tiles, k_first, k_last, FULL, BOX), t, tiles), 0)
+        chunk += SCAN
+    end, chunk = tiles, begin
+    while (end >= tiles) & (chunk < tiles):
+        t = chunk + tl.arange(0, SCAN)
+        end = tl.min(tl.where(_meets(bounds_ptr, t, tiles, k_first, k_last, FULL, BOX), tiles, t), 0)
+        end = tl.minimum(end, tiles)
+        chunk += SCAN
+    return begin, end
