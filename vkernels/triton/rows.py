@@ -38,3 +38,12 @@ def of_sample(ptr, sample, size, per_sample, BIT: tl.constexpr):
         return ptr
     else:
         return ptr + sample * size * ((per_sample >> BIT) & 1)
+
+
+@triton.jit
+def place(tiles, groups, heads):
+    """(tile, group, head, sample) of this program on an axis without end: tiles of one head run side by side, and share
+    in L2 what they read."""
+    at = tl.program_id(0)
+    rest = at // tiles
+    return at % tiles, rest % groups, rest // groups % heads, (rest // groups // heads).to(tl.int64)

@@ -6,7 +6,36 @@ Of the keys a tile of queries meets, those that every query of the tile sees are
 import triton
 import triton.language as tl
 
+from vkernels.triton.rows import live_tokens, of_sample
+
 FAR: tl.constexpr = tl.constexpr(2**30)  # no index lies beyond
+
+
+@triton.jit
+def mask_of(sample, per_sample, tensors, q_sizes, k_sizes, lows, highs, R: tl.constexpr, RELATIONS: tl.constexpr):
+    """(q side, k side, live queries, live keys, ranges, box) of one sample; sides as in rows.py, box as in `visible`.
+
+    tensors: what a MaskPlan holds, None where it does not; sizes: (tokens, length of a group, indices, group stride,
+    token stride)."""
+    q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr = (
+        tensors
+    )
+    s_q, len_q, all_q, q_group, q_token = q_sizes
+    s_k, len_k, all_k, k_group, k_token = k_sizes
+    q_side = (of_sample(q_rows_ptr, sample, s_q, per_sample, 0), s_q, len_q, q_group, q_token)
+    k_side = (of_sample(k_rows_ptr, sample, s_k, per_sample, 1), s_k, len_k, k_group, k_token)
+    live_q = live_tokens(of_sample(q_count_ptr, sample, 1, per_sample, 2), all_q)
+    live_k = live_tokens(of_sample(k_count_ptr, sample, 1, per_sample, 3), all_k)
+    ranges_ptr = of_sample(ranges_ptr, sample, 2 * R * len_q.to(tl.int64), per_sample, 4)
+    box = (
+        of_sample(q_attr_ptr, sample, RELATIONS * len_q.to(tl.int64), per_sample, 5),
+        of_sample(k_attr_ptr, sample, RELATIONS * len_k.to(tl.int64), per_sample, 6),
+        of_sample(q_global_ptr, sample, len_q, per_sample, 7),
+        of_sample(k_global_ptr, sample, len_k, per_sample, 8),
+        lows,
+        highs,
+    )
+    return q_side, k_side, live_q, live_k, ranges_ptr, box
 
 
 @triton.jit

@@ -4,21 +4,9 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.rows import live_tokens, of_sample, token_rows
+from vkernels.triton.rows import place, token_rows
 from vkernels.triton.softmax import LOG2E, natural_lse, normalise, softmax_step
-from vkernels.triton.visible import interval, key_steps, span, visible
-
-
-@triton.jit
-def place(tiles, groups, heads):
-    """(tile, group, head, sample) of this program: tiles of one head run side by side and share its keys in L2; of
-    them the last, where causal masks leave most keys, first."""
-    at = tl.program_id(0)
-    tile = tiles - 1 - at % tiles
-    at = at // tiles
-    group = at % groups
-    at = at // groups
-    return tile, group, at % heads, (at // heads).to(tl.int64)
+from vkernels.triton.visible import interval, key_steps, mask_of, span, visible
 
 
 @triton.jit
@@ -66,22 +54,16 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, group, head, sample = place(tiles, groups, n)
+    tile = tiles - 1 - tile  # causal masks leave most keys to the last queries: those first
     q_ptr += sample * stride_qb * ALIGN + head.to(tl.int64) * stride_qn * ALIGN
     k_ptr += sample * stride_kb * ALIGN + (head // share).to(tl.int64) * stride_kn * ALIGN
     v_ptr += sample * stride_vb * ALIGN + (head // share).to(tl.int64) * stride_vn * ALIGN
-    q_side = (of_sample(q_rows_ptr, sample, s_q, per_sample, 0), s_q, len_q, q_group, q_token)
-    k_side = (of_sample(k_rows_ptr, sample, s_k, per_sample, 1), s_k, len_k, k_group, k_token)
-    live_q = live_tokens(of_sample(q_count_ptr, sample, 1, per_sample, 2), all_q)
-    live_k = live_tokens(of_sample(k_count_ptr, sample, 1, per_sample, 3), all_k)
-    ranges_ptr = of_sample(ranges_ptr, sample, 2 * R * len_q.to(tl.int64), per_sample, 4)
-    box = (
-        of_sample(q_attr_ptr, sample, RELATIONS * len_q.to(tl.int64), per_sample, 5),
-        of_sample(k_attr_ptr, sample, RELATIONS * len_k.to(tl.int64), per_sample, 6),
-        of_sample(q_global_ptr, sample, len_q, per_sample, 7),
-        of_sample(k_global_ptr, sample, len_k, per_sample, 8),
-        (lo0, lo1, lo2, lo3),
-        (hi0, hi1, hi2, hi3),
-    )
+    q_side, k_side, live_q, live_k, ranges_ptr, box = mask_of(
+        sample, per_sample,
+        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr),
+        (s_q, len_q, all_q, q_group, q_token), (s_k, len_k, all_k, k_group, k_token),
+        (lo0, lo1, lo2, lo3), (hi0, hi1, hi2, hi3), R, RELATIONS,
+    )  # fmt: skip
 
     i = tl.arange(0, BLOCK_M)
     exists = (i < step) & (tile * step + i < all_q)
