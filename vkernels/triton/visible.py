@@ -6,50 +6,55 @@ Of the keys a tile of queries meets, those that every query of the tile sees are
 import triton
 import triton.language as tl
 
-from vkernels.triton.rows import live_tokens, of_sample
+from vkernels.triton.rows import PACKED, live_tokens
 
 FAR: tl.constexpr = tl.constexpr(2**30)  # no index lies beyond
 
 
 @triton.jit
-def mask_of(sample, per_sample, tensors, q_sizes, k_sizes, lows, highs, R: tl.constexpr, RELATIONS: tl.constexpr):
+def _of_sample(ptr, sample, size, per_sample, BIT: tl.constexpr):
+    """A mask tensor at its sample, `size` elements each; bit BIT of `per_sample` is 0 where samples share it."""
+    return ptr + sample * size * ((per_sample >> BIT) & 1)
+
+
+@triton.jit
+def mask_of(
+    sample, per_sample, tensors, q_sizes, k_sizes, R: tl.constexpr, RELATIONS: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
     """(q side, k side, live queries, live keys, ranges, box) of one sample; sides as in rows.py, box as in `visible`.
 
-    tensors: what a MaskPlan holds, None where it does not; sizes: (tokens, length of a group, indices, group stride,
-    token stride)."""
+    tensors: those of a MaskPlan, anything where FORM says that there is none; sizes: (tokens, length of a group,
+    indices, group stride, token stride)."""
     q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr = (
         tensors
     )
     s_q, len_q, all_q, q_group, q_token = q_sizes
     s_k, len_k, all_k, k_group, k_token = k_sizes
-    q_side = (of_sample(q_rows_ptr, sample, s_q, per_sample, 0), s_q, len_q, q_group, q_token)
-    k_side = (of_sample(k_rows_ptr, sample, s_k, per_sample, 1), s_k, len_k, k_group, k_token)
-    live_q = live_tokens(of_sample(q_count_ptr, sample, 1, per_sample, 2), all_q)
-    live_k = live_tokens(of_sample(k_count_ptr, sample, 1, per_sample, 3), all_k)
-    ranges_ptr = of_sample(ranges_ptr, sample, 2 * R * len_q.to(tl.int64), per_sample, 4)
+    long_q, long_k = len_q.to(tl.int64), len_k.to(tl.int64)
+    q_side = (_of_sample(q_rows_ptr, sample, s_q, per_sample, 0), s_q, len_q, q_group, q_token)
+    k_side = (_of_sample(k_rows_ptr, sample, s_k, per_sample, 1), s_k, len_k, k_group, k_token)
+    live_q = live_tokens(_of_sample(q_count_ptr, sample, 1, per_sample, 2), all_q, 0, FORM)
+    live_k = live_tokens(_of_sample(k_count_ptr, sample, 1, per_sample, 3), all_k, 1, FORM)
+    ranges_ptr = _of_sample(ranges_ptr, sample, 2 * R * long_q, per_sample, 4)
     box = (
-        of_sample(q_attr_ptr, sample, RELATIONS * len_q.to(tl.int64), per_sample, 5),
-        of_sample(k_attr_ptr, sample, RELATIONS * len_k.to(tl.int64), per_sample, 6),
-        of_sample(q_global_ptr, sample, len_q, per_sample, 7),
-        of_sample(k_global_ptr, sample, len_k, per_sample, 8),
-        lows,
-        highs,
+        _of_sample(q_attr_ptr, sample, RELATIONS * long_q, per_sample, 5),
+        _of_sample(k_attr_ptr, sample, RELATIONS * long_k, per_sample, 6),
+        _of_sample(q_global_ptr, sample, long_q, per_sample, 7),
+        _of_sample(k_global_ptr, sample, long_k, per_sample, 8),
     )
     return q_side, k_side, live_q, live_k, ranges_ptr, box
 
 
 @triton.jit
-def interval(ranges_ptr, i, live, r, live_k, len_q, len_k, R: tl.constexpr, PACKED: tl.constexpr):
+def interval(ranges_ptr, i, live, r, live_k, len_q, len_k, R: tl.constexpr, FORM: tl.constexpr):
     """Half-open key interval `r` of queries `i`, inside the live keys whatever `ranges` holds; (x, x) of dead ones.
 
     R = 0: every live key of the group.
     """
-    inner, base = i, tl.zeros_like(i)
-    if PACKED:
-        inner, base = i % len_q, (i // len_q) * len_k
-    start, end = tl.zeros_like(i), tl.zeros_like(i) + live_k
-    if PACKED:
-        end = tl.zeros_like(i) + len_k
+    inner, base, start = i, tl.zeros_like(i), tl.zeros_like(i)
+    end = start + live_k
+    if FORM >= PACKED:
+        inner, base, end = i % len_q, (i // len_q) * len_k, start + len_k
     if R > 0:
         at = inner.to(tl.int64) * (2 * R) + 2 * r
         start = tl.maximum(tl.load(ranges_ptr + at, mask=live, other=0), 0)
@@ -91,18 +96,19 @@ def across(x, QUERIES: tl.constexpr, KEYS_FIRST: tl.constexpr):
 
 @triton.jit
 def visible(
-    i, seen, j, there, start, end, box, len_q, len_k,
-    RELATIONS: tl.constexpr, PACKED: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    i, seen, j, there, start, end, box, lows, highs, len_q, len_k,
+    RELATIONS: tl.constexpr, FORM: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Which of keys `j` queries `i` see: inside [start, end), and inside the box where there is one.
 
-    box = (q_attr, k_attr, q_global, k_global, lows, highs); `seen` and `there` mark indices that may be read.
+    box = (q_attr, k_attr, q_global, k_global), its bounds in `lows` and `highs`; `seen` and `there` mark indices that
+    may be read.
     """
     key = across(j, False, KEYS_FIRST)
     sees = (key >= across(start, True, KEYS_FIRST)) & (key < across(end, True, KEYS_FIRST))
     if RELATIONS > 0:
-        q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr, lows, highs = box
-        if PACKED:
+        q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr = box
+        if FORM >= PACKED:
             i, j = i % len_q, j % len_k
         inside = sees
         for a in tl.static_range(RELATIONS):
@@ -110,10 +116,10 @@ def visible(
             k_attr = tl.load(k_attr_ptr + a * len_k.to(tl.int64) + j, mask=there, other=0)
             gap = across(k_attr, False, KEYS_FIRST) - across(q_attr, True, KEYS_FIRST)
             inside = inside & (gap >= lows[a]) & (gap <= highs[a])
-        if q_global_ptr is not None:
+        if (FORM >> 7) & 1:
             everywhere = tl.load(q_global_ptr + i, mask=seen, other=0) != 0
             inside = inside | (sees & across(everywhere, True, KEYS_FIRST))
-        if k_global_ptr is not None:
+        if (FORM >> 8) & 1:
             everywhere = tl.load(k_global_ptr + j, mask=there, other=0) != 0
             inside = inside | (sees & across(everywhere, False, KEYS_FIRST))
         sees = inside

@@ -15,11 +15,11 @@ from vkernels.library import unit_stride
 from vkernels.ops.attention.triton_forward import _attention_fwd_kernel
 from vkernels.triton.head import parts
 from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.rows import PACKED, TENSORS
 from vkernels.triton.tiles import tiles
 
 MAX_LENGTH = 2**30
 MAX_RELATIONS = 4
-NAMES = ("q_rows", "k_rows", "q_count", "k_count", "ranges", "q_attr", "k_attr", "q_global", "k_global")
 
 
 def _covers(groups: int, length: int, group: int, token: int, tokens: int) -> bool:
@@ -71,7 +71,7 @@ def _check(
     must(fits, "bounds", f"hold a pair per attribute, at most {MAX_RELATIONS}", len(bounds))
     must(all(-MAX_LENGTH <= x <= MAX_LENGTH for x in bounds), "bounds", "lie within 2^30 of zero", bounds)
     for name, shape in zip(
-        NAMES,
+        TENSORS,
         ((s_q,), (s_k,), (), (), (len_q, intervals), (relations, len_q), (relations, len_k), (len_q,), (len_k,)),
         strict=True,
     ):
@@ -90,20 +90,21 @@ class _Problem:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int], *mask: Any):
         *rows, bounds, q_global, k_global = mask
-        tensors = dict(zip(NAMES, (*rows, q_global, k_global), strict=True))
+        tensors = dict(zip(TENSORS, (*rows, q_global, k_global), strict=True))
         _check(q, k, v, layout, tensors, bounds)
         self.q, self.k, self.v = (unit_stride(x) for x in (q, k, v))
         self.scale = scale
         self.groups, self.len_q, self.len_k, *self.strides = layout
-        self.tensors = [None if x is None else x.contiguous() for x in tensors.values()]
-        self.per_sample = sum(1 << bit for bit, x in enumerate(self.tensors) if x is not None and x.shape[0] > 1)
+        given = list(enumerate(tensors.values()))
+        self.form = sum(1 << bit for bit, x in given if x is not None)
+        self.per_sample = sum(1 << bit for bit, x in given if x is not None and x.shape[0] > 1)
+        self.tensors = [q if x is None else x.contiguous() for _, x in given]  # q stands where nothing is read
         ranges = tensors["ranges"]
         self.intervals = 0 if ranges is None else ranges.shape[-1] // 2
-        self.relations = len(bounds) // 2
         self.bounds = [*bounds, *[0] * (2 * MAX_RELATIONS - len(bounds))]
         d = q.shape[-1]
         a, b = parts(d)
-        self.meta: dict[str, Any] = {"R": self.intervals, "RELATIONS": self.relations, "D": d, "A": a, "B": b}
+        self.meta: dict[str, Any] = {"R": self.intervals, "RELATIONS": len(bounds) // 2, "D": d, "A": a, "B": b}
 
     def tiles(self, kernel: str) -> dict[str, int]:
         q = self.q
@@ -144,6 +145,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[
     launch(
         _attention_fwd_kernel, (b * n * groups * count,),
         p.q, p.k, p.v, out, lse, *(stride // align for stride in strides),
-        *p.arguments(packed), count, step, **p.meta, PACKED=packed, ALIGN=align, **here,
+        *p.arguments(packed), count, step, **p.meta, FORM=p.form + PACKED.value * packed, ALIGN=align, **here,
     )  # fmt: skip
     return out, lse

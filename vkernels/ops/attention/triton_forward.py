@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.rows import place, token_rows
+from vkernels.triton.rows import PACKED, place, token_rows
 from vkernels.triton.softmax import LOG2E, natural_lse, normalise, softmax_step
 from vkernels.triton.visible import interval, key_steps, mask_of, span, visible
 
@@ -12,18 +12,18 @@ from vkernels.triton.visible import interval, key_steps, mask_of, span, visible
 @triton.jit
 def _attend(
     acc_a, acc_b, top, total, q_a, q_b, i, live, start, end, first, limit, group,
-    k_ptr, v_ptr, stride_ks, stride_vs, k_side, box, scale, len_q, len_k,
-    RELATIONS: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr,
+    k_ptr, v_ptr, stride_ks, stride_vs, k_side, box, lows, highs, scale, len_q, len_k,
+    RELATIONS: tl.constexpr, FORM: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `first` on; without MASKED every key is there and every query sees it."""
     j = first + tl.arange(0, BLOCK_N)
     there = j < limit if MASKED else tl.full([BLOCK_N], 1, tl.int1)
-    row = token_rows(j, there, k_side, group, PACKED)
+    row = token_rows(j, there, k_side, group, 1, FORM)
     k_a, k_b = load_head(k_ptr, row * stride_ks, there, D, A, B)
     s = scores(q_a, q_b, k_a, k_b, B) * scale
     if MASKED:
-        sees = visible(i, live, j, there, start, end, box, len_q, len_k, RELATIONS, PACKED, False)
+        sees = visible(i, live, j, there, start, end, box, lows, highs, len_q, len_k, RELATIONS, FORM, False)
         s = tl.where(sees, s, float("-inf"))
     p, keep, top, total = softmax_step(s, top, total)
     v_a, v_b = load_head(v_ptr, row * stride_vs, there, D, A, B)
@@ -49,7 +49,7 @@ def _attention_fwd_kernel(
     q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr,
     per_sample, n, share, s_q, s_k, len_q, len_k, all_q, all_k, groups, q_group, q_token, k_group, k_token,
     lo0, hi0, lo1, hi1, lo2, hi2, lo3, hi3, scale, tiles, step,
-    R: tl.constexpr, RELATIONS: tl.constexpr, PACKED: tl.constexpr,
+    R: tl.constexpr, RELATIONS: tl.constexpr, FORM: tl.constexpr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -62,14 +62,16 @@ def _attention_fwd_kernel(
         sample, per_sample,
         (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr),
         (s_q, len_q, all_q, q_group, q_token), (s_k, len_k, all_k, k_group, k_token),
-        (lo0, lo1, lo2, lo3), (hi0, hi1, hi2, hi3), R, RELATIONS,
+        R, RELATIONS, FORM,
     )  # fmt: skip
+    lows, highs = (lo0, lo1, lo2, lo3), (hi0, hi1, hi2, hi3)
+    ALL_MASKED: tl.constexpr = RELATIONS > 0 or FORM >= PACKED
 
     i = tl.arange(0, BLOCK_M)
     exists = (i < step) & (tile * step + i < all_q)
     i = tile * step + i
     live = exists & (i < live_q)
-    row = token_rows(i, exists, q_side, group, PACKED)
+    row = token_rows(i, exists, q_side, group, 0, FORM)
     q_a, q_b = load_head(q_ptr, row * stride_qs * ALIGN, live, D, A, B)
     acc_a, acc_b = zero_head(BLOCK_M, A, B)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -77,24 +79,24 @@ def _attention_fwd_kernel(
 
     INTERVALS: tl.constexpr = R if R > 0 else 1
     for r in range(INTERVALS):
-        start, end = interval(ranges_ptr, i, live, r, live_k, len_q, len_k, R, PACKED)
+        start, end = interval(ranges_ptr, i, live, r, live_k, len_q, len_k, R, FORM)
         first, last, core_first, core_last = span(start, end, live)
         steps, before, core = key_steps(first, last, core_first, core_last, BLOCK_N)
-        if PACKED or RELATIONS > 0:
+        if ALL_MASKED:
             core = 0
         for t in range(0, steps - core):
             block = first + tl.where(t < before, t, t + core) * BLOCK_N
             acc_a, acc_b, top, total = _attend(
                 acc_a, acc_b, top, total, q_a, q_b, i, live, start, end, block, last, group,
-                k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, scale * LOG2E, len_q, len_k,
-                RELATIONS, D, A, B, PACKED, True, BLOCK_N,
+                k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E, len_q, len_k,
+                RELATIONS, FORM, D, A, B, True, BLOCK_N,
             )  # fmt: skip
-        if not PACKED and RELATIONS == 0:
+        if not ALL_MASKED:
             for t in range(before, before + core):
                 acc_a, acc_b, top, total = _attend(
                     acc_a, acc_b, top, total, q_a, q_b, i, live, start, end, first + t * BLOCK_N, last, group,
-                    k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, scale * LOG2E, len_q, len_k,
-                    RELATIONS, D, A, B, PACKED, False, BLOCK_N,
+                    k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E, len_q, len_k,
+                    RELATIONS, FORM, D, A, B, False, BLOCK_N,
                 )  # fmt: skip
 
     total = tl.where(live, total, 0.0)  # the core asks nobody: dropped queries went through it, too
