@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
+from vkernels.ops.attention.triton_backward import _attention_bounds_kernel, _attention_dkv_kernel, _attention_dq_kernel
 from vkernels.ops.attention.triton_forward import _attention_fwd_kernel
 from vkernels.triton.head import parts
 from vkernels.triton.launch import alignment, arch, cdiv, launch
@@ -110,24 +111,31 @@ class _Problem:
         q = self.q
         return tiles("attention", kernel, arch(q.device), d=q.shape[-1], bytes=q.element_size())
 
-    def packed(self, block: int) -> bool:
-        """Whether several groups share a tile of `block` rows."""
-        return self.groups > 1 and 2 * max(self.len_q, self.len_k) <= block
+    def cut(self, block: int, keys: bool = False) -> tuple[int, int, int, int]:
+        """(form, groups, tiles of a group, rows of a tile) with tiles of `block` queries, or keys. Groups that fit a
+        tile more than once are packed: whole groups share it."""
+        length = self.len_k if keys else self.len_q
+        if self.groups > 1 and 0 < 2 * max(self.len_q, self.len_k) <= block:
+            step = block // max(length, 1) * max(length, 1)
+            return self.form + PACKED.value, 1, cdiv(self.groups * length, step), step
+        return self.form, self.groups, cdiv(length, block), block
 
-    def step(self, block: int, length: int, packed: bool) -> int:
-        """Rows of a tile that are used: whole groups where they are packed."""
-        return block // max(length, 1) * max(length, 1) if packed else block
-
-    def arguments(self, packed: bool) -> list[Any]:
-        """From per_sample to scale."""
+    def arguments(self, groups: int) -> list[Any]:
+        """From q_rows to scale, for kernels that see `groups` groups: packed ones are 1."""
         s_q, n = self.q.shape[1:3]
         s_k, m = self.k.shape[1:3]
-        times = self.groups if packed else 1
+        times = self.groups // max(groups, 1)
         return [
             *self.tensors, self.per_sample, n, n // max(m, 1), s_q, s_k, self.len_q, self.len_k,
-            times * self.len_q, times * self.len_k, 1 if packed else self.groups, *self.strides,
-            *self.bounds, self.scale,
+            times * self.len_q, times * self.len_k, groups, *self.strides, *self.bounds, self.scale,
         ]  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Batch, token and head strides in units of what divides them all, and that unit."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    align = alignment(strides)
+    return [stride // align for stride in strides], align
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -136,15 +144,59 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, n, s_q), dtype=torch.float32, device=q.device)
     here = p.tiles("_attention_fwd_kernel")
-    packed = p.packed(here["BLOCK_M"])
-    step = p.step(here["BLOCK_M"], p.len_q, packed)
-    groups = 1 if packed else p.groups
-    count = cdiv(p.groups * p.len_q if packed else p.len_q, step)
-    strides = [stride for x in (p.q, p.k, p.v) for stride in x.stride()[:3]]
-    align = alignment(strides)
+    form, groups, count, step = p.cut(here["BLOCK_M"])
+    strides, align = _strides(p.q, p.k, p.v)
     launch(
         _attention_fwd_kernel, (b * n * groups * count,),
-        p.q, p.k, p.v, out, lse, *(stride // align for stride in strides),
-        *p.arguments(packed), count, step, **p.meta, FORM=p.form + PACKED.value * packed, ALIGN=align, **here,
+        p.q, p.k, p.v, out, lse, *strides, *p.arguments(groups), count, step,
+        **p.meta, FORM=form, ALIGN=align, **here,
     )  # fmt: skip
     return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *mask: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = _Problem(q, k, v, scale, *mask)
+    bind("attention", ("q", q, "b s n d"), ("dout", dout, "b s n d"), ("out", out, "b s n d"))
+    bind("attention", ("q", q.transpose(1, 2), "b n s d"), ("lse", lse, "b n s"), ("dlse", dlse, "b n s"))
+    same_dtype("attention", ("q", q), ("dout", dout), ("out", out))
+    for name, x in (("lse", lse), ("dlse", dlse)):
+        good = x is None or x.dtype == torch.float32
+        require(good, "attention", name, "have dtype float32", None if x is None else x.dtype, TypeError)
+    b, s_q, n, _ = q.shape
+    s_k, m = k.shape[1:3]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dout, out, lse = unit_stride(dout), out.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    delta = torch.empty_like(lse)
+    strides, align = _strides(p.q, p.k, p.v, dout)
+
+    here = p.tiles("_attention_dq_kernel")
+    form, groups, count, step = p.cut(here["BLOCK_M"])
+    launch(
+        _attention_dq_kernel, (b * n * groups * count,),
+        p.q, p.k, p.v, dout, out, lse, dlse, delta, dq, *strides, *p.arguments(groups), count, step,
+        **p.meta, FORM=form, ALIGN=align, **here,
+    )  # fmt: skip
+
+    here = p.tiles("_attention_dkv_kernel")
+    form, groups, count, step = p.cut(here["BLOCK_N"], keys=True)
+    q_tiles, bounds = cdiv(p.len_q, here["BLOCK_M"]), delta
+    if p.intervals and form < PACKED.value:
+        each = p.per_sample & 0b11100 != 0  # q_count, k_count or ranges
+        samples = b if each else 1
+        p.per_sample |= each << 9
+        bounds = torch.empty((samples, p.intervals, 4, q_tiles), dtype=torch.int32, device=q.device)
+        ranges, q_count, k_count = (p.tensors[TENSORS.index(name)] for name in ("ranges", "q_count", "k_count"))
+        launch(
+            _attention_bounds_kernel, (samples * p.intervals * q_tiles,),
+            ranges, q_count, k_count, bounds, p.per_sample, p.len_q, p.len_k, q_tiles,
+            R=p.intervals, FORM=form, BLOCK_M=here["BLOCK_M"], **p.tiles("_attention_bounds_kernel"),
+        )  # fmt: skip
+    launch(
+        _attention_dkv_kernel, (b * m * groups * count,),
+        p.q, p.k, p.v, dout, lse, delta, bounds, dk, dv, m, q_tiles, *strides, *p.arguments(groups), count, step,
+        **p.meta, FORM=form, ALIGN=align, **here,
+    )  # fmt: skip
+    return dq, dk, dv
