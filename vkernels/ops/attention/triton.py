@@ -155,7 +155,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *mask: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *mask: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = _Problem(q, k, v, scale, *mask)
     bind("attention", ("q", q, "b s n d"), ("dout", dout, "b s n d"), ("out", out, "b s n d"))
