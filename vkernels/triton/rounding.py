@@ -11,7 +11,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(library.INTERPRETED)
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """x as DTYPE, to the nearest, ties to even. The interpreter cuts float32 to bfloat16 off: there, bits do it."""
-    if INTERPRETED and x.dtype == tl.float32 and DTYPE == tl.bfloat16:
+    if INTERPRETED and x.dtype == tl.float32 and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest.to(tl.uint32).to(tl.float32, bitcast=True), x)  # NaN stays NaN

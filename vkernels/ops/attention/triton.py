@@ -172,8 +172,7 @@ def backward(
     for name, x in (("lse", lse), ("dlse", dlse)):
         good = x is None or x.dtype == torch.float32
         require(good, "attention", name, "have dtype float32", None if x is None else x.dtype, TypeError)
-    b, s_q, n, _ = q.shape
-    s_k, m = k.shape[1:3]
+    b, n, m = q.shape[0], q.shape[2], k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dout, out, lse = unit_stride(dout), out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

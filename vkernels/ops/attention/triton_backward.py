@@ -73,7 +73,8 @@ def _attention_dq_kernel(
     g_ptr += sample * stride_gb * ALIGN + head.to(tl.int64) * stride_gn * ALIGN
     q_side, k_side, live_q, live_k, ranges_ptr, box = mask_of(
         sample, per_sample,
-        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr),
+        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr,
+         k_global_ptr),
         (s_q, len_q, all_q, q_group, q_token), (s_k, len_k, all_k, k_group, k_token),
         R, RELATIONS, FORM,
     )  # fmt: skip
@@ -184,7 +185,7 @@ def _dkv_run(
     R: tl.constexpr, RELATIONS: tl.constexpr, FORM: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """`count` tiles of queries from `first` on, for every query head of the group: one loop, so that loads run ahead."""
+    """`count` tiles of queries from `first` on, for every query head of the group: one loop, its loads run ahead."""
     for x in range(0, share * count):
         head = (x // count).to(tl.int64)
         dk_a, dk_b, dv_a, dv_b = _dkv_step(
@@ -218,7 +219,8 @@ def _attention_dkv_kernel(
     delta_ptr += (sample * n + first_head) * s_q
     q_side, k_side, live_q, live_k, ranges_ptr, box = mask_of(
         sample, per_sample,
-        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr),
+        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr,
+         k_global_ptr),
         (s_q, len_q, all_q, q_group, q_token), (s_k, len_k, all_k, k_group, k_token),
         R, RELATIONS, FORM,
     )  # fmt: skip

@@ -60,7 +60,8 @@ def _attention_fwd_kernel(
     v_ptr += sample * stride_vb * ALIGN + (head // share).to(tl.int64) * stride_vn * ALIGN
     q_side, k_side, live_q, live_k, ranges_ptr, box = mask_of(
         sample, per_sample,
-        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr, k_global_ptr),
+        (q_rows_ptr, k_rows_ptr, q_count_ptr, k_count_ptr, ranges_ptr, q_attr_ptr, k_attr_ptr, q_global_ptr,
+         k_global_ptr),
         (s_q, len_q, all_q, q_group, q_token), (s_k, len_k, all_k, k_group, k_token),
         R, RELATIONS, FORM,
     )  # fmt: skip
@@ -88,15 +89,15 @@ def _attention_fwd_kernel(
             block = first + tl.where(t < before, t, t + core) * BLOCK_N
             acc_a, acc_b, top, total = _attend(
                 acc_a, acc_b, top, total, q_a, q_b, i, live, start, end, block, last, group,
-                k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E, len_q, len_k,
-                RELATIONS, FORM, D, A, B, True, BLOCK_N,
+                k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E,
+                len_q, len_k, RELATIONS, FORM, D, A, B, True, BLOCK_N,
             )  # fmt: skip
         if not ALL_MASKED:
             for t in range(before, before + core):
                 acc_a, acc_b, top, total = _attend(
                     acc_a, acc_b, top, total, q_a, q_b, i, live, start, end, first + t * BLOCK_N, last, group,
-                    k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E, len_q, len_k,
-                    RELATIONS, FORM, D, A, B, False, BLOCK_N,
+                    k_ptr, v_ptr, stride_ks * ALIGN, stride_vs * ALIGN, k_side, box, lows, highs, scale * LOG2E,
+                    len_q, len_k, RELATIONS, FORM, D, A, B, False, BLOCK_N,
                 )  # fmt: skip
 
     total = tl.where(live, total, 0.0)  # the core asks nobody: dropped queries went through it, too
