@@ -11,15 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
-
 from test_attention import check_against_oracle, oracle, pairs_of, plans
 from test_triton import python
 
@@ -28,6 +24,12 @@ from vkernels.library import INTERPRETED
 from vkernels.masks import Box
 from vkernels.ops.attention.torch_op import mask_arguments
 from vkernels.testing import guarded_memory, poisoned_memory
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+
+import triton.language as tl  # noqa: E402
+
+from vkernels.triton.visible import next_run  # noqa: E402
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a GPU is here: test_every_op.py runs the kernels on it")
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -94,23 +96,23 @@ def test_intervals_around_every_tile(shift):
     end = torch.arange(37) // 16 * 16 + 16 + shift
     ranges = torch.stack([(end - 30).clamp(min=0), end], -1)
     ranges[20:22] = 7
-    check(MaskPlan(37, 50, 1, 37, 50, ranges=ranges[None].int()), 1, 2, 1, 8)
+    check(MaskPlan(37, 50, 1, 37, 50, ranges=ranges[None].int()), 1, 1, 1, 8)
 
 
 @interpreted
 @given(drawn=plans(), heads=st.sampled_from([(1, 1), (2, 1)]), d=st.sampled_from([1, 8, 24]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_any_plan_equals_the_oracle(drawn, heads, d):
     b, plan = drawn
     check_against_oracle(plan, pairs_of(plan), b, *heads, d, plan.s_q, plan.s_k, "triton")
 
 
 @interpreted
-@pytest.mark.parametrize("frames", [1, 3, 5, 8, 9, 17])
+@pytest.mark.parametrize("frames", [1, 3, 8, 9])
 def test_groups_share_tiles(frames):
-    """16, 5, 3 and 2 groups to a tile of 16 rows; from 9 frames on a group has tiles of its own."""
+    """16, 5 and 2 groups to a tile of 16 rows; from 9 frames on a group has tiles of its own."""
     mask = VideoMask.temporal(Grid(frames, 1, 7))
-    check(mask.plan("cpu"), 2, 2, 1, 8)
+    check(mask.plan("cpu"), 1, 1, 1, 8)
 
 
 @interpreted
@@ -126,26 +128,22 @@ def test_packed_groups_keep_their_intervals_and_box():
 @interpreted
 def test_runs_of_tiles_are_all_found():
     """A window with a global token: its tile, a gap longer than a scan, partial and full tiles, a gap, the end."""
-    mask = VideoMask.window(Grid(24, 1, 5), (4, None, None)).with_globals()
-    check(mask.plan("cpu"), 1, 2, 1, 8, through_lse=False)
+    mask = VideoMask.window(Grid(19, 1, 5), (2, None, None)).with_globals()
+    check(mask.plan("cpu"), 1, 1, 1, 8, through_lse=False)
+
+
+@triton.jit
+def _runs(bounds_ptr, out_ptr, tiles, k_first, k_last, FULL: tl.constexpr, BOX: tl.constexpr):
+    at, end = next_run(bounds_ptr, 0, tiles, k_first, k_last, FULL, BOX, 4)
+    while at < tiles:
+        for t in range(at, end):
+            tl.store(out_ptr + t, 1)
+        at, end = next_run(bounds_ptr, end, tiles, k_first, k_last, FULL, BOX, 4)
 
 
 @interpreted
 def test_runs_equal_the_bounds_of_every_tile():
     """next_run against a plain loop, over random bounds."""
-    import triton
-    import triton.language as tl
-
-    from vkernels.triton.visible import next_run
-
-    @triton.jit
-    def runs(bounds_ptr, out_ptr, tiles, k_first, k_last, FULL: tl.constexpr, BOX: tl.constexpr):
-        at, end = next_run(bounds_ptr, 0, tiles, k_first, k_last, FULL, BOX, 4)
-        while at < tiles:
-            for t in range(at, end):
-                tl.store(out_ptr + t, 1)
-            at, end = next_run(bounds_ptr, end, tiles, k_first, k_last, FULL, BOX, 4)
-
     for tiles in (1, 4, 19):
         first = torch.randint(0, 40, (tiles,), dtype=torch.int32)
         last = first + torch.randint(0, 40, (tiles,), dtype=torch.int32)
@@ -155,14 +153,13 @@ def test_runs_equal_the_bounds_of_every_tile():
         full = meets & (core[0] <= 16) & (core[1] >= 32)
         for FULL, BOX, want in ((1, False, full), (0, False, meets & ~full), (0, True, meets)):
             out = torch.zeros(tiles, dtype=torch.int32)
-            runs[(1,)](bounds, out, tiles, 16, 32, FULL, BOX)
+            _runs[(1,)](bounds, out, tiles, 16, 32, FULL, BOX)
             assert torch.equal(out.bool(), want)
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bit_equal_from_run_to_run(dtype):
-    q, k, v = (torch.randn(1, 48, n, 16).to(dtype).requires_grad_() for n in (2, 1, 1))
+def test_bit_equal_from_run_to_run():
+    q, k, v = (torch.randn(1, 48, n, 16).bfloat16().requires_grad_() for n in (2, 1, 1))
     mask = VideoMask.frame_causal(Grid(6, 2, 4)).keep(torch.rand(48) < 0.7)
     runs = []
     for _ in range(2):

@@ -77,13 +77,6 @@ SPEC = OpSpec(
         Case("no_keys", lambda m: _inputs(m, 1, 5, 2, 16, s_k=0)),
     ],
     shapes=[
-        Shape(
-            "joint",
-            lambda m: _inputs(m, 1, 4096, 16, 64),
-            "joint space-time",
-            tensor_cores=True,
-            dtypes=(torch.bfloat16, torch.float32),
-        ),
         Shape("siglip", lambda m: _inputs(m, 16, 729, 16, 72), "SigLIP, 16 frames", tensor_cores=True),
         Shape(
             "frame_causal",
@@ -109,8 +102,10 @@ SPEC = OpSpec(
             "window",
             lambda m: _inputs(m, 1, 4096, 16, 80, mask=VideoMask.window(Grid(16, 16, 16), (2, 4, 4))),
             "an exact 3-D window",
+            gradients=False,
             tensor_cores=True,
         ),
+        Shape("float32", lambda m: _inputs(m, 1, 4096, 16, 64), "float32 in three tf32 products", (torch.float32,)),
     ],
     rejects=[
         Reject(
