@@ -92,11 +92,13 @@ def test_lengths_around_every_tile(s_q, s_k):
 @interpreted
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_intervals_around_every_tile(shift):
-    """Starts and ends one before, on and one behind tile borders; two blind queries; a tile that sees all of a core."""
-    end = torch.arange(37) // 16 * 16 + 16 + shift
-    ranges = torch.stack([(end - 30).clamp(min=0), end], -1)
+    """Starts and ends cross tile borders one key earlier or later; the first tile of queries has edges on both sides
+    of a core, the second two blind queries, the third is all core."""
+    i = torch.arange(37)
+    ranges = torch.stack([i // 2 + 1 + shift, i * 5 // 3 + 47 + shift], -1).clamp(max=90)
     ranges[20:22] = 7
-    check(MaskPlan(37, 50, 1, 37, 50, ranges=ranges[None].int()), 1, 1, 1, 8)
+    ranges[32:] = torch.tensor([16, 48])
+    check(MaskPlan(37, 90, 1, 37, 90, ranges=ranges[None].int()), 1, 1, 1, 8)
 
 
 @interpreted

@@ -70,8 +70,10 @@ def span(start, end, live):
     sees = start < end
     first = tl.min(tl.where(sees, start, FAR), 0)
     last = tl.max(tl.where(sees, end, 0), 0)
-    core_first = tl.max(tl.where(live, tl.where(sees, start, FAR), 0), 0)
-    core_last = tl.min(tl.where(live, tl.where(sees, end, 0), FAR), 0)
+    core_first = tl.max(tl.where(sees, start, 0), 0)
+    core_last = tl.min(
+        tl.where(live, tl.where(sees, end, 0), FAR), 0
+    )  # a live query that sees nothing empties the core
     return first, last, core_first, core_last
 
 
