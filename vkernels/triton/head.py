@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.matmul import dot
+from vkernels.triton.rounding import rounded
 
 
 def parts(d: int) -> tuple[int, int]:
@@ -30,7 +31,7 @@ def _load_part(ptr, at, live, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.con
 def _store_part(ptr, at, live, x, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
     column = FIRST + tl.arange(0, SIZE)
     inside = live[:, None] & (column < D)[None, :] if FIRST + SIZE > D else live[:, None]
-    tl.store(ptr + at[:, None] + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + at[:, None] + column[None, :], rounded(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def scores(q_a, q_b, k_a, k_b, B: tl.constexpr):
 @triton.jit
 def mix(p, v_a, v_b, acc_a, acc_b, B: tl.constexpr):
     """acc + p v for both parts of the head; p [rows, rows of v] is rounded to the dtype of v, as a product needs it."""
-    p = p.to(v_a.dtype)
+    p = rounded(p, v_a.dtype)
     acc_a += dot(p, v_a)
     if B > 0:
         acc_b += dot(p, v_b)
