@@ -1,4 +1,4 @@
-"""Tuning, its clock and its measurements given: what wins, what is left out, what is written. Times come from a GPU only."""
+"""Tuning, its clock and its measurements given: what wins, what is left out, what is written. Only a GPU gives times."""
 
 from __future__ import annotations
 

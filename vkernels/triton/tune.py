@@ -1,8 +1,8 @@
 """Measure the candidates of tiles.json on an op's real sizes, one kernel launch at a time, and write the best as rows.
 
 A launch is noted down as it would happen with a candidate's tiles, compiled, left out where it breaks a rule of
-`vkernels/triton/aot.py`, and timed by itself. Candidates come in one order; a later one must be 2 % better to win, so two
-runs that measure the same write the same.
+`vkernels/triton/aot.py`, and timed by itself. Candidates come in one order; a later one must be 2 % better to win, so
+two runs that measure the same write the same.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def tune(
     check: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Tuned]:
-    """The best row of every group that an op's real sizes ask for; groups that `until` cuts short are left as they are."""
+    """The best row of every group that an op's real sizes ask for; groups that `until` cuts short stay as they are."""
     find_faults = faults or _faults
     times: dict[Group, dict[str, list[float]]] = {}
     rows: dict[Group, list[Row]] = {}
@@ -183,11 +183,9 @@ def _checked(spec: OpSpec, tuned: Tuned, device: str) -> Tuned:
         with overridden(tuned.group[0], tuned.row):
             got = [x.double() for x in _call(spec, shape, kwargs)]
         for a, b in zip(got, wanted, strict=True):
-            error = torch.nan_to_num(
-                a - b, nan=0.0 if bool((a.isnan() == b.isnan()).all()) else math.inf, posinf=0, neginf=0
-            )
-            if b.numel() and error.abs().max() > TOLERANCE * b.nan_to_num(posinf=0, neginf=0).abs().max():
-                why = f"{json.dumps(tuned.row)}: its outputs differ by {error.abs().max():.1e}"
+            error = _difference(a, b)
+            if error > TOLERANCE:
+                why = f"{json.dumps(tuned.row)}: its outputs differ by {error:.1e}"
                 return Tuned(
                     tuned.group, tuned.before, tuned.before_ms, tuned.before, tuned.before_ms, tuned.tried,
                     [*tuned.left_out, why],
@@ -195,8 +193,18 @@ def _checked(spec: OpSpec, tuned: Tuned, device: str) -> Tuned:
     return tuned
 
 
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest |a - b| relative to the largest |b|; infinities (the lse of rows that see nothing) must coincide."""
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    return float((a - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1e-12))
+
+
 def write(op: str, arch: str, tuned: list[Tuned], root: Path = ROOT) -> Path:
-    """Rows of `arch` in the op's tiles.json: what was tuned, narrowest first, then the row that serves everything else."""
+    """Rows of `arch` in the op's tiles.json: what was tuned, narrowest first, then a row that serves the rest."""
     path = root / op / "tiles.json"
     whole = json.loads(path.read_text())
     for kernel in sorted({t.group[0] for t in tuned}):
