@@ -1,4 +1,4 @@
-"""Tuning, its clock and its measurements given: what wins, what is left out, what is written. Only a GPU gives times."""
+"""Tuning, its clock and measurements given: what wins, what is left out, what is written. Only a GPU gives times."""
 
 from __future__ import annotations
 
