@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import vkernels as vk
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
 
 
@@ -117,3 +119,50 @@ def test_an_axis_that_is_not_there_does_not_turn():
         q, None, torch.ones(1, 1, 4), axis, freq, None, None, 1.0, False, [1, 0]
     )
     assert torch.equal(out, q)
+
+
+def test_the_host_is_done_before_the_gpu_waits():
+    """What a call of apply_rope costs before its launch: 25 us on the machine of docs/benchmarking.md. The bound is for
+    a slow and busy one."""
+    code = """
+from benchmarks.launch import calls, cost_us
+from vkernels.spec import all_specs
+spec = next(s for s in all_specs() if s.name == "apply_rope")
+print(min(cost_us(calls(spec)["plain"]) for _ in range(3)))
+"""
+    assert float(python("-c", code)) < 100
+
+
+def test_the_dispatcher_is_passed_only_where_nobody_listens():
+    """The operator is seen by whoever watches operators, and asked where a gradient is; else it is called directly."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from vkernels import library
+
+    class Watching(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen += (str(function),)
+            return function(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 4, 2, 8)
+    spec, pos = vk.RopeSpec.build(8), torch.arange(4)
+    with Watching() as watch:
+        seen = vk.apply_rope(q, None, spec, pos)
+    assert "vkernels.apply_rope.cpu" in watch.seen
+    assert torch.equal(seen, vk.apply_rope(q, None, spec, pos))
+    with torch.profiler.profile() as profile:
+        vk.apply_rope(q, None, spec, pos)
+    assert "vkernels::apply_rope" in {event.key for event in profile.key_averages()}
+    assert vk.apply_rope(q.requires_grad_(), None, spec, pos).grad_fn is not None
+    assert library._plain((q.detach(), None, 1.0, [1, 0]), True)
+    with torch.no_grad():
+        assert library._plain((q, [q]), torch.is_grad_enabled())
+    assert not library._plain((q,), True)
+    assert not library._plain(([None, q],), True)
+    assert not library._plain((q.to("meta"),), False)
+    assert not library._plain((torch.randn(2, dtype=torch.complex64).conj().imag,), False)
+    many = torch.randn(3, 1, 4, 2, 8)
+    mapped = torch.vmap(lambda x: vk.apply_rope(x, None, spec, pos, backend="cpu"))(many)
+    assert torch.equal(mapped, torch.stack([vk.apply_rope(x, None, spec, pos) for x in many]))

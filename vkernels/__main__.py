@@ -1,4 +1,4 @@
-"""python -m vkernels  info | check | table | compile"""
+"""python -m vkernels  info | check | table | compile | tune"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 
 import torch
 
@@ -122,6 +123,30 @@ def compile_kernels(arguments: argparse.Namespace) -> int:
     return 1 if faulty or not rows else 0
 
 
+def tune_tiles(arguments: argparse.Namespace) -> int:
+    """Measure the tiles' candidates on this GPU and write the best into the tables; 1 if nothing was measured."""
+    from vkernels.spec import all_specs
+
+    if not torch.cuda.is_available():
+        raise SystemExit("tune: needs a CUDA GPU, and torch sees none")
+    from vkernels.triton.launch import arch
+    from vkernels.triton.tune import lines, tune, write
+
+    here = arch(torch.device("cuda", torch.cuda.current_device()))
+    if arguments.arch not in (None, here):
+        raise SystemExit(f"tune: this GPU is {here}; tiles of {arguments.arch} are measured on one of those")
+    chosen = [spec for spec in all_specs() if spec.shapes and (not arguments.op or spec.name in arguments.op)]
+    end, measured = time.monotonic() + 60 * arguments.minutes, 0
+    for i, spec in enumerate(chosen):
+        now = time.monotonic()
+        tuned = tune(spec, here, until=now + (end - now) / (len(chosen) - i))
+        print("\n".join(lines(spec.name, tuned)) or f"{spec.name}: no time to measure a row", flush=True)
+        if tuned:
+            measured += len(tuned)
+            print(f"written to {write(spec.name, here, tuned)}")
+    return 0 if measured else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vkernels", description=vkernels.__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -137,6 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--op", nargs="*")
     sub.add_argument("--arch", nargs="*", default=["sm80", "sm90", "sm100"])
     sub.set_defaults(run=compile_kernels)
+    sub = commands.add_parser("tune", help=tune_tiles.__doc__)
+    sub.add_argument("--op", nargs="*")
+    sub.add_argument("--arch", help="a check: must be this GPU's")
+    sub.add_argument("--minutes", type=float, default=10.0)
+    sub.set_defaults(run=tune_tiles)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

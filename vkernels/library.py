@@ -264,16 +264,15 @@ def _nobody_listens() -> bool:
     )
 
 
-_CLASSES = (torch.Tensor, torch.nn.Parameter)
-
-
 def _plain(args: Any, grad: bool) -> bool:
     """Every tensor is nothing but memory: no subclass, no values elsewhere (meta, lazy negation), no gradient asked."""
     for x in args:
         kind = type(x)
-        if kind in _CLASSES:
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
             if (grad and x.requires_grad) or x.is_meta or x.is_neg():
                 return False
+        elif x is None or kind is int or kind is float or kind is bool:
+            continue
         elif kind is list or kind is tuple:
             if x and not isinstance(x[0], int) and not _plain(x, grad):
                 return False

@@ -4,18 +4,22 @@ A head padded to the next power of two wastes up to half of its products. In two
 not 128. `B == 0` says that there is no second part; then part b is part a again, and nobody reads it.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
+from vkernels.triton.launch import power_of_2
 from vkernels.triton.matmul import dot
 from vkernels.triton.rounding import rounded
 
 
+@cache
 def parts(d: int) -> tuple[int, int]:
     """(A, B): the columns of the two parts of a head of `d`; B = 0 where one part does as well."""
-    whole = max(16, triton.next_power_of_2(d))
+    whole = max(16, power_of_2(d))
     a = whole // 2
-    b = max(16, triton.next_power_of_2(d - a)) if d > a else 0
+    b = max(16, power_of_2(d - a)) if d > a else 0
     return (a, b) if a >= 16 and 0 < b < a else (whole, 0)
 
 

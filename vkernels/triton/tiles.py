@@ -26,6 +26,7 @@ ROOT = Path(vkernels.__file__).parent
 HOME = {"lower_mask": ROOT / "masks"}  # else vkernels/ops/<op>
 LIMITS = ("d", "bytes")
 _override: dict[str, dict[str, int]] = {}
+_asked: list[tuple[str, str, int, int]] | None = None
 
 
 @cache
@@ -36,6 +37,8 @@ def table(op: str) -> dict[str, Any]:
 
 def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dict[str, int]:
     """The meta-parameters of one launch, `num_warps` and `num_stages` included."""
+    if _asked is not None:
+        _asked.append((op, kernel, d, bytes))
     if kernel in _override:
         return _override[kernel]
     return _row(op, kernel, arch, d, bytes)
@@ -56,6 +59,17 @@ def _nearest(kernel: dict[str, Any], arch: str) -> str:
         return arch
     older = [a for a in kernel if a.startswith("sm") and int(a[2:]) <= int(arch[2:])]
     return max(older, key=lambda a: int(a[2:]))
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[str, str, int, int]]]:
+    """The (op, kernel, d, bytes) of every row that is asked for inside: what tuning has to find rows for."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 @contextlib.contextmanager

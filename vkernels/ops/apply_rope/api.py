@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +15,7 @@ from vkernels.rope import RopeSpec
 POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor | None
     spec: RopeSpec

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vkernels.check import bind, require, same_dtype
+from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
@@ -86,15 +86,15 @@ def _apply_rope_kernel(
 
 def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[int]) -> None:
     """What keeps the kernel inside its tensors, for callers who come past the public function."""
-    axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"))
-    same_dtype("apply_rope", ("q", q), ("k", k))
     if cos is None:
-        bind("apply_rope", ("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x s"))
-        name, samples, pairs = "pos", tuple(pos.shape[1:]), freq.shape[0]
+        tables = (("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x p"))
     else:
-        bind("apply_rope", ("cos", cos, "x s r"), ("sin", sin, "x s r"))
-        name, samples, pairs = "cos", tuple(cos.shape[:2]), cos.shape[2]
-    b, s, d = axes["b"], axes["s"], axes["d"]
+        tables = (("cos", cos, "x p r"), ("sin", sin, "x p r"))
+    axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"), *tables)
+    if q.dtype not in FLOATS or (k is not None and k.dtype != q.dtype):
+        same_dtype("apply_rope", ("q", q), ("k", k))
+    name, samples = "pos" if cos is None else "cos", (axes["x"], axes["p"])
+    b, s, d, pairs = axes["b"], axes["s"], axes["d"], axes["r"]
     if samples not in ((1, s), (b, s)):
         require(False, "apply_rope", name, f"speak of 1 or {b} samples of {s} tokens", samples)
     blocks, offset = layout
