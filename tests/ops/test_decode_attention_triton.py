@@ -112,6 +112,14 @@ def test_a_ring_at_every_place_it_can_be_cut(scheme):
 
 
 @interpreted
+@pytest.mark.parametrize("length", [1, 3, 4])
+@pytest.mark.parametrize("scheme", ["fp32", "int4"])
+def test_sinks_before_there_is_a_history(scheme, length):
+    cache = filled(scheme, 1, 1, 16, length, capacity=64, ring=True, sinks=3, group=32, residual=0)
+    agrees(torch.randn(1, 1, 1, 16), cache)
+
+
+@interpreted
 @pytest.mark.parametrize(("n", "s"), [(1, 1), (17, 1), (6, 3), (5, 8)])
 def test_more_rows_than_a_tile(n, s):
     """17, 18 and 40 rows share their keys over tiles of 16."""
