@@ -66,7 +66,16 @@ def unit_rows(q):
 
 @triton.jit
 def add_codes(acc, factors, words, BITS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, L: tl.constexpr):
-    """acc + factor @ (codes - middle): `factors` are the planes [rows, K] of the factor."""
+    """acc + factor @ (codes - middle): `factors` are the planes [rows, K] of the factor.
+
+    A code is exact in tf32, so a float32 factor costs two products: its first 11 bits, and the rest.
+    """
     for i in tl.static_range(L):
-        acc += dot(factors[i], codes_at(words, i, BITS, K, F, L, factors[i].dtype))
+        codes = codes_at(words, i, BITS, K, F, L, factors[i].dtype)
+        if codes.dtype == tl.float32:
+            high = (factors[i].to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            acc = tl.dot(high, codes, acc, input_precision="tf32")
+            acc = tl.dot(factors[i] - high, codes, acc, input_precision="tf32")
+        else:
+            acc += dot(factors[i], codes)
     return acc
