@@ -19,7 +19,7 @@ from vkernels.kv_cache import GROUPS, STORAGE, Layout, words
 
 @triton.jit
 def seen_range(length, row, s, window):
-    """Last position each query row sees, and the last it no longer sees. Rows are s queries, again and again."""
+    """Last position each query row sees, and the last that is hidden from it. Rows are s queries, again and again."""
     last = length - s + row % s
     return last, tl.where(window > 0, last - window, -1)
 
@@ -90,16 +90,14 @@ def checked_cache(
     fits = all(x % g == 0 for x in (shape.residual, page, shape.ring)) and page > 0 and (bits or not shape.residual)
     require(bool(fits), op, "layout", "have residual, page and ring in multiples of group", layout)
     require(0 < d <= 256 and d % 8 == 0, op, "d", "be a multiple of 8 up to 256", d)
-    b = bind(op, ("length", length, "b"), ("table", table, "b p"))
+    b = bind(op, ("length", length, "b"), ("table", table, "b p"))["b"]
     for name, x in (("length", length), ("table", table)):
         require(x.dtype == torch.int32 and x.is_contiguous(), op, name, "be contiguous int32", x.dtype, TypeError)
     at = dict(zip(STORAGE, storage, strict=True))
     pool = at["k_codes" if bits else "k_rows"]
-    assert_given = pool is not None and pool.dim() > 0
-    require(assert_given, op, "k_codes" if bits else "k_rows", "be given", None)
-    head = f"{pool.shape[0]} {m} {page // g}" if pool is not None else ""
-    kept = f"{b['b']} {m} {shape.residual + g} {d}"
-    sink = f"{b['b']} {m} {shape.sinks} {d}"
+    pages = pool.shape[0] if pool is not None and pool.dim() else 0
+    require(pages > 0, op, "k_codes" if bits else "k_rows", "be given", None if pool is None else tuple(pool.shape))
+    head, kept, sink = f"{pages} {m} {page // g}", f"{b} {m} {shape.residual + g} {d}", f"{b} {m} {shape.sinks} {d}"
     shapes = {
         "k_codes": f"{head} {words(d, bits)} {g}",
         "v_codes": f"{head} {words(g, bits)} {-(-d // 16) * 16}",
@@ -110,13 +108,15 @@ def checked_cache(
     }
     shapes = shapes if bits else {"k_rows": f"{head} {d}", "v_rows": f"{head} {d}"}
     shapes |= {"k_sink": sink, "v_sink": sink} if shape.sinks else {}
+    held = {name: tensor for name in shapes if (tensor := at[name]) is not None and tensor.is_contiguous()}
     for name in shapes:
-        require(at[name] is not None and at[name].is_contiguous(), op, name, "be given and contiguous", None)
-    bind(op, ("length", length, "b"), *((name, at[name], axes) for name, axes in shapes.items()))
+        require(name in held, op, name, "be given and contiguous", "another")
+    bind(op, ("length", length, "b"), *((name, held[name], axes) for name, axes in shapes.items()))
     kinds = {"k_codes": torch.int32, "v_codes": torch.int32, "k_scale": torch.float16, "v_scale": torch.float16}
-    for name in shapes.keys() & kinds.keys():
-        require(at[name].dtype == kinds[name], op, name, f"have dtype {kinds[name]}", at[name].dtype, TypeError)
-    same_dtype(op, *((name, at[name]) for name in shapes if name not in kinds))
+    for name, x in held.items():
+        kind = kinds.get(name, x.dtype)
+        require(x.dtype == kind, op, name, f"have dtype {kind}", x.dtype, TypeError)
+    same_dtype(op, *((name, x) for name, x in held.items() if name not in kinds))
     room = table.shape[1] * page
     require(0 < room < 2**31 - 2**16, op, "table", "give a sequence 1 to 2^31 - 2^16 tokens", room)
     require(shape.ring <= room, op, "ring", "fit the pages of the table", shape.ring)

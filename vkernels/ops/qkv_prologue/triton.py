@@ -1,6 +1,6 @@
 """qkv_prologue on Triton: one pass over the packed projection; angles once per token, shared by its heads.
 
-A head is held as its pairs and what is left of it: (x0, x1) turn, xr does not. Where nothing turns, neighbours are pairs.
+A head is held as its pairs and what is left of it: (x0, x1) turn, xr does not. Where nothing turns, neighbours pair.
 HEAD is (d, first element that turns, pairs, pairs padded, parts of the rotary size (0: neighbours), d padded, whether
 anything is left over, whether anything turns); NORM is (whether there is a norm, after the rotation, over all heads).
 """
@@ -469,7 +469,7 @@ def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
 
 
 def out_of_place(qkv, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    n, m, d = rest[-1][:3]
+    _, m, d = rest[-1][:3]
     k, v = qkv.new_empty(*qkv.shape[:2], m, d), qkv.new_empty(*qkv.shape[:2], m, d)
     return into(qkv, k, v, *rest), k, v
 
