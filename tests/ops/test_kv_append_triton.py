@@ -11,9 +11,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from test_triton import python
 
 import vkernels as vk
-from tests.test_triton import python
 from vkernels.kv_cache import STORAGE
 
 pytestmark = [
@@ -57,7 +57,7 @@ def same_storage(*caches):
     ],
 )
 def test_steps_across_every_border(scheme, options):
-    """Steps that end one before, at and one after a full window, one that fills it at once, and one that overtakes it."""
+    """Steps that end one before, at and one after a full window, that fill it at once, and that overtake it."""
     both(scheme, (1, 30, 1, 1, 31, 33, 0, 95, 1, 130, 64, 32), **options)
 
 
@@ -116,7 +116,7 @@ def test_ragged_counts_and_strides(scheme):
 @pytest.mark.parametrize("bad", ["table", "negative table", "length", "negative length", "count", "negative count"])
 @pytest.mark.parametrize("scheme", ["int4", "bf16"])
 def test_hostile_values_stay_inside(scheme, bad):
-    """Nobody could look at these without waiting for the device: the kernel writes nothing it was not given a place for."""
+    """Nobody could look at these without waiting for the device: what has no place is not stored."""
     c = vk.KVCache(scheme, b=1, m=1, d=16, capacity=128, page=64, **({"residual": 0} if scheme == "int4" else {}))
     c.reserve(128)
     k = torch.ones(1, 64, 1, 16, dtype=torch.bfloat16)

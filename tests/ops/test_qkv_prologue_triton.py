@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from test_triton import python
 
-from tests.test_triton import python
 from vkernels import KVCache, RopeSpec, qkv_prologue
 
 pytestmark = [

@@ -34,14 +34,16 @@ def _lengths(length_ptr, count_ptr, sample, s):
 
 @triton.jit
 def _page(table_ptr, sample, slot, live, page, table_pages, pages):
-    """(page of the pool, whether it is one) of history slots; a slot beyond the table, or with no page, is not there."""
+    """(page of the pool, whether it is one) of history slots; one beyond the table, or with no page, is not there."""
     column = slot // page
     there = live & (column < table_pages)
     entry = tl.load(table_ptr + sample * table_pages + column, mask=there, other=-1).to(tl.int64)
     return entry, there & (entry >= 0) & (entry < pages)
 
 
-@triton.jit(do_not_specialize=["s", "tokens", "stride_kb", "stride_vb", "page", "ring", "sinks", "pages", "table_pages"])
+@triton.jit(
+    do_not_specialize=["s", "tokens", "stride_kb", "stride_vb", "page", "ring", "sinks", "pages", "table_pages"]
+)
 def _append_rows_kernel(
     k_ptr, v_ptr, count_ptr, length_ptr, table_ptr, k_rows_ptr, v_rows_ptr, k_sink_ptr, v_sink_ptr,
     stride_kb, stride_ks, stride_km, stride_vb, stride_vs, stride_vm,
@@ -161,7 +163,7 @@ def _append_part(
         x, _, inside = _rows_of_call(x_ptr, stride, later + sinks, old, count, column, later >= end, D)
         at = (recent_at + tl.maximum(later, 0) % window) * D
         tl.store(recent_ptr + at[:, None] + column[None, :], x, mask=inside)
-    if SINKS:
+    if SINKS:  # noqa: SIM102 (known to the compiler; the next is not)
         if task >= tasks:
             position = old + (task - tasks) * GROUP + t
             x, _, inside = _rows_of_call(x_ptr, stride, position, old, count, column, position < sinks, D)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from vkernels.check import ShapeError
+from vkernels.kv_cache import KVCache
 from vkernels.ops.qkv_prologue.api import BACKENDS, Call, prepare, qkv_prologue
 from vkernels.rope import RopeSpec, rope_positions
-from vkernels.kv_cache import KVCache
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 

@@ -1,6 +1,6 @@
 """qkv_prologue on Triton: one pass over the packed projection; angles once per token, shared by its heads.
 
-A head is held as its pairs and what is left of it: (x0, x1) turn, xr does not. Where nothing turns, neighbours are pairs.
+A head is held as its pairs and what is left of it: (x0, x1) turn, xr does not. Where nothing turns, neighbours pair.
 HEAD is (d, first element that turns, pairs, pairs padded, parts of the rotary size (0: neighbours), d padded, whether
 anything is left over, whether anything turns); NORM is (whether there is a norm, after the rotation, over all heads).
 """
@@ -155,7 +155,7 @@ def _forward_heads(
                 x0, x1 = turn(x0, x1, c, w)
         elif TURNS:
             x0, x1 = turn(x0, x1, c, w)
-        to = out_at[:, None, None] + (head * stride_on)[None, :, None]
+        to = out_at[:, None, None] + (head.to(tl.int64) * stride_on)[None, :, None]
         _store(out_ptr, to, live[:, None, None] & there[None, :, None], x0, x1, xr, HEAD)
 
 
@@ -172,10 +172,10 @@ def _qkv_prologue_kernel(
 ):  # fmt: skip
     split = tl.program_id(1)
     _, sample, token, live = _tokens_at(tl.program_id(0), tokens, s, BLOCK_S)
-    at = sample * (stride_xb * ALIGN) + token * (stride_xs * ALIGN)
-    q_at = sample * (stride_qb * ALIGN) + token * (stride_qs * ALIGN)
-    k_at = sample * (stride_kb * ALIGN) + token * (stride_ks * ALIGN)
-    v_at = sample * (stride_vb * ALIGN) + token * (stride_vs * ALIGN)
+    at = (sample * stride_xb + token * stride_xs) * ALIGN
+    q_at = (sample * stride_qb + token * stride_qs) * ALIGN
+    k_at = (sample * stride_kb + token * stride_ks) * ALIGN
+    v_at = (sample * stride_vb + token * stride_vs) * ALIGN
     q_inverse, k_inverse = 0.0, 0.0
     if Q_NORM[0] and Q_NORM[2]:
         q_inverse = _inverse_rms_of_all(
@@ -218,7 +218,7 @@ def _norm_operands(
 ):  # fmt: skip
     """The gradient of what the norm gave, and what the norm took (zeros without one)."""
     inside = live[:, None, None] & there[None, :, None]
-    g0, g1, gr = _load(dy_ptr, dy_at[:, None, None] + (head * stride_dn)[None, :, None], inside, HEAD)
+    g0, g1, gr = _load(dy_ptr, dy_at[:, None, None] + (head.to(tl.int64) * stride_dn)[None, :, None], inside, HEAD)
     if TURNS and not (NORM[0] and NORM[1]):
         g0, g1 = turn(g0, g1, c, -w)
     if NORM[0]:
@@ -261,9 +261,9 @@ def _norm_stats_kernel(
     """For norms over all heads: what their gradient needs of a whole token. stats [tokens, 4]: 1 / rms and the mean of
     x times its gradient, of q and of k."""
     row, sample, token, live = _tokens_at(tl.program_id(0), tokens, s, BLOCK_S)
-    at = sample * (stride_xb * ALIGN) + token * (stride_xs * ALIGN)
-    q_at = sample * (stride_qb * ALIGN) + token * (stride_qs * ALIGN)
-    k_at = sample * (stride_kb * ALIGN) + token * (stride_ks * ALIGN)
+    at = (sample * stride_xb + token * stride_xs) * ALIGN
+    q_at = (sample * stride_qb + token * stride_qs) * ALIGN
+    k_at = (sample * stride_kb + token * stride_ks) * ALIGN
     zero = tl.zeros([BLOCK_S], tl.float32)
     q_squares, q_mixed, k_squares, k_mixed = zero, zero, zero, zero
     for spec_row in range(ROWS):
@@ -293,7 +293,7 @@ def _backward_heads(
     stride_xb, stride_xs, stride_db, stride_ds, stride_dn, stride_pa, stride_pb, stride_ps, axes,
     tokens, s, columns, base, first, start, heads, scale, eps,
     HEAD: tl.constexpr, NORM: tl.constexpr, TURNS: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Heads `start` ... of heads first .. first + heads, of every part-th block of tokens; sums over those tokens."""
     head = start + tl.arange(0, BLOCK_H)
@@ -313,7 +313,7 @@ def _backward_heads(
         w0, w1, wr = _load_weight(norm_ptr, head, there, HEAD, NORM)
     for block in range(tl.program_id(0), (tokens + BLOCK_S - 1) // BLOCK_S, tl.num_programs(0)):
         row, sample, token, live = _tokens_at(block, tokens, s, BLOCK_S)
-        at, dy_at = sample * stride_xb + token * stride_xs, sample * stride_db + token * stride_ds
+        at, dy_at = (sample * stride_xb + token * stride_xs) * ALIGN, (sample * stride_db + token * stride_ds) * ALIGN
         c, w = 0.0, 0.0
         if TURNS:
             c, w = _angles(
@@ -362,17 +362,16 @@ def _qkv_prologue_bwd_kernel(
     db_ptr = sums_ptr + tl.program_id(0) * sums  # bias; then, of every head, the norm of q; then that of k
     dwq_ptr = db_ptr + columns if BIAS else db_ptr
     dwk_ptr = dwq_ptr + n * D if Q_NORM[0] else dwq_ptr
-    stride_xb, stride_xs = stride_xb * ALIGN, stride_xs * ALIGN
     chunk = tl.program_id(1)
     if chunk < ROWS * q_chunks:
         spec_row = chunk // q_chunks
         _backward_heads(
             qkv_ptr, dq_ptr, dqkv_ptr, bias_ptr, q_norm_ptr, stats_ptr, pos_ptr,
             axis_ptr + spec_row * HEAD[2] if HEAD[7] else axis_ptr, freq_ptr, db_ptr, dwq_ptr,
-            stride_xb, stride_xs, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN,
+            stride_xb, stride_xs, stride_qb, stride_qs, stride_qn * ALIGN,
             stride_pa, stride_pb, stride_ps, axes, tokens, s, columns,
             0, spec_row * (n // ROWS), chunk % q_chunks * BLOCK_H, n // ROWS, scale, eps,
-            HEAD, Q_NORM, HEAD[7], BIAS, BLOCK_S, BLOCK_H,
+            HEAD, Q_NORM, HEAD[7], BIAS, ALIGN, BLOCK_S, BLOCK_H,
         )  # fmt: skip
     elif chunk < ROWS * (q_chunks + k_chunks):
         chunk = chunk - ROWS * q_chunks
@@ -380,18 +379,18 @@ def _qkv_prologue_bwd_kernel(
         _backward_heads(
             qkv_ptr, dk_ptr, dqkv_ptr, bias_ptr, k_norm_ptr, stats_ptr + 2 if K_NORM[2] else stats_ptr, pos_ptr,
             axis_ptr + spec_row * HEAD[2] if HEAD[7] else axis_ptr, freq_ptr, db_ptr, dwk_ptr,
-            stride_xb, stride_xs, stride_kb * ALIGN, stride_ks * ALIGN, stride_kn * ALIGN,
+            stride_xb, stride_xs, stride_kb, stride_ks, stride_kn * ALIGN,
             stride_pa, stride_pb, stride_ps, axes, tokens, s, columns,
             n, spec_row * (m // ROWS), chunk % k_chunks * BLOCK_H, m // ROWS, scale, eps,
-            HEAD, K_NORM, HEAD[7], BIAS, BLOCK_S, BLOCK_H,
+            HEAD, K_NORM, HEAD[7], BIAS, ALIGN, BLOCK_S, BLOCK_H,
         )  # fmt: skip
     else:
         _backward_heads(
             qkv_ptr, dv_ptr, dqkv_ptr, bias_ptr, k_norm_ptr, stats_ptr, pos_ptr, axis_ptr, freq_ptr, db_ptr, dwk_ptr,
-            stride_xb, stride_xs, stride_vb * ALIGN, stride_vs * ALIGN, stride_vn * ALIGN,
+            stride_xb, stride_xs, stride_vb, stride_vs, stride_vn * ALIGN,
             stride_pa, stride_pb, stride_ps, axes, tokens, s, columns,
             n + m, 0, (chunk - ROWS * (q_chunks + k_chunks)) * BLOCK_H, m, scale, eps,
-            HEAD, NO_NORM, False, BIAS, BLOCK_S, BLOCK_H,
+            HEAD, NO_NORM, False, BIAS, ALIGN, BLOCK_S, BLOCK_H,
         )  # fmt: skip
 
 
@@ -469,7 +468,7 @@ def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
 
 
 def out_of_place(qkv, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    n, m, d = rest[-1][:3]
+    _, m, d = rest[-1][:3]
     k, v = qkv.new_empty(*qkv.shape[:2], m, d), qkv.new_empty(*qkv.shape[:2], m, d)
     return into(qkv, k, v, *rest), k, v
 
