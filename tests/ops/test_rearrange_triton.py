@@ -39,7 +39,7 @@ def ints(*rows):
 
 @interpreted
 def test_norms_and_their_gradients_by_hand():
-    """(3, 4) has root mean square sqrt(12.5); (1, 3) has mean 2 and deviation 1, and two numbers normalised never move."""
+    """(3, 4) has root mean square sqrt(12.5); (1, 3) has mean 2 and deviation 1; two normalised numbers never move."""
     x = torch.tensor([[[3.0, 4.0]]], requires_grad=True)
     plan = plans.keep(indices=torch.tensor([0]), n=1)
     y = run(x, plan, norm="rms", eps=0.0)
