@@ -109,6 +109,28 @@ def test_plan_is_the_law(mask):
     assert pickle.loads(pickle.dumps(mask)) == mask
 
 
+@given(masks())
+def test_lowering_reads_nothing_back(mask):
+    """On a device without values every read of one raises: what is built there took no synchronisation, and has the
+    shapes of the plan a CPU builds."""
+    plan, here = mask.plan("meta"), mask.plan()
+    assert (plan.groups, plan.len_q, plan.len_k) == (here.groups, here.len_q, here.len_k)
+    for name in ("q_rows", "k_rows", "q_count", "k_count", "ranges"):
+        a, b = getattr(plan, name), getattr(here, name)
+        assert (a is None) == (b is None)
+        assert a is None or (a.shape == b.shape and a.device.type == "meta")
+    for tiles in ("tiles", "k_tiles"):
+        a, b = getattr(plan, tiles)(16), getattr(here, tiles)(16)
+        assert a is None if b is None else a.shape == b.shape
+
+
+def test_a_keep_on_the_device_is_not_read_either():
+    keep = torch.empty(2, 12, dtype=torch.bool, device="meta")
+    plan = M.frame_causal(G(3, 2, 2)).keep(keep, queries=True).plan("meta")
+    assert plan.q_rows is not None
+    assert plan.q_rows.shape == (2, 12)
+
+
 def test_classes_stay_apart():
     """The last token of class 0 and the first code of class 1: one code less per class and they meet."""
     same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)

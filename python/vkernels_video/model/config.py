@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 KV_BITS = {"int8": 8, "int4": 4, "int2": 2}
+CONNECTORS = ("linear", "mlp2x", "qformer")
+ARRANGEMENTS = ("interleave", "all", "mean", "global_local")
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,72 @@ class EncoderConfig:
     patch: int = 14
     frames: int = 8  # frames of one clip: what the temporal embedding was made for
     eps: float = 1e-5
+    select_layer: int = -1  # -2: features are the state before the last block, which is not run
 
     @property
     def tokens(self) -> int:
         """Tokens per frame: the patches and one CLS."""
         return (self.image // self.patch) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A frozen per-frame image encoder: CLIP ViT-L/14 by default; EVA ViT-g through the fields that differ."""
+
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    mlp: int = 4096
+    image: int = 224
+    patch: int = 14
+    projection: int = 768
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    key_bias: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    select_layer: int = -1  # -2: features are the state before the last block, which is not run
+
+    @property
+    def patches(self) -> int:
+        """Patches per frame."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per frame: the patches and one CLS."""
+        return self.patches + 1
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    """BT-Adapter's temporal branch beside the last blocks of a trunk."""
+
+    layers: int = 4
+    frames: int = 64  # rows of the time table; longer clips are averaged in pairs
+    gated: bool = True  # False: the trunk is added as it is, as the published zero-shot configs do
+    gate_factor: float = 1e2
+    output_factor: float = 1e4
+    drop_path: float = 0.1  # of the last layer; earlier ones less, linearly
+    spatial_eps: float | None = None  # None: the trunk's
+    output: Literal["chat", "frames"] = "chat"  # one pooled frame (LLaVA), or every frame (ST-LLM)
+    pretraining: bool = False  # with the projection that aligns it with the trunk
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """InstructBLIP's Q-Former; without a text vocabulary it is BLIP-2's."""
+
+    source: int = 1408  # width of the tokens it reads
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    mlp: int = 3072
+    queries: int = 32
+    cross_every: int = 2
+    vocab: int = 30523  # 0: the queries see no text
+    context: int = 512
+    eps: float = 1e-12
 
 
 @dataclass(frozen=True)
@@ -50,9 +113,19 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VideoLLMConfig:
-    encoder: EncoderConfig
+    """Encoder, connector, arrangement of the frames, decoder, cache."""
+
+    encoder: EncoderConfig | TrunkConfig
     decoder: DecoderConfig
-    kv: Literal["int8", "int4", "int2"] = "int4"
+    branch: BranchConfig | None = None  # beside a TrunkConfig's encoder
+    connector: Literal["linear", "mlp2x", "qformer"] = "mlp2x"
+    qformer: QFormerConfig | None = None
+    # interleave: clips of the encoder's size that span the video, back in order. global_local: `local_frames` of the
+    # frames, each with the mean of all added. mean: one frame, their mean.
+    arrange: Literal["interleave", "all", "mean", "global_local"] = "interleave"
+    local_frames: int = 16
+    mvm: bool = False  # a head for ST-LLM's masked modelling loss
+    kv: Literal["none", "int8", "int4", "int2"] = "int4"  # none: the dtype of the weights
     kv_group: int = 64
     kv_residual: int = 128
     name: str = field(default="custom", compare=False)
@@ -63,7 +136,42 @@ class VideoLLMConfig:
         _must(encoder.image % encoder.patch == 0, "encoder.patch", "divide encoder.image", encoder.patch)
         _must(decoder.width % decoder.heads == 0, "decoder.heads", "divide decoder.width", decoder.heads)
         _must(decoder.heads % decoder.kv_heads == 0, "decoder.kv_heads", "divide decoder.heads", decoder.kv_heads)
-        _must(self.kv in KV_BITS, "kv", f"be one of {', '.join(KV_BITS)}", self.kv)
+        _must(self.kv in ("none", *KV_BITS), "kv", f"be one of none, {', '.join(KV_BITS)}", self.kv)
+        _must(self.connector in CONNECTORS, "connector", f"be one of {', '.join(CONNECTORS)}", self.connector)
+        _must(self.arrange in ARRANGEMENTS, "arrange", f"be one of {', '.join(ARRANGEMENTS)}", self.arrange)
+        depth = range(-encoder.layers, 0)
+        _must(encoder.select_layer in depth, "encoder.select_layer", f"lie in {depth[0]}..-1", encoder.select_layer)
+        clips = isinstance(encoder, EncoderConfig)
+        _must(clips == (self.arrange == "interleave"), "arrange", "be interleave for an encoder of clips", self.arrange)
+        _must(self.branch is None or not clips, "branch", "stand beside a per-frame encoder", type(encoder).__name__)
+        _must(
+            (self.connector == "qformer") == (self.qformer is not None),
+            "qformer",
+            "come with its connector",
+            self.qformer,
+        )
+        _must(
+            self.qformer is None or self.qformer.source == encoder.width, "qformer.source", "be encoder.width",
+            self.qformer and self.qformer.source,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes: plain values, for JSON."""
+        return asdict(self) | {"encoder_kind": type(self.encoder).__name__}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VideoLLMConfig:
+        """A config from a file, which may hold anything: fields are checked by name and type."""
+        kinds = {"EncoderConfig": EncoderConfig, "TrunkConfig": TrunkConfig}
+        _must(isinstance(data, dict), "file", "hold a config", type(data).__name__)
+        data = dict(data)
+        kind = data.pop("encoder_kind", None)
+        _must(kind in kinds, "encoder_kind", f"be one of {', '.join(kinds)}", kind)
+        parts = {"encoder": kinds[kind], "decoder": DecoderConfig, "branch": BranchConfig, "qformer": QFormerConfig}
+        for name, part in parts.items():
+            if data.get(name) is not None or name in ("encoder", "decoder"):
+                data[name] = _from_dict(part, data.get(name))
+        return _from_dict(cls, data)
 
     def with_options(self, **changes: Any) -> VideoLLMConfig:
         """A copy with decoder or top-level fields changed."""
@@ -71,34 +179,22 @@ class VideoLLMConfig:
         return replace(self, decoder=replace(self.decoder, **decoder), **changes)
 
 
+def _from_dict(kind: type, data: Any) -> Any:
+    _must(isinstance(data, dict), kind.__name__, "be a dictionary", type(data).__name__)
+    known = {f.name: f for f in fields(kind)}
+    _must(data.keys() <= known.keys(), kind.__name__, "have known fields", sorted(data.keys() - known.keys()))
+    for name, value in data.items():
+        wanted = known[name].type.split("[")[0].split(" |")[0]
+        good = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Literal": (str,)}.get(wanted)
+        optional = value is None and known[name].default is None
+        right = good is None or (isinstance(value, good) and (wanted == "bool" or not isinstance(value, bool)))
+        _must(optional or right, f"{kind.__name__}.{name}", f"be of type {known[name].type}", repr(value))
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise ValueError(f"config: {kind.__name__} must be complete, got {error}") from error
+
+
 def _must(condition: bool, argument: str, rule: str, value: Any) -> None:
     if not condition:
         raise ValueError(f"config: {argument} must {rule}, got {value}")
-
-
-PRESETS = {
-    # Every path in a second: 3 x 3 patches, two clips of four frames, grouped heads.
-    "tiny": VideoLLMConfig(
-        EncoderConfig(width=64, heads=4, layers=2, image=42, patch=14, frames=4),
-        DecoderConfig(width=128, heads=4, kv_heads=2, layers=2, mlp=192, context=64),
-        kv_group=32,
-        kv_residual=32,
-        name="tiny",
-    ),
-    # Video-LLaVA's token counts (257 per frame, 8 frames per clip) at a width that two cores can run.
-    "small": VideoLLMConfig(
-        EncoderConfig(width=512, heads=8, layers=6),
-        DecoderConfig(width=512, heads=8, kv_heads=8, layers=4, mlp=1376),
-        name="small",
-    ),
-}
-
-
-def presets() -> list[str]:
-    """Names that `VideoLLM.from_preset` takes."""
-    return list(PRESETS)
-
-
-def preset(name: str) -> VideoLLMConfig:
-    _must(name in PRESETS, "size", f"be one of {', '.join(PRESETS)}", name)
-    return PRESETS[name]

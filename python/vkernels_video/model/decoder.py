@@ -71,35 +71,33 @@ def ntk_base(config: DecoderConfig, length: int) -> float:
     return config.rope_theta * (length / config.context) ** (d / (d - 2))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, llama: LlamaConfig):
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.head = config.head
         kv_width = config.kv_heads * self.head
-        self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        self.post_attention_layernorm = LlamaRMSNorm(config.width, config.eps)
-        self.mlp = LlamaMLP(llama)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        """x [b s c]; `rotary` and `mask` as the implementation wants them."""
-        normed = self.input_layernorm(x)
+        """x [b s c]; `rotary`, `mask` and `cache` as the implementation wants them."""
         attend = self._eager if impl == "eager" else self._vkernels
-        x = x + self.o_proj(attend(normed, rotary, mask, cache))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.o_proj(attend(x, rotary, mask, cache))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (proj(x).view(*x.shape[:2], -1, self.head) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v  # b s n d, b s m d
 
-    def _eager(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DequantisingCache) -> Tensor:
+    def _eager(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DequantisingCache | None
+    ) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self._heads(x))  # b n s d
         q, k = apply_rotary_pos_emb(q, k, *rotary)
-        k, v = cache.update(k, v)
+        if cache is not None:
+            k, v = cache.update(k, v)
         groups = self.config.heads // self.config.kv_heads
         causal = mask is None and q.shape[2] > 1
         if groups > 1 and mask is not None:  # transformers repeats the heads whenever there is a mask
@@ -108,15 +106,31 @@ class DecoderLayer(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
     def _vkernels(
-        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache
+        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache | None
     ) -> Tensor:
         q, k, v = self._heads(x)
         spec, positions = rotary
         q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())
-        cache.append(k, v)
-        out = vk.decode_attention(q, cache) if mask is None else vk.attention(q, k, v, mask=mask)
+        if cache is not None:
+            cache.append(k, v)
+        out = vk.attention(q, k, v, mask=mask) if mask is not None or cache is None else vk.decode_attention(q, cache)
         assert isinstance(out, Tensor)
         return out.flatten(2)
+
+
+class DecoderLayer(nn.Module):
+    """The keys of its state are those of transformers' LlamaDecoderLayer."""
+
+    def __init__(self, config: DecoderConfig, llama: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.width, config.eps)
+        self.mlp = LlamaMLP(llama)
+
+    def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -146,17 +160,37 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
         positions = torch.arange(start, start + x.shape[1])
-        rotary: Any
         mask: Any
         if impl == "eager":
-            rotary = self._rotary(base)(x, positions[None])
             mask = self._dense_mask(x, prompt)
         else:
-            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
             mask = prompt.mask(self.config.frame_attention) if prompt else None
+        return self.lm_head(self.norm(self._layers(x, positions, base, mask, caches, impl)[:, -1]))
+
+    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, base: float | None = None) -> Tensor:
+        """Normalised states of causal sequences, with gradients and without a cache.
+
+        "eager": padded rows x [b s c] and positions [b s]. "vkernels": one after the other, x [1 total c] and positions
+        [total].
+        """
+        mask: Any
+        if impl == "eager":
+            shown = torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None]
+            mask = create_causal_mask(self.llama, x, shown.to(x.device), None)
+        else:
+            mask = vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths])
+        base = self.config.rope_theta if base is None else base
+        return self.norm(self._layers(x, positions, base, mask, [None] * len(self.layers), impl))
+
+    def _layers(self, x: Tensor, positions: Tensor, base: float, mask: Any, caches: list[Any], impl: str) -> Tensor:
+        rotary: Any
+        if impl == "eager":
+            rotary = self._rotary(base)(x, positions if positions.dim() == 2 else positions[None])
+        else:
+            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotary, mask, cache, impl)
-        return self.lm_head(self.norm(x[:, -1]))
+        return x
 
     def _rotary(self, base: float) -> LlamaRotaryEmbedding:
         self.llama.rope_parameters = {"rope_type": "default", "rope_theta": base}

@@ -1,4 +1,4 @@
-"""The vision encoder: a CLIP-like ViT with divided space-time layers, and the projector behind it.
+"""The vision encoder of short clips: a CLIP-like ViT with divided space-time layers.
 
 Every layer is written twice over one set of weights: `_eager` as people write it today, `_vkernels` on the library.
 Token order is frame-major, b (clips) x t (frames) x l (CLS and patches).
@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import vkernels as vk
-from vkernels_video.model.config import DecoderConfig, EncoderConfig
+from vkernels_video.model.config import EncoderConfig
 
 
 class Attention(nn.Module):
@@ -94,13 +94,6 @@ class Encoder(nn.Module):
         cls = self.class_embedding.expand(b * t, 1, -1)
         x = self.pre_layrnorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
         x = x.reshape(b, -1, self.config.width)
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) + 1 + self.config.select_layer]:
             x = layer(x, t, impl)
         return x.view(b, t, -1, self.config.width)
-
-
-class Projector(nn.Sequential):
-    """LLaVA's mlp2x_gelu."""
-
-    def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig):
-        super().__init__(nn.Linear(encoder.width, decoder.width), nn.GELU(), nn.Linear(decoder.width, decoder.width))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vkernels.library import fresh, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lasting, native, op, ref, register, unit_stride
 from vkernels.masks import MaskPlan
 
 _MASK = (
@@ -80,7 +80,7 @@ def _cpu_bwd(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, scale, layout, *mask = inputs
     ctx.scale, ctx.layout, ctx.bounds = scale, layout, mask.pop(7)
-    ctx.save_for_backward(q, k, v, *output, *mask)
+    ctx.save_for_backward(q, k, v, *output, *map(lasting, mask))
     ctx.set_materialize_grads(False)
 
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lasting, lazily, native, op, ref, register, unit_stride
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
 REDUCES = {"sum": 0, "max": 1}
@@ -131,7 +131,8 @@ def _rows_setup(ctx, inputs, output) -> None:
         ctx.reduce, ctx.norm, ctx.scale, ctx.eps, ctx.with_sum, _,
     ) = inputs  # fmt: skip
     ctx.sources = len(x)
-    ctx.save_for_backward(*x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias)
+    plan = map(lasting, (ptr, idx, weight, t_ptr, t_idx, t_weight))
+    ctx.save_for_backward(*x, *plan, bias, gate, residual, norm_weight, norm_bias)
 
 
 def _rows_backward(ctx, dy, dsum):

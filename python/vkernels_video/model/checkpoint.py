@@ -1,0 +1,274 @@
+"""Weights from other people's files, by an audited map of names.
+
+Every tensor of a checkpoint is mapped, or on its source's list of what this model has no use for; everything else is
+refused by name. A checkpoint that loads in silence and leaves a module random is how published results got lost.
+
+Files are untrusted: safetensors, or torch archives read with `weights_only=True`; no code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published layout: how to recognise it, new names for its tensors, and which of them have no use here."""
+
+    name: str
+    signs: tuple[str, ...]  # every pattern matches some key
+    renames: tuple[tuple[str, str], ...]  # applied in order, each anywhere in the name
+    unused: tuple[str, ...] = ()
+    reshape: Callable[[State], State] = lambda state: state
+
+
+def _fused_qkv(state: State) -> State:
+    """EVA's packed projection as three, and its two biases; a key bias must be zero, for EVA's keys have none."""
+    made: State = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"(.*self_attn)\.qkv\.(weight|bias)", name):
+            parts = tensor.chunk(3)
+            if match[2] == "bias" and bool((parts[1] != 0).any()):
+                raise CheckpointError(
+                    f"checkpoint: {name} must be zero for the keys, got {float(parts[1].abs().max())}"
+                )
+            for part, letter in zip(parts, "qkv", strict=True):
+                if (match[2], letter) != ("bias", "k"):
+                    made[f"{match[1]}.{letter}_proj.{match[2]}"] = part
+        else:
+            made[name] = tensor
+    return _flat_embeddings(made)
+
+
+def _flat_embeddings(state: State) -> State:
+    """Class and position embeddings without the axes of a batch."""
+    for name in ("encoder.class_embedding", "encoder.position_embedding.weight"):
+        if name in state:
+            state[name] = state[name].flatten(0, -2).squeeze(0) if name.endswith("weight") else state[name].flatten()
+    return state
+
+
+LLAMA = (
+    (r"^(?:language_model\.)?(?:model\.)?(embed_tokens|layers|norm)\.", r"decoder.\1."),
+    (r"^(?:language_model\.)?lm_head\.", r"decoder.lm_head."),
+)
+CLIP = (
+    (r"^encoder\.embeddings\.", "encoder."),
+    (r"^encoder\.encoder\.layers\.", "encoder.layers."),
+)
+EVA_BLOCK = (
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.([qv])_bias$", r".self_attn.\1_proj.bias"),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+)
+QFORMER = (
+    (r"^Qformer\.bert\.", "projector.qformer."),
+    (r"(attention)\.self\.(query|key|value)\.", r"\1.attention.\2."),
+    (r"embeddings\.LayerNorm\.", "embeddings.layernorm."),
+)
+BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$")
+
+SOURCES = (
+    Source("vkernels_video", (r"^encoder\.class_embedding$", r"^projector\.", r"^decoder\.embed_tokens\."), ()),
+    Source(
+        "ST-LLM",
+        (r"^(model\.stllm_model\.)?visual_encoder\.", r"Qformer\.bert\."),
+        (
+            (r"^model\.stllm_model\.", ""),
+            (r"^visual_encoder\.cls_token$", "encoder.class_embedding"),
+            (r"^visual_encoder\.pos_embed$", "encoder.position_embedding.weight"),
+            (r"^visual_encoder\.patch_embed\.proj\.", "encoder.patch_embedding."),
+            (r"^visual_encoder\.blocks\.", "encoder.layers."),
+            (r"^visual_encoder\.(?i:btadapter)_cls$", "encoder.btadapter_cls_token"),
+            (r"^visual_encoder\.(?i:btadapter)_position\.", "encoder.btadapter_time_embed."),
+            (r"^visual_encoder\.(?i:btadapter)_([ST])\.", r"encoder.btadapter_\1_layers."),
+            *EVA_BLOCK,
+            (r"^ln_vision\.", "projector.ln_vision."),
+            (r"^query_tokens$", "projector.qformer.query_tokens"),
+            *QFORMER,
+            (r"^(?:llama|llm)_proj\.", "projector.llama_proj."),
+            (r"^(down|up)_proj\.", r"global_local.\1_proj."),
+            (r"^mvm_decoder\.", "mvm."),
+            *LLAMA,
+        ),
+        (*BUFFERS, r"^embed_tokens\.weight$", r"^projector\.qformer\.cls\."),
+        _fused_qkv,
+    ),
+    Source(
+        "InstructBLIP",
+        (r"^vision_model\.", r"^qformer\."),
+        (
+            (r"^vision_model\.post_layernorm\.", "projector.ln_vision."),
+            (r"^vision_model\.", "encoder."),
+            *CLIP,
+            (r"self_attn\.projection\.", "self_attn.out_proj."),
+            (r"encoder\.position_embedding$", "encoder.position_embedding.weight"),
+            (r"^(qformer\.|query_tokens$)", r"projector.\1"),
+            (r"^projector\.query_tokens$", "projector.qformer.query_tokens"),
+            (r"^language_projection\.", "projector.llama_proj."),
+            *LLAMA,
+        ),
+        BUFFERS,
+        _fused_qkv,
+    ),
+    Source(
+        "Video-LLaVA",
+        (r"^(model\.)?video_tower\.", r"^(model\.)?multi_modal_projector\."),
+        (
+            (r"^model\.(video_tower|image_tower|multi_modal_projector|language_model)\.", r"\1."),
+            (r"^video_tower\.(?:vision_model\.)?", "encoder."),
+            *CLIP,
+            (r"^multi_modal_projector\.linear_1\.", "projector.0."),
+            (r"^multi_modal_projector\.linear_2\.", "projector.2."),
+            *LLAMA,
+        ),
+        (*BUFFERS, r"^image_tower\.", r"^encoder\.post_layernorm\."),
+    ),
+    Source(
+        "LanguageBind",
+        (r"temporal_attn\.q_proj\.",),
+        (
+            (r"^(?:vision_model|model\.video_tower\.video_tower)\.", "encoder."),
+            *CLIP,
+            (r"\.mlp\.fc1\.", ".mlp.0."),
+            (r"\.mlp\.fc2\.", ".mlp.2."),
+            (r"^encoder\.position_embedding\.weight$", "encoder.position_embedding"),
+        ),
+        (*BUFFERS, r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$", r"^encoder\.post_layernorm\."),
+    ),
+    Source(
+        "BT-Adapter",
+        (r"(btadapter|timesFPN)_T_layers\.",),
+        (
+            (r"timesFPN", "btadapter"),
+            (r"^(?:backbone|model\.vision_tower)\.", "encoder."),
+            (r"^model\.mm_projector\.", "projector."),
+            *LLAMA,
+        ),
+        (*BUFFERS, r"^text_backbone\."),
+    ),
+    Source(
+        "CLIP",
+        (r"^vision_model\.embeddings\.class_embedding$",),
+        ((r"^vision_model\.", "encoder."), *CLIP, (r"^visual_projection\.", "encoder.visual_projection.")),
+        (*BUFFERS, r"^text_model\.", r"^text_projection\.", r"^logit_scale$"),
+    ),
+    Source("LLaMA", (r"^model\.embed_tokens\.weight$", r"^model\.layers\.0\."), LLAMA, BUFFERS),
+)
+
+
+def read(path: str | Path) -> State:
+    """All tensors of a file, or of the (sharded) checkpoint in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return _file(path)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint: path must be a file or a folder, got {path}")
+    for index in sorted(path.glob("*.index.json")):
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint: {index} must be an index of shards, got {error!r}") from error
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise CheckpointError(f"checkpoint: {index} must name files beside it, got {names}")
+        return _all(path / name for name in names)
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.bin"):
+        if files := sorted(path.glob(pattern)):
+            return _all(files)
+    raise CheckpointError(f"checkpoint: {path} must hold .safetensors, .bin or .pth files, got none")
+
+
+def _all(files: Iterable[Path]) -> State:
+    state: State = {}
+    for file in files:
+        more = _file(file)
+        if twice := state.keys() & more.keys():
+            raise CheckpointError(
+                f"checkpoint: {file} must not repeat tensors of other shards, got {sorted(twice)[:3]}"
+            )
+        state |= more
+    return state
+
+
+def _file(path: Path) -> State:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {why}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise CheckpointError(f"checkpoint: {path} must hold a dictionary of tensors, got {type(found).__name__}")
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def recognise(state: State) -> Source:
+    """Whose layout this is."""
+    for source in SOURCES:
+        if all(any(re.search(sign, name) for name in state) for sign in source.signs):
+            return source
+    known = ", ".join(source.name for source in SOURCES)
+    raise CheckpointError(f"checkpoint: names must be those of {known}, got {sorted(state)[:3]} ...")
+
+
+def translate(state: State, source: Source) -> tuple[State, list[str]]:
+    """The tensors under this model's names, and the names of those its source has but this model does not use."""
+    made: State = {}
+    unused = []
+    for name, tensor in state.items():
+        new = name
+        for pattern, replacement in source.renames:
+            new = re.sub(pattern, replacement, new)
+        if any(re.search(pattern, each) for pattern in source.unused for each in (name, new)):
+            unused.append(name)
+        else:
+            made[new] = tensor
+    return source.reshape(made), unused
+
+
+def load(model: torch.nn.Module, state: State, source: str, allow_missing: Sequence[str] = ()) -> list[str]:
+    """Put every tensor where it belongs, or none at all. Returns what stayed as it was (patterns `allow_missing`)."""
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    allowed = [name for name in missing if any(re.search(pattern, name) for pattern in allow_missing)]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = {
+        "missing": sorted(set(missing) - set(allowed)),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": wrong,
+    }
+    if any(problems.values()):
+        said = "; ".join(f"{len(names)} {kind}: {few(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"checkpoint: a {source} checkpoint must fit the model, got {said}")
+    model.load_state_dict({**{name: own[name] for name in allowed}, **state})
+    return allowed
+
+
+def few(names: list[str], most: int = 6) -> str:
+    """The first names of a list, and how many follow."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,356 @@
+"""Loading: checkpoints that transformers writes give transformers' outputs, published layouts land tensor by tensor,
+and nothing is lost in silence."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("einops")
+
+from safetensors.torch import save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+from vkernels_video.model import VideoLLM, VideoLLMConfig, preset
+from vkernels_video.model.checkpoint import CheckpointError, read, recognise, translate
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 259,
+}  # fmt: skip
+CLIP = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 42,
+    "patch_size": 14, "projection_dim": 32,
+}  # fmt: skip
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    assert (a - b).norm() <= tolerance * b.norm()
+
+
+def scrambled(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights that make every tensor matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            near = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.copy_(near + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+# --- what transformers writes
+
+
+@pytest.mark.parametrize("impl", ["eager", "vkernels"])
+def test_instructblip(tmp_path, impl):
+    vision = {**CLIP, "hidden_size": 72, "num_attention_heads": 1, "layer_norm_eps": 1e-6}
+    del vision["projection_dim"]
+    qformer = {
+        "vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
+        "max_position_embeddings": 64, "encoder_hidden_size": 72,
+    }  # fmt: skip
+    config = InstructBlipConfig(
+        vision_config=vision, qformer_config=qformer, text_config=LLAMA, num_query_tokens=4, image_token_index=258
+    )
+    theirs = scrambled(InstructBlipForConditionalGeneration(config))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("qkv.bias"):
+                parameter[72:144] = 0
+    theirs.save_pretrained(tmp_path)
+    ours = preset("tiny_st_llm_conversation")
+    ours = replace(ours, encoder=replace(ours.encoder, eps=1e-6, patch_bias=True), arrange="all", mvm=False)
+    model = VideoLLM.from_pretrained(
+        tmp_path, config=ours, allow_missing=[r"encoder\.(post_layernorm|visual_projection)"]
+    )
+
+    pixels, text = torch.randn(2, 3, 42, 42), torch.randint(0, 250, (1, 6))
+    with torch.no_grad():
+        features = theirs.vision_model(pixels).last_hidden_state
+        queries = theirs.query_tokens.expand(2, -1, -1)
+        ones = torch.ones(2, 4 + 6, dtype=torch.int64)
+        asked = theirs.qformer(
+            input_ids=text.expand(2, -1), attention_mask=ones, query_embeds=queries, encoder_hidden_states=features
+        ).last_hidden_state[:, :4]
+        expected = theirs.language_projection(asked)
+        got = model.visual(model.encode(pixels, impl), impl, text)[0]
+        close(got, expected)
+        x = torch.randn(1, 9, 128)
+        want = theirs.language_model(inputs_embeds=x).logits
+        positions = torch.arange(9) if impl == "vkernels" else torch.arange(9)[None]
+        close(model.decoder.lm_head(model.decoder.hidden(x, positions, [9], impl)), want)
+
+
+@pytest.mark.parametrize("impl", ["eager", "vkernels"])
+def test_video_llava(tmp_path, impl):
+    config = VideoLlavaConfig(vision_config={"model_type": "clip_vision_model", **CLIP}, text_config=LLAMA)
+    theirs = scrambled(VideoLlavaForConditionalGeneration(config))
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")  # in several files
+    ours = preset("tiny_bt_llava")
+    ours = replace(ours, encoder=replace(ours.encoder, select_layer=-2), branch=None, connector="mlp2x")
+    unused = [r"encoder\.(post_layernorm|visual_projection)"]
+    model = VideoLLM.from_pretrained(tmp_path, config=ours, allow_missing=unused)
+    pixels = torch.randn(3, 3, 42, 42)
+    with torch.no_grad():
+        tower = theirs.model.video_tower(pixels, output_hidden_states=True).hidden_states[-2]
+        expected = theirs.model.multi_modal_projector(tower)
+        got = model.visual(model.encode(pixels, impl), impl)
+    close(got[0], expected)
+    close(model.decoder.embed_tokens.weight, theirs.get_input_embeddings().weight)
+
+
+def test_clip_starts_a_branch(tmp_path, caplog):
+    theirs = scrambled(CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP)))
+    theirs.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "vkernels_video"):
+        model = VideoLLM.from_pretrained(
+            tmp_path, config="tiny_bt_llava", allow_missing=["btadapter", "balance", "^projector", "^decoder"]
+        )
+    assert "tensors stay as initialised: decoder." in caplog.text
+    model.encoder.copy_trunk_to_branch()
+    pixels = torch.randn(2, 3, 42, 42)
+    with torch.no_grad():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+        close(model.encoder(pixels[None], "vkernels")[0][0], expected)
+    with pytest.raises(CheckpointError, match=r"a CLIP checkpoint must fit the model, got \d+ missing: decoder"):
+        VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava", allow_missing=["btadapter", "balance"])
+
+
+# --- published layouts, by the names their files have
+
+
+def eva_block(name: str, c: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.norm1.weight": (c,), f"{name}.norm1.bias": (c,), f"{name}.norm2.weight": (c,),
+        f"{name}.norm2.bias": (c,), f"{name}.attn.q_bias": (c,), f"{name}.attn.v_bias": (c,),
+        f"{name}.attn.qkv.weight": (3 * c, c), f"{name}.attn.proj.weight": (c, c), f"{name}.attn.proj.bias": (c,),
+        f"{name}.mlp.fc1.weight": (mlp, c), f"{name}.mlp.fc1.bias": (mlp,), f"{name}.mlp.fc2.weight": (c, mlp),
+        f"{name}.mlp.fc2.bias": (c,),
+    }  # fmt: skip
+
+
+def test_st_llm_layout(tmp_path):
+    """Names as the published QA weights have them; one tensor of each kind is followed to its place."""
+    model = VideoLLM.from_preset("tiny_st_llm_qa", seed=1)
+    own = model.state_dict()
+    p = "model.stllm_model."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{p}visual_encoder.cls_token": (1, 1, 72), f"{p}visual_encoder.pos_embed": (1, 10, 72),
+        f"{p}visual_encoder.patch_embed.proj.weight": (72, 3, 14, 14),
+        f"{p}visual_encoder.BTAdapter_cls": (1, 1, 72), f"{p}visual_encoder.BTAdapter_position.weight": (8, 72),
+        f"{p}ln_vision.weight": (72,), f"{p}ln_vision.bias": (72,), f"{p}query_tokens": (1, 4, 64),
+        f"{p}llama_proj.weight": (128, 64), f"{p}llama_proj.bias": (128,),
+        f"{p}mvm_decoder.head.weight": (128, 128), f"{p}mvm_decoder.head.bias": (128,),
+        f"{p}mvm_decoder.norm.weight": (128,), f"{p}mvm_decoder.norm.bias": (128,),
+        f"{p}embed_tokens.weight": (259, 128),
+    }  # fmt: skip
+    for i in range(4):
+        shapes |= eva_block(f"{p}visual_encoder.blocks.{i}", 72, 128)
+    for i in range(2):
+        shapes |= eva_block(f"{p}visual_encoder.BTAdapter_S.{i}", 72, 128)
+        temporal = {
+            k: v
+            for k, v in eva_block(f"{p}visual_encoder.BTAdapter_T.{i}", 72, 128).items()
+            if "attn" in k or "norm1" in k
+        }
+        shapes |= temporal | {f"{p}visual_encoder.BTAdapter_T.{i}.temporal_fc.weight": (72, 72)}
+        shapes |= {f"{p}visual_encoder.BTAdapter_T.{i}.temporal_fc.bias": (72,)}
+    for name, tensor in own.items():
+        if name.startswith("projector.qformer.") and "query_tokens" not in name:
+            old = name.replace("projector.qformer.", f"{p}Qformer.bert.").replace(
+                "embeddings.layernorm", "embeddings.LayerNorm"
+            )
+            old = old.replace("attention.attention.", "attention.self.")
+            shapes[old] = tuple(tensor.shape)
+        elif name.startswith("decoder."):
+            short = name.removeprefix("decoder.")
+            shapes[short if short.startswith("lm_head") else f"model.{short}"] = tuple(tensor.shape)
+    generator = torch.Generator().manual_seed(2)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    unused = [r"encoder\.(post_layernorm|visual_projection)"]
+    loaded = VideoLLM.from_pretrained(tmp_path, config="tiny_st_llm_qa", allow_missing=unused).state_dict()
+    v = f"{p}visual_encoder."
+    for new, old in {
+        "encoder.class_embedding": state[f"{v}cls_token"].flatten(),
+        "encoder.position_embedding.weight": state[f"{v}pos_embed"][0],
+        "encoder.layers.3.self_attn.k_proj.weight": state[f"{v}blocks.3.attn.qkv.weight"][72:144],
+        "encoder.layers.3.self_attn.v_proj.bias": state[f"{v}blocks.3.attn.v_bias"],
+        "encoder.layers.0.self_attn.out_proj.weight": state[f"{v}blocks.0.attn.proj.weight"],
+        "encoder.btadapter_cls_token": state[f"{v}BTAdapter_cls"],
+        "encoder.btadapter_time_embed.weight": state[f"{v}BTAdapter_position.weight"],
+        "encoder.btadapter_S_layers.1.layer_norm2.bias": state[f"{v}BTAdapter_S.1.norm2.bias"],
+        "encoder.btadapter_T_layers.1.temporal_fc.weight": state[f"{v}BTAdapter_T.1.temporal_fc.weight"],
+        "projector.qformer.encoder.layer.2.crossattention.attention.key.weight": state[
+            f"{p}Qformer.bert.encoder.layer.2.crossattention.self.key.weight"
+        ],
+        "projector.qformer.embeddings.layernorm.bias": state[f"{p}Qformer.bert.embeddings.LayerNorm.bias"],
+        "projector.ln_vision.weight": state[f"{p}ln_vision.weight"],
+        "mvm.head.bias": state[f"{p}mvm_decoder.head.bias"],
+        "decoder.layers.1.mlp.up_proj.weight": state["model.layers.1.mlp.up_proj.weight"],
+        "decoder.lm_head.weight": state["lm_head.weight"],
+    }.items():
+        assert torch.equal(loaded[new], old), new
+
+
+@pytest.mark.parametrize("old", ["btadapter", "timesFPN"])
+def test_bt_adapter_layout_in_three_files(tmp_path, old):
+    model = VideoLLM.from_preset("tiny_bt_llava", seed=3)
+    parts: dict[str, dict[str, Tensor]] = {"tower": {}, "projector": {}, "llm": {}}
+    for name, tensor in model.state_dict().items():
+        kind, rest = name.split(".", 1)
+        if kind == "encoder":
+            parts["tower"]["model.vision_tower." + rest.replace("btadapter", old)] = tensor
+        elif kind == "projector":
+            parts["projector"][f"model.mm_projector.{rest}"] = tensor
+        else:
+            parts["llm"][rest if rest.startswith("lm_head") else f"model.{rest}"] = tensor
+    torch.save({"state_dict": parts["tower"] | parts["projector"]}, tmp_path / "bt.pth")
+    save_file(parts["llm"], tmp_path / "model.safetensors")
+    loaded = VideoLLM.from_pretrained(tmp_path / "bt.pth", tmp_path / "model.safetensors", config="tiny_bt_llava")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_languagebind_layout():
+    """The encoder of clips, in the names of LanguageBind's video tower."""
+    encoder = VideoLLM.from_preset("tiny").encoder
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        short = name.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.2.", ".mlp.fc2.")
+        if short == "position_embedding":
+            short = "position_embedding.weight"
+        where = "" if short.startswith(("pre_", "layers")) else "embeddings."
+        state[f"vision_model.{where}{'encoder.' if short.startswith('layers') else ''}{short}"] = tensor
+    state |= {"vision_model.post_layernorm.weight": torch.zeros(64), "logit_scale": torch.zeros(())}
+    source = recognise(state)
+    assert source.name == "LanguageBind"
+    made, unused = translate(state, source)
+    assert sorted(unused) == ["logit_scale", "vision_model.post_layernorm.weight"]
+    assert made.keys() == {f"encoder.{name}" for name in encoder.state_dict()}
+
+
+# --- our own
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_bt_llava", "tiny_st_llm_qa", "tiny_st_llm_conversation"])
+def test_round_trip(tmp_path, name):
+    model = VideoLLM.from_preset(name, seed=4)
+    model.save_pretrained(tmp_path)
+    again = VideoLLM.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+# --- bad input
+
+
+def saved(tmp_path, change=None) -> None:
+    model = VideoLLM.from_preset("tiny")
+    if change:
+        change(model)
+    model.save_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"checkpoint: .*model\.safetensors cannot be read"):
+        VideoLLM.from_pretrained(tmp_path)
+    for content in (b"", b"not a zip"):
+        (tmp_path / "x.bin").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint: .*x\.bin cannot be read"):
+            read(tmp_path / "x.bin")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
+    torch.save({"a": Evil()}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(tmp_path / "x.bin")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_nothing_is_lost_in_silence(tmp_path):
+    saved(tmp_path)
+    state = read(tmp_path)
+    state["decoder.extra"] = torch.zeros(1)
+    del state["decoder.norm.weight"]
+    state["decoder.lm_head.weight"] = torch.zeros(3, 128)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        VideoLLM.from_pretrained(tmp_path)
+    assert str(error.value) == (
+        "checkpoint: a vkernels_video checkpoint must fit the model, got 1 missing: decoder.norm.weight; "
+        "1 unexpected: decoder.extra; 1 of another shape: decoder.lm_head.weight (3, 128) for (259, 128)"
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    theirs = CLIPVisionModelWithProjection(CLIPVisionConfig(**{**CLIP, "num_hidden_layers": 6}))
+    theirs.save_pretrained(tmp_path)
+    everything = ["btadapter", "balance", "^projector", "^decoder"]
+    with pytest.raises(CheckpointError, match=r"unexpected: encoder\.layers\.4\."):
+        VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava", allow_missing=everything)
+
+
+def test_a_key_bias_is_not_dropped():
+    source = next(
+        s
+        for s in __import__("vkernels_video.model.checkpoint", fromlist=["SOURCES"]).SOURCES
+        if s.name == "InstructBLIP"
+    )
+    state = {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(6), "qformer.x": torch.ones(1)}
+    source = recognise(state)
+    with pytest.raises(CheckpointError, match=r"qkv\.bias must be zero for the keys, got 1"):
+        translate(state, source)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"decoder": {"width": "wide"}}, "DecoderConfig.width must be of type int, got 'wide'"),
+        ({"encoder_kind": "os.system"}, "encoder_kind must be one of EncoderConfig, TrunkConfig, got os.system"),
+        ({"surprise": 1}, r"VideoLLMConfig must have known fields, got \['surprise'\]"),
+        ({"encoder": {"width": 64}}, "EncoderConfig must be complete"),
+        ({"decoder": 3}, "DecoderConfig must be a dictionary, got int"),
+    ],
+)
+def test_a_config_from_a_file_is_checked(tmp_path, change, sentence):
+    saved(tmp_path)
+    file = tmp_path / "vkernels_video.json"
+    data = json.loads(file.read_text())
+    for name, value in change.items():
+        data[name] = data[name] | value if value == {"width": "wide"} else value
+    file.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=sentence):
+        VideoLLM.from_pretrained(tmp_path)
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(CheckpointError, match=r"must hold vkernels_video\.json, or config must be given, got neither"):
+        VideoLLM.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"must hold \.safetensors, \.bin or \.pth files, got none"):
+        VideoLLM.from_pretrained(tmp_path, config="tiny")
+    with pytest.raises(CheckpointError, match="path must be a file or a folder"):
+        VideoLLM.from_pretrained(tmp_path / "nowhere", config="tiny")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(CheckpointError, match="must name files beside it"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="config: file must hold a config, got list"):
+        VideoLLMConfig.from_dict([])

@@ -1,0 +1,95 @@
+"""Every preset: the small ones run, in both implementations alike; the large ones have the papers' sizes."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("einops")
+
+from vkernels_video.model import VideoLLM, preset, presets
+from vkernels_video.model.masking import random_keep
+from vkernels_video.model.sequence import Example
+from vkernels_video.model.st_llm import training_losses
+
+TINY = [name for name in presets() if name.startswith("tiny")]
+QUESTION = "what moves?"
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert a.shape == b.shape
+    assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8])
+@pytest.mark.parametrize("name", [name for name in TINY if name != "tiny"])  # its cache is quantised: test_model.py
+def test_implementations_generate_the_same(name, frames):
+    model = VideoLLM.from_preset(name, seed=2).eval()
+    pixels = torch.randn(frames, 3, 42, 42)
+    eager = model.generate(pixels, QUESTION, 12, "eager")
+    fast = model.generate(pixels, QUESTION, 12, "vkernels")
+    assert fast.prompt == eager.prompt
+    assert fast.tokens == eager.tokens
+    close(fast.logits, eager.logits)
+
+
+@pytest.mark.parametrize("name", ["tiny_st_llm_qa", "tiny_st_llm_conversation"])
+def test_a_training_step_is_the_same_from_pixels_to_gradients(name):
+    model = VideoLLM.from_preset(name, seed=3)
+    pixels = torch.randn(2, 8, 3, 42, 42)
+    text, shown = torch.randint(0, 259, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    examples = [Example([1], [5, 6], [7, 8]), Example([1, 2], [9], [10])]
+    sides = []
+    for impl in ("eager", "vkernels"):
+        model.zero_grad()
+        torch.manual_seed(0)  # dropped paths
+        rows = model.visual(model.features(pixels, impl), impl, text, shown).flatten(1, 2)
+        keep = random_keep(2, rows.shape[1], 0.5, torch.Generator().manual_seed(0))
+        losses = training_losses(model.decoder, model.mvm, examples, rows, keep, impl)
+        losses["total"].backward()
+        sides.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (eager, eager_grads), (fast, fast_grads) = sides
+    for key, loss in eager.items():
+        torch.testing.assert_close(fast[key], loss, rtol=1e-4, atol=1e-5)
+    assert fast_grads.keys() == eager_grads.keys()
+    largest = max(float(g.norm()) for g in eager_grads.values())
+    for key, grad in eager_grads.items():
+        assert (fast_grads[key] - grad).norm() <= 3e-4 * grad.norm() + 3e-6 * largest, key
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "tokens", "decoder_parameters"),
+    [
+        ("bt_llava_7b", 1, 257, 6_738_415_616),
+        ("st_llm_7b_qa", 16, 32, 6_738_423_808),
+        ("st_llm_7b_conversation", 16, 32, 6_738_423_808),
+        ("intp_video_llava_7b", 64, 257, 6_738_415_616),
+    ],
+)
+def test_the_large_ones_have_the_papers_sizes(name, frames, tokens, decoder_parameters):
+    """Rows into the LLM (257 per video, 16 x 32, 257 per frame) and LLaMA-7B's parameters, on the meta device."""
+    with torch.device("meta"):
+        model = VideoLLM(preset(name))
+    assert sum(p.numel() for p in model.decoder.parameters()) == decoder_parameters
+    count = 16 if name == "st_llm_7b_qa" else 64
+    pixels = torch.empty(count, 3, 224, 224, device="meta")
+    text = torch.zeros(1, 4, dtype=torch.int64, device="meta") if name.startswith("st") else None
+    rows = model.visual(model.encode(pixels, "eager"), "eager", text)
+    assert rows.flatten(0, 1).shape == (frames, tokens, 4096)
+
+
+def test_branch_sizes_are_the_papers():
+    """12.60 M per spatial and 5.25 M per temporal layer of CLIP, 71.5 M with four of each; EVA with three 105.6 M."""
+    for name, layers, expected in (("bt_llava_7b", 4, 71.5e6), ("st_llm_7b_qa", 3, 105.6e6)):
+        with torch.device("meta"):
+            encoder = VideoLLM(preset(name)).encoder
+        branch = sum(p.numel() for n, p in encoder.named_parameters() if "btadapter_S" in n or "btadapter_T" in n)
+        assert len(encoder.btadapter_S_layers) == layers
+        assert abs(branch - expected) < 0.01 * expected
+
+
+def test_too_long_a_prompt_is_refused_not_cut():
+    model = VideoLLM.from_preset("tiny_st_llm_qa").eval()
+    with pytest.raises(ValueError, match=r"prompt and answer must fit the decoder's 256 positions, got 44 \+ 300"):
+        model.generate(torch.randn(8, 3, 42, 42), QUESTION, 300)
+    with pytest.raises(ValueError, match="pixels must hold at least one frame, got 0"):
+        model.generate(torch.zeros(0, 3, 42, 42), QUESTION, 3)
