@@ -1,5 +1,12 @@
 """The Triton kernels of rearrange where specs do not look: tile borders, hostile row numbers in direct calls, sums over
 chunks, what one call launches, and that lengths do not compile anew. Numbers are torch's or worked by hand.
+
+Planted and seen red here: a row number not compared with the rows there are, the same for targets in `out`, a range of
+taps that wraps (it hangs), the last tap skipped, an empty row of a maximum left at -inf, NaN lost by a maximum, ties
+not counted, the rows of a second source numbered from 0, a second row axis with the stride of the first, weights of
+another sample, a scale dropped forward and backward, the mean of columns past the row, a sign in the norm's gradient,
+rows of the next chunk counted twice, the last row of a chunk left out, NaN of absent rows in the parameters' sums, the
+edge of a turned tile, a repeated axis given a stride, a step one past the end of x.
 """
 
 from __future__ import annotations
