@@ -20,7 +20,9 @@ from vkernels import rearrangement as plans
 from vkernels.library import native, native_missing, triton_why_not
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native_missing()), reason="no native"))]
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(triton_why_not(torch.zeros(1)) is not None, reason="no Triton"))
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(triton_why_not(torch.zeros(1)) is not None, reason="no Triton")
+)
 both = pytest.mark.parametrize("backend", BACKENDS)
 all_three = pytest.mark.parametrize("backend", [*BACKENDS, TRITON])  # the interpreter is slow: where the case is small
 

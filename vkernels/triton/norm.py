@@ -18,7 +18,7 @@ def row_statistics(u, inside, eps, C: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def norm_gradient(g, unit, deviation, C: tl.constexpr, LAYER: tl.constexpr):
-    """The gradient of u from `g`, that of unit = (u - mean) * deviation: what changes mean and deviation is taken off."""
+    """The gradient of u from `g`, that of unit = (u - mean) * deviation: what moves mean and deviation is taken off."""
     du = g - unit * (tl.sum(g * unit, 1, keep_dims=True) / C)
     if LAYER:
         du -= tl.sum(g, 1, keep_dims=True) / C

@@ -43,7 +43,9 @@ def _keep_norm(m: Maker, b: int = 32, s: int = 32 * 257, c: int = 1408) -> dict:
 
 
 def _assemble_embeddings(m: Maker) -> dict:
-    plan = plans.assemble([("text", 35), ("video", 16 * 256), ("text", 60)], video=plans.newline(16, 16, 16, mode="none"))
+    plan = plans.assemble(
+        [("text", 35), ("video", 16 * 256), ("text", 60)], video=plans.newline(16, 16, 16, mode="none")
+    )
     return {"x": [m.randn(8, 95, 4096), m.randn(8, 16 * 256, 4096)], "plan": plan}
 
 
@@ -126,10 +128,14 @@ SPEC = OpSpec(
         ),
     ],
     shapes=[
-        Shape("st_llm_keep_norm", _keep_norm, "ST-LLM, half of 32 frames of 257 tokens, LayerNorm 1,408", gradients=False),
+        Shape(
+            "st_llm_keep_norm", _keep_norm, "ST-LLM, half of 32 frames of 257 tokens, LayerNorm 1,408", gradients=False
+        ),
         Shape("llm_keep_norm", lambda m: _keep_norm(m, 8, 8192, 4096), "half of 8,192 tokens of 4,096, LayerNorm"),
         Shape("st_llm_assemble", _assemble_embeddings, "text, 16 frames and a newline into the embeddings of a 7B LLM"),
-        Shape("onevision_pool", _pool_newline, "LLaVA-OneVision, 64 frames 27 x 27 -> 14 x 14, newlines, 3,584 channels"),
+        Shape(
+            "onevision_pool", _pool_newline, "LLaVA-OneVision, 64 frames 27 x 27 -> 14 x 14, newlines, 3,584 channels"
+        ),
         Shape(
             "max_pool",
             lambda m: {"x": m.randn(1, 32 * 24 * 24, 1024), "plan": plans.pool(32, 24, 24, mode="max")},

@@ -20,8 +20,8 @@ WIDEST_NORM = 32768  # channels
 
 
 def chunks(device: torch.device) -> int:
-    """Row chunks with sums of their own for the parameters' gradients. A fixed number, so that sums depend neither on the
-    thread count nor on the GPU: enough for the cores of a CPU, and two for every multiprocessor of a large GPU."""
+    """Row chunks with sums of their own for the parameters' gradients. A fixed number, so that sums depend neither on
+    the thread count nor on the GPU: enough for the cores of a CPU, and two for every multiprocessor of a large GPU."""
     return 16 if device.type == "cpu" else 256
 
 

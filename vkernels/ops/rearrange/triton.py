@@ -166,7 +166,7 @@ def parameters(c: int, device: torch.device, **vectors: Tensor | None) -> list[T
     found = []
     for name, vector in vectors.items():
         check_shape(name, vector, (c,), device)
-        found.append(vector if vector is None or name == "gate" and vector.stride(0) == 0 else unit_stride(vector))
+        found.append(vector if vector is None or (name == "gate" and vector.stride(0) == 0) else unit_stride(vector))
     return found
 
 

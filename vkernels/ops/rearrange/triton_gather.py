@@ -153,7 +153,11 @@ def checked(
         require(source.device == idx.device, OP, f"x[{i}]", f"be on the device of idx ({idx.device})", source.device)
     axes = bind(OP, ("idx", idx, "p k"), ("ptr", ptr, "p i"), ("weight", weight, "p k"))
     require(axes["p"] in (1, b), OP, "idx", f"have 1 or {b} samples", axes["p"])
-    for name, tensor, dtype in (("idx", idx, torch.int32), ("ptr", ptr, torch.int32), ("weight", weight, torch.float32)):
+    for name, tensor, dtype in (
+        ("idx", idx, torch.int32),
+        ("ptr", ptr, torch.int32),
+        ("weight", weight, torch.float32),
+    ):
         if tensor is not None:
             require(tensor.dtype == dtype, OP, name, f"have dtype {dtype}", tensor.dtype)
             unit = tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
