@@ -12,7 +12,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_masks import WITNESS, masks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,7 +146,6 @@ def test_nothing_is_read_back(mask):
 
 
 def test_launches_do_not_depend_on_values():
-    from vkernels.triton.aot import key
     from vkernels.triton.launch import recording
 
     def launched(seed):
@@ -159,9 +157,12 @@ def test_launches_do_not_depend_on_values():
         with recording() as noted:
             for each in (mask, M.frame_causal(G(6, 2, 2))):
                 each.keep(keep, queries=True).plan(backend="triton")
-        numbers = [[x for x in launch.arguments.values() if isinstance(x, int)] for launch in noted]
-        return [(key(launch), launch.grid) for launch in noted], numbers
+        return [
+            (x.name, x.grid, [v.shape if isinstance(v, torch.Tensor) else v for v in x.arguments.values()])
+            for x in noted
+        ]
 
+    assert len(launched(0)) == 5  # codes and ranges; counts, compaction and ranges
     assert launched(0) == launched(1) == launched(2)
 
 
@@ -194,8 +195,8 @@ for i, t in enumerate((1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 100, 128, 
     note("classes", M.temporal(vk.Grid(2, 2, 1 + t)).keep(torch.zeros(2, 4 * t + 4, dtype=torch.bool)))
     note("blocks", M.from_cu_seqlens([0, *range(1, i + 2), 2 * t + 30]) & M.causal(2 * t + 30))
     note("segments", M.pack([M.causal(2)] * (i + 2)))
-    note("ids", M.from_block_ids(torch.tensor([[1, 0] * (t + 1)] * 2)) & M.window(vk.Grid(2, 1, t + 1), (0, 0, 1)))
-print(json.dumps({form: [len(keys), len({k for each in keys for k in each}), len(keys[0])] for form, keys in forms.items()}))
+    note("ids", M.from_block_ids(torch.tensor([[1, 0] * (t + 3)] * 2)) & M.window(vk.Grid(2, 1, t + 3), (0, 0, 1)))
+print(json.dumps({form: [len(keys), len(set(sum(keys, []))), len(keys[0])] for form, keys in forms.items()}))
 """
     for form, (calls, kinds, launched) in json.loads(python(code)).items():
         assert (calls, kinds <= launched) == (20, True), (form, kinds, launched)
@@ -265,19 +266,18 @@ def test_a_row_map_of_another_length_is_refused():
             call()
 
 
-@settings(max_examples=40)
-@given(st.data())
-def test_hostile_tables_stay_inside(data):
+@pytest.mark.parametrize("seed", range(8))
+def test_hostile_tables_stay_inside(seed):
     """Any numbers in the table and in the row maps: every read and write stays in its tensor, ranges in [0, s]."""
-    wild = st.sampled_from([-(2**62), -(2**40), -(2**31), -3, -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**40, 2**62])
+    generator = torch.Generator().manual_seed(seed)
+    wild = torch.tensor([-(2**62), -(2**40), -(2**31), -3, -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**40, 2**62])
 
     def junk(*shape, dtype=torch.int64):
-        numel = int(torch.tensor(shape).prod())
-        values = torch.tensor([data.draw(wild) for _ in range(numel)], dtype=torch.int64)
-        return values.clamp(-(2**31), 2**31 - 1).to(dtype).reshape(shape) if dtype == torch.int32 else values.reshape(shape)
+        values = wild[torch.randint(len(wild), shape, generator=generator)]
+        return values.clamp(-(2**31), 2**31 - 1).to(dtype) if dtype == torch.int32 else values
 
     segments, relations = junk(2, 8), junk(2, 8)
-    relations[:, 0], relations[:, 1] = torch.arange(2) % 2 + 1, data.draw(st.integers(0, 3))
+    relations[:, 0], relations[:, 1] = torch.arange(2) % 2 + 1, seed % 4
     segments[:, 5], segments[:, 6] = 0, 2
     segments[0, 0] = 0
     table = [segments, relations, junk(3), junk(5, dtype=torch.int32)]
@@ -305,15 +305,15 @@ class _Recorder(TorchDispatchMode):
 
 
 def test_opcheck():
-    keep = torch.arange(13) % 3 > 0
+    keep = torch.arange(19) % 3 > 0
     with _Recorder() as recorder:
-        (M.window(G(3, 2, 2), (1, 1, 0)).with_globals(1)).keep(keep, queries=True).plan(backend="triton")
-        (M.temporal(G(3, 2, 2)).with_globals(1)).keep(keep).plan(backend="triton")
-        M.frame_causal(G(13, 1, 1)).keep(keep).plan(backend="triton")
+        M.window(G(3, 3, 2), (1, 1, 0)).with_globals(1).keep(keep, queries=True).plan(backend="triton")
+        M.temporal(G(3, 3, 2)).with_globals(1).keep(keep).plan(backend="triton")
+        M.frame_causal(G(19, 1, 1)).keep(keep).plan(backend="triton")
     assert {func.overloadpacket.__name__ for func, _ in recorder.calls} == {
         f"lower_mask_{part}" for part in ("rows", "codes", "ranges", "box")
     }
-    for func, args in recorder.calls:
+    for func, args in dict(recorder.calls).items():
         torch.library.opcheck(func, args)
 
 
@@ -326,5 +326,6 @@ def test_torch_compile_takes_lowering_whole():
         return plan.k_rows, plan.ranges
 
     torch._dynamo.reset()
-    for a, b in zip(torch.compile(lowered, fullgraph=True, backend="aot_eager")(keep), (want.k_rows, want.ranges), strict=True):
+    got = torch.compile(lowered, fullgraph=True, backend="aot_eager")(keep)
+    for a, b in zip(got, (want.k_rows, want.ranges), strict=True):
         assert torch.equal(a, b)
