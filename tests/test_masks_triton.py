@@ -1,5 +1,8 @@
-"""Mask lowering by kernels, interpreted: the same plan as torch operations build, element by element; what it reads; what
-a hostile direct call can do."""
+"""Mask lowering by kernels, interpreted: the same plan as torch operations build, element by element; what it reads;
+what a hostile direct call can do.
+
+PLANTED
+"""
 
 from __future__ import annotations
 
@@ -219,7 +222,7 @@ def test_refused_in_a_sentence():
     n = 2**13
     blocks = [Relation(Ids.from_ids(torch.arange(n) // (i + 2) % 7 + torch.zeros(1, n)), 0, 0) for i in range(5)]
     wide = M((Segment(n, (*blocks, Relation(Position(n), *within(None, 0)))),))
-    with pytest.raises(NoBackend, match="lower_mask: backend triton cannot run this call: .* more than 62 bits"):
+    with pytest.raises(NoBackend, match=r"lower_mask: backend triton cannot run this call: .* more than 62 bits"):
         wide.plan(backend="triton")
     assert wide.plan().q_rows is not None
 
@@ -262,7 +265,7 @@ def test_a_row_map_of_another_length_is_refused():
         lambda: torch.ops.vkernels.lower_mask_box.triton(*table, rows, 1, True, layout),
         lambda: torch.ops.vkernels.lower_mask_codes.triton(*table, rows.bool(), 4, layout),
     ):
-        with pytest.raises(ValueError, match="lower_mask: .* must have shape"):
+        with pytest.raises(ValueError, match=r"lower_mask: .* must have shape"):
             call()
 
 
@@ -291,6 +294,20 @@ def test_hostile_tables_stay_inside(seed):
         for places in ((None, None), (before, None), (None, ladder)):
             out = ops.lower_mask_ranges.triton(*table, rows, count, *places, 2, layout)
             assert ((out >= 0) & (out <= 5)).all()
+
+
+def test_the_first_row_of_every_table_is_pinned():
+    from vkernels.triton.tiles import table
+
+    rows = {name: kernel["sm80"][0] for name, kernel in table("lower_mask").items()}
+    scan, place = {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 128, "num_warps": 4}
+    assert rows == {
+        "_count_kept_kernel": scan,
+        "_compact_kernel": scan,
+        "_codes_kernel": place,
+        "_ranges_kernel": place,
+        "_box_kernel": place,
+    }
 
 
 class _Recorder(TorchDispatchMode):

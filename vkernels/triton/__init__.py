@@ -6,4 +6,5 @@ launch.py   runs a kernel on the GPU or in the interpreter, or notes the launch 
 tiles.py    the tile tables beside the kernels
 aot.py      compiles noted launches for a chip that is not here, and reads the machine code
 turns.py    exact angles;  rotate.py  rows of heads turned by them
+scan.py     counting along a row: before me, below me
 """
