@@ -62,7 +62,7 @@ def test_witness(name):
     assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], want)
 
 
-@settings(max_examples=60)
+@settings(max_examples=15)
 @given(masks())
 def test_plan_is_the_law_and_the_one_of_torch_operations(mask):
     law = mask.dense()
@@ -70,7 +70,7 @@ def test_plan_is_the_law_and_the_one_of_torch_operations(mask):
     assert torch.equal(got, law.reshape(mask.samples, *law.shape[-2:]))
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 65])
+@pytest.mark.parametrize("n", [1, 8, 17])
 def test_lengths_around_the_tiles(n):
     """Tiles are 16 tokens here. Every kind of relation: intervals, classes, a leader, boxes, blocks, ids, globals."""
     generator = torch.Generator().manual_seed(n)
@@ -131,6 +131,7 @@ class _NothingReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@settings(max_examples=10)
 @given(masks())
 def test_nothing_is_read_back(mask):
     """The ops' shapes alone make the whole plan, on a device that holds no values."""

@@ -21,7 +21,6 @@ from vkernels.masks.plan import Box, MaskPlan
 from vkernels.masks.roles import Roles, box_columns, roles
 from vkernels.masks.video_mask import VideoMask
 
-
 Lowering = Callable[[VideoMask, torch.device], MaskPlan]
 
 
