@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Description:
     """What the kernels of `vkernels.masks.triton` need to know of a mask, all of it on the host but for the ids."""
 
     segments: list[int]  # per segment: begin, globals, tokens, first code, codes, first relation, relations, 0
-    relations: list[int]  # per relation: kind, role, size, lo, hi, at (inner | first end | first id), row stride, column
+    relations: list[int]  # per relation: kind, role, size, lo, hi, inner | first end | first id, row stride, column
     ends: list[int]  # 0 and the end of every block, for each relation on blocks
     ids: list[Ids]
     bounds: tuple[tuple[int, int], ...]  # of the box
@@ -82,10 +83,7 @@ def describe(segments: list[Segment]) -> Description:
         for role, relation, column in does:
             kind, at, stride = source(relation)
             rows += [kind, role, relation.attribute.size, relation.lo, relation.hi, at, stride, column]
-        cells = 1
-        for relation in part.classes:
-            cells *= max(relation.attribute.size, 1)
-        codes = segment.globals + cells * segment.tokens
+        codes = _codes(segment, part)
         table += [begin, segment.globals, segment.tokens, base, codes, first, len(does), 0]
         begin, base, most = begin + segment.length, base + codes, max(most, len(does))
     return Description(
@@ -104,11 +102,8 @@ def describe(segments: list[Segment]) -> Description:
 
 def too_wide(segments: list[Segment]) -> bool:
     """Whether the codes of these segments leave int64: several ids crossed over very many tokens."""
-    total = 0
-    for segment in segments:
-        part: Roles = roles(segment)
-        cells = 1
-        for relation in part.classes:
-            cells *= max(relation.attribute.size, 1)
-        total += segment.globals + cells * segment.tokens
-    return total >= LARGEST
+    return sum(_codes(segment, roles(segment)) for segment in segments) >= LARGEST
+
+
+def _codes(segment: Segment, part: Roles) -> int:
+    return segment.globals + segment.tokens * prod(max(relation.attribute.size, 1) for relation in part.classes)

@@ -1,4 +1,7 @@
-"""Lowering: a VideoMask to a MaskPlan. Tensor operations on the target device, O(N) memory, no host synchronisation."""
+"""Lowering: a VideoMask to a MaskPlan, on the target device, in O(N) memory, without host synchronisation.
+
+Here with torch operations, which run anywhere and are the definition; `vkernels.masks.device` does it with kernels.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from vkernels.masks.grid import Grid
 from vkernels.masks.plan import Box, MaskPlan
 from vkernels.masks.roles import Roles, box_columns, roles
 from vkernels.masks.video_mask import VideoMask
-
 
 Lowering = Callable[[VideoMask, torch.device], MaskPlan]
 
@@ -71,7 +73,7 @@ def lower(mask: VideoMask, device: torch.device, backend: str | None = None) -> 
 def _triton_why_not(call: Call) -> str | None:
     reason = triton_why_not(torch.empty(0, device=call.device))
     if reason is None and too_wide([segment for segment in call.mask.segments if segment.length]):
-        return "the classes of the mask's ids need more than 62 bits, which torch operations rank and this backend does not"
+        return "the classes of the mask's ids need more than 62 bits, which only the reference ranks"
     return reason
 
 

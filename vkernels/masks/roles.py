@@ -42,7 +42,7 @@ def roles(segment: Segment) -> Roles:
 
 
 def box_columns(parts: list[Roles]) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    """The bounds of the box's columns, and for each part the column of each of its relations: equal bounds share one."""
+    """The bounds of the box's columns, and for each part its relations' columns: equal bounds share one."""
     columns: list[tuple[int, int]] = []
     places: list[list[int]] = []
     for part in parts:

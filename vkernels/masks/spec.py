@@ -1,5 +1,5 @@
-"""Evidence for lower_mask. It has kernels but no dtype and no native code, so it is no op of vkernels/ops; its laws are in
-tests/test_masks.py and tests/test_masks_triton.py."""
+"""Evidence for lower_mask. It has kernels but no dtype and no native code, so it is no op of vkernels/ops; its laws
+are in tests/test_masks.py and tests/test_masks_triton.py."""
 
 from __future__ import annotations
 

@@ -302,9 +302,9 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keep = keep if s <= 1 or keep.stride(1) == 1 else keep.contiguous()
     here = _tiles("_compact_kernel", keep)
     blocks = max(cdiv(s, here["BLOCK"]), 1)
-    new = {"dtype": torch.int32, "device": keep.device}
-    rows, count, before = torch.empty(p, s, **new), torch.empty(p, **new), torch.empty(p, s + 1, **new)
-    kept = torch.empty(p, blocks, **new)
+    rows, count, before, kept = (
+        torch.empty(shape, dtype=torch.int32, device=keep.device) for shape in ((p, s), (p,), (p, s + 1), (p, blocks))
+    )
     where = (s, blocks, keep.stride(0) if p > 1 else 0)
     launch(_count_kept_kernel, (p * blocks,), keep, kept, *where, **_tiles("_count_kept_kernel", keep))
     launch(_compact_kernel, (p * blocks,), keep, kept, rows, count, before, *where, **here)
