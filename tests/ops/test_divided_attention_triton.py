@@ -67,7 +67,7 @@ def test_borders(grid, options):
 @pytest.mark.parametrize("axis", ["temporal", "spatial"])
 @pytest.mark.parametrize("grid", [vk.Grid(0, 1, 2), vk.Grid(2, 0, 1)], ids=["no frames", "no patches"])
 def test_a_cls_alone(axis, grid):
-    """With no patches each of the frames' softmaxes sees the CLS only: its output is v. With no frames there is none."""
+    """With no patches each frame's softmax sees the CLS only: its output is v. With no frames there is none."""
     q, k, v = make(2, 1, 2, 8, m=1)
     o, dq, dk, dv = run(q, k, v, grid, axis=axis, cls=1)
     sees = axis == "spatial" and grid.t > 0

@@ -17,7 +17,7 @@ from vkernels.triton.softmax import LOG2E
 
 @triton.jit
 def _cls_step(s, top, total):
-    """One tile of scores [keys] in the online softmax of one query: weights, scale of earlier sums, new top and total."""
+    """One tile of scores [keys] in the online softmax of one query: weights, scale of earlier sums, new top, total."""
     new_top = tl.maximum(top, tl.max(s, 0))
     keep = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top)
