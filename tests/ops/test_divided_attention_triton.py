@@ -137,6 +137,19 @@ def test_a_head_size_it_cannot_serve(d):
         vk.divided_attention(q, k, v, vk.Grid(2, 1, 1), backend="triton")
 
 
+def test_the_first_rows_of_the_table_are_pinned():
+    from vkernels.triton.tiles import table
+
+    first = {kernel: rows["sm90"][0] for kernel, rows in table("divided_attention").items() if "sm90" in rows}
+    assert first == {
+        "_short_fwd_kernel": {"d": 96, "bytes": 2, "ROWS": 64, "num_warps": 4, "num_stages": 1},
+        "_short_bwd_kernel": {"d": 64, "bytes": 2, "ROWS": 64, "num_warps": 4, "num_stages": 1},
+        "_long_fwd_kernel": {"d": 128, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        "_long_dq_kernel": {"d": 96, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        "_long_dkv_kernel": {"d": 64, "bytes": 2, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    }
+
+
 LENGTHS = """
 import json, torch, vkernels as vk
 from vkernels.triton.aot import key
