@@ -6,6 +6,6 @@ launch.py   runs a kernel on the GPU or in the interpreter, or notes the launch 
 tiles.py    the tile tables beside the kernels
 aot.py      compiles noted launches for a chip that is not here, and reads the machine code
 turns.py    exact angles;  rotate.py  rows of heads turned by them
-row.py      one head that meets a whole tile
+single.py   one head that meets a whole tile
 sequences.py  where the tokens of many short sequences lie
 """

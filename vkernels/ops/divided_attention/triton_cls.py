@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, zero_head
-from vkernels.triton.row import load_row, row_dot, row_mix, row_scores, row_spread, store_row
 from vkernels.triton.sequences import token_rows
+from vkernels.triton.single import load_row, row_dot, row_mix, row_scores, row_spread, store_row
 from vkernels.triton.softmax import LOG2E
 
 

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from vkernels.ops.divided_attention.triton_cls import cls_as_key_bwd, cls_as_query_bwd, cls_as_query_fwd, cls_to_keys
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.row import load_row, row_scores, row_spread
 from vkernels.triton.sequences import first_row, token_rows
+from vkernels.triton.single import load_row, row_scores, row_spread
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
 # What grows with the number of tokens must not be specialised on, or every length would compile anew. Nor do heads pay.
