@@ -1,6 +1,11 @@
 """What is particular to the Triton kernels of divided_attention: tile borders, direct calls, compilations.
 
 Expected values come from groups taken by hand (test_divided_attention.py), never from the reference.
+
+Seen red. Packed: sequences of a tile not kept apart; the row sum of p * dp left out; the CLS rows of o unwritten, or those
+of the first sample only; k and v given the gradient of one of their heads twice. Tiled: the last key past a whole tile
+dropped; the CLS key missing from the sum of p * dp; the CLS's normaliser of another head; the CLS mean divided by one
+too many.
 """
 
 from __future__ import annotations
