@@ -226,7 +226,9 @@ def test_cost_is_stated(spec):
 def test_every_backend_runs_somewhere(spec):
     """`why_not` cannot make the suite green by refusing everything."""
     for backend in spec.backends:
-        here = backend.name in ("cpu", "reference") or {"triton": INTERPRETED, "cuda": emulator is not None}[backend.name]
+        here = (
+            backend.name in ("cpu", "reference") or {"triton": INTERPRETED, "cuda": emulator is not None}[backend.name]
+        )
         for device in devices_of(backend.name):
             if device == "cuda" or here:
                 for dtype in spec.dtypes:

@@ -1,4 +1,4 @@
-"""Where the tokens of short sequences lie: sequence (outer, inner) of a sample holds `length` tokens, and token i of it is
+"""Where the tokens of short sequences lie: sequence (outer, inner) of a sample holds `length` tokens; token i of it is
 
     first + outer * stride_outer + inner * stride_inner + (i // run) * stride_run + i % run * stride_token
 
@@ -44,8 +44,8 @@ class Sequences:
 
 @triton.jit
 def token_rows(i, run, stride_run, stride_token, RUNS: tl.constexpr, WIDE: tl.constexpr):
-    """Token rows of tokens `i` of a sequence, counted from its first. WIDE: elements take 64 bits to count; where 32 do,
-    every address in a register is half as large."""
+    """Token rows of tokens `i` of a sequence, counted from its first. WIDE: elements take 64 bits to count; where
+    32 do, addresses take half the registers."""
     if WIDE:
         i = i.to(tl.int64)
     if RUNS:
@@ -62,8 +62,8 @@ def first_row(outer, inner, first, stride_outer, stride_inner):
 
 @triton.jit
 def pack(tile, length, sequences, ROWS: tl.constexpr):
-    """Whole sequences packed into a tile of ROWS: per row which of the tile's sequences, which of all, which token of it,
-    and whether there is one."""
+    """Whole sequences packed into a tile of ROWS: per row which of the tile's sequences, which of all, which token of
+    it, and whether there is one."""
     row = tl.arange(0, ROWS)
     packed = ROWS // length
     slot = row // length

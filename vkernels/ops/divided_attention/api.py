@@ -122,12 +122,13 @@ def _run_reference(c: Call) -> torch.Tensor:
 
 
 def _triton_why_not(c: Call) -> str | None:
-    b, s, n, d = c.q.shape
+    b, _, n, d = c.q.shape
     if (reason := triton_why_not(c.q)) is not None:
         return reason
     if d % 8 or not 8 <= d <= 256:
         return f"head size {d} is not a multiple of 8 up to 256"
-    return None if b * s * n < 2**31 else f"q has {b * s * n} rows (b*s*n), this backend takes less than 2^31"
+    rows = b * n * (c.t + 1) * (c.l + 1)
+    return None if rows < 2**30 else f"b*n*(t+1)*(l+1) is {rows}, this backend takes less than 2^30"
 
 
 BACKENDS = (

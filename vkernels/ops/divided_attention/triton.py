@@ -47,7 +47,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: list[int], grad_o: Tensor | 
     good = t >= 0 and l >= 0 and cls in (0, 1) and frames >= 1 and t % frames == 0
     require(good, NAME, "layout", "name frames, patches, a CLS token or none, and frames that divide them", layout)
     require(cls + t * l == sizes["s"], NAME, "q", f"have cls + t*l = {cls + t * l} tokens", sizes["s"])
-    require(sizes["b"] * sizes["s"] * n < 2**31, NAME, "q", "have less than 2^31 rows", sizes["b"] * sizes["s"] * n)
+    rows = sizes["b"] * n * (t + 1) * (l + 1)
+    require(rows < 2**30, NAME, "q", "have b*n*(t+1)*(l+1) below 2^30", rows)
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from vkernels.triton.head import load_head, zero_head
-from vkernels.triton.row import load_row, row_dot, row_mix, row_scores, row_spread, store_row
 from vkernels.triton.sequences import token_rows
+from vkernels.triton.single import load_row, row_dot, row_mix, row_scores, row_spread, store_row
 from vkernels.triton.softmax import LOG2E
 
 
 @triton.jit
 def _cls_step(s, top, total):
-    """One tile of scores [keys] in the online softmax of one query: weights, scale of earlier sums, new top and total."""
+    """One tile of scores [keys] in the online softmax of one query: weights, scale of earlier sums, new top, total."""
     new_top = tl.maximum(top, tl.max(s, 0))
     keep = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top)

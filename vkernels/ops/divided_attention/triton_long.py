@@ -12,13 +12,13 @@ import triton.language as tl
 
 from vkernels.ops.divided_attention.triton_cls import cls_as_key_bwd, cls_as_query_bwd, cls_as_query_fwd, cls_to_keys
 from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
-from vkernels.triton.row import load_row, row_scores, row_spread
 from vkernels.triton.sequences import first_row, token_rows
+from vkernels.triton.single import load_row, row_scores, row_spread
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
-# What grows with the number of tokens must not be specialised on, or every length would compile anew.
+# What grows with the number of tokens must not be specialised on, or every length would compile anew. Nor do heads pay.
 GROWS = [
-    "slots", "outer_count", "inner_count", "length",
+    "n", "m", "slots", "outer_count", "inner_count", "length",
     "first", "run", "stride_outer", "stride_inner", "stride_run", "stride_token",
     "stride_qb", "stride_kb", "stride_vb", "stride_ob", "stride_gb", "stride_dqb", "stride_dkb", "stride_dvb",
 ]  # fmt: skip
@@ -72,7 +72,8 @@ def _long_fwd_kernel(
 ):  # fmt: skip
     slot, head, _, sample, outer, inner = _place(slots, n, outer_count, inner_count)
     base = first_row(outer, inner, first, stride_outer, stride_inner)
-    stride_qs, stride_ks, stride_vs, stride_os = stride_qs * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN, stride_os * ALIGN
+    stride_qs, stride_os = stride_qs * ALIGN, stride_os * ALIGN
+    stride_ks, stride_vs = stride_ks * ALIGN, stride_vs * ALIGN
     q_ptr += (sample * stride_qb + head * stride_qn) * ALIGN
     k_ptr += (sample * stride_kb + head // PER_KEY * stride_kn) * ALIGN
     v_ptr += (sample * stride_vb + head // PER_KEY * stride_vn) * ALIGN
@@ -202,7 +203,8 @@ def _long_dkv_kernel(
     """dk and dv of a tile of keys, from all queries of the heads they serve. Tiles are transposed: [keys, queries]."""
     slot, key, sequence, sample, outer, inner = _place(slots, m, outer_count, inner_count)
     base = first_row(outer, inner, first, stride_outer, stride_inner)
-    stride_gs, stride_qs, stride_ks, stride_vs = stride_gs * ALIGN, stride_qs * ALIGN, stride_ks * ALIGN, stride_vs * ALIGN
+    stride_gs, stride_qs = stride_gs * ALIGN, stride_qs * ALIGN
+    stride_ks, stride_vs = stride_ks * ALIGN, stride_vs * ALIGN
     g_ptr += (sample * stride_gb + key * PER_KEY * stride_gn) * ALIGN
     q_ptr += (sample * stride_qb + key * PER_KEY * stride_qn) * ALIGN
     k_ptr += (sample * stride_kb + key * stride_kn) * ALIGN
@@ -245,7 +247,8 @@ def _long_dkv_kernel(
         if CLS:
             part = ((sample * m + key) * outer_count + outer) * D
             cls_as_key_bwd(
-                g_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, cls_stats_ptr + cls_stats, dk_part_ptr + part, dv_part_ptr + part,
-                base, stride_gs, stride_qs, stride_gn * ALIGN, stride_qn * ALIGN,
+                g_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, cls_stats_ptr + cls_stats,
+                dk_part_ptr + part, dv_part_ptr + part, base,
+                stride_gs, stride_qs, stride_gn * ALIGN, stride_qn * ALIGN,
                 length, run, stride_run, stride_token, scale, outer_count, PER_KEY, RUNS, WIDE, D, A, B, BLOCK_M,
             )  # fmt: skip

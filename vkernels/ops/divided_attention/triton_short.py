@@ -13,24 +13,20 @@ from vkernels.triton.head import load_head, mix, scores, store_head, zero_head
 from vkernels.triton.sequences import pack, token_rows
 from vkernels.triton.softmax import LOG2E, normalise, softmax_step
 
-# What grows with the number of tokens must not be specialised on, or every length would compile anew.
+# What grows with the number of tokens must not be specialised on, or every length would compile anew. Nor do heads pay.
 GROWS = [
-    "sequences", "per_sample", "inner_count", "length",
+    "n", "m", "sequences", "per_sample", "inner_count", "length",
     "first", "run", "stride_outer", "stride_inner", "stride_run", "stride_token",
     "stride_qb", "stride_kb", "stride_vb", "stride_ob", "stride_gb", "stride_dqb", "stride_dkb", "stride_dvb",
 ]  # fmt: skip
 
 
 @triton.jit
-def _zero_cls(
-    ptr, stride_b, stride_n, head, tile, packed, per_sample, sequences, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr
-):
-    """The CLS row of every sample whose first sequence lies in this tile belongs to no sequence: 0."""
-    start = tile * packed
-    sample = (start + per_sample - 1) // per_sample  # the first that starts in this tile, if one does
-    end = tl.minimum(start + packed, sequences)
+def _zero_cls(ptr, stride_b, head_at, start, end, per_sample, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """The CLS row of every sample whose first sequence is one of start .. end: it belongs to none, and is 0."""
+    sample = (start + per_sample - 1) // per_sample
     while sample * per_sample < end:
-        at = sample.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n + tl.zeros([1], tl.int64)
+        at = sample.to(tl.int64) * stride_b + head_at + tl.zeros([1], tl.int64)
         zero_a, zero_b = zero_head(1, A, B)
         store_head(ptr, at, at == at, zero_a, zero_b, D, A, B)
         sample += 1
@@ -77,8 +73,9 @@ def _short_fwd_kernel(
     o_a, o_b = mix(p, v_a, v_b, o_a, o_b, B)
     store_head(o_ptr, o_at, live, normalise(o_a, total), normalise(o_b, total), D, A, B)
     if CLS:
-        packed = ROWS // length
-        _zero_cls(o_ptr, stride_ob * ALIGN, stride_on * ALIGN, head, tile, packed, per_sample, sequences, D, A, B)
+        start = tile * (ROWS // length)
+        end = tl.minimum(start + ROWS // length, sequences)
+        _zero_cls(o_ptr, stride_ob * ALIGN, head * stride_on * ALIGN, start, end, per_sample, D, A, B)
 
 
 @triton.jit(do_not_specialize=GROWS)
@@ -100,7 +97,8 @@ def _short_bwd_kernel(
         sample, outer, inner = sample.to(tl.int64), outer.to(tl.int64), inner.to(tl.int64)
     token = first + outer * stride_outer + inner * stride_inner
     token += token_rows(i, run, stride_run, stride_token, RUNS, WIDE)
-    packed = ROWS // length
+    start = tile * (ROWS // length)
+    end = tl.minimum(start + ROWS // length, sequences)
     k_a, k_b = load_head(k_ptr, (sample * stride_kb + token * stride_ks + key * stride_kn) * ALIGN, live, D, A, B)
     v_a, v_b = load_head(v_ptr, (sample * stride_vb + token * stride_vs + key * stride_vn) * ALIGN, live, D, A, B)
     dk_a, dk_b = zero_head(ROWS, A, B)
@@ -120,11 +118,11 @@ def _short_bwd_kernel(
         dq_at = (sample * stride_dqb + token * stride_dqs + head * stride_dqn) * ALIGN
         store_head(dq_ptr, dq_at, live, dq_a * scale, dq_b * scale, D, A, B)
         if CLS:
-            _zero_cls(dq_ptr, stride_dqb * ALIGN, stride_dqn * ALIGN, head, tile, packed, per_sample, sequences, D, A, B)
+            _zero_cls(dq_ptr, stride_dqb * ALIGN, head * stride_dqn * ALIGN, start, end, per_sample, D, A, B)
     dk_at = (sample * stride_dkb + token * stride_dks + key * stride_dkn) * ALIGN
     dv_at = (sample * stride_dvb + token * stride_dvs + key * stride_dvn) * ALIGN
     store_head(dk_ptr, dk_at, live, dk_a * scale, dk_b * scale, D, A, B)
     store_head(dv_ptr, dv_at, live, dv_a, dv_b, D, A, B)
     if CLS:
-        _zero_cls(dk_ptr, stride_dkb * ALIGN, stride_dkn * ALIGN, key, tile, packed, per_sample, sequences, D, A, B)
-        _zero_cls(dv_ptr, stride_dvb * ALIGN, stride_dvn * ALIGN, key, tile, packed, per_sample, sequences, D, A, B)
+        _zero_cls(dk_ptr, stride_dkb * ALIGN, key * stride_dkn * ALIGN, start, end, per_sample, D, A, B)
+        _zero_cls(dv_ptr, stride_dvb * ALIGN, key * stride_dvn * ALIGN, start, end, per_sample, D, A, B)
