@@ -86,7 +86,7 @@ def test_masks_worked_by_hand():
 @interpreted
 @pytest.mark.parametrize(("s_q", "s_k"), [(1, 16), (15, 17), (16, 33), (17, 15), (33, 1)])
 def test_lengths_around_every_tile(s_q, s_k):
-    check(MaskPlan(s_q, s_k, 1, s_q, s_k), 1, 2, 1, 8)
+    check(MaskPlan(s_q, s_k, 1, s_q, s_k), 1, 2, 1, 40)
 
 
 @interpreted
@@ -120,11 +120,12 @@ def test_groups_share_tiles(frames):
 @interpreted
 def test_packed_groups_keep_their_intervals_and_box():
     ranges = torch.tensor([[0, 1], [0, 2], [1, 3], [5, 5], [2, 5]], dtype=torch.int32)[None]
-    check(MaskPlan(35, 35, 7, 5, 5, (1, 7), (5, 1), ranges=ranges), 1, 2, 2, 8)
+    check(MaskPlan(35, 35, 7, 5, 5, (1, 7), (5, 1), ranges=ranges), 1, 1, 1, 8)
+    check(MaskPlan(35, 21, 7, 5, 3, (1, 7), (3, 1)), 1, 1, 1, 8)
     attributes = torch.tensor([[[0, 3, 1, 2, 5]]], dtype=torch.int32)
     flags = torch.tensor([[0, 0, 1, 0, 0]], dtype=torch.uint8)
     box = Box(attributes, attributes, ((-1, 2),), flags, None)
-    check(MaskPlan(35, 35, 7, 5, 5, (5, 1), (1, 7), box=box), 2, 1, 1, 8)
+    check(MaskPlan(35, 35, 7, 5, 5, (5, 1), (1, 7), box=box), 1, 1, 1, 8)
 
 
 @interpreted
@@ -145,11 +146,11 @@ def _runs(bounds_ptr, out_ptr, tiles, k_first, k_last, FULL: tl.constexpr, BOX: 
 
 @interpreted
 def test_runs_equal_the_bounds_of_every_tile():
-    """next_run against a plain loop, over random bounds."""
-    for tiles in (1, 4, 19):
-        first = torch.randint(0, 40, (tiles,), dtype=torch.int32)
-        last = first + torch.randint(0, 40, (tiles,), dtype=torch.int32)
-        core = first + torch.randint(0, 6, (tiles,), dtype=torch.int32), last - torch.randint(0, 6, (tiles,)).int()
+    """next_run against the comparison of every tile, for runs and gaps shorter and longer than a scan of 4."""
+    for tiles, core_from in ((1, 0), (4, 1), (19, 2), (19, 3), (19, 9)):
+        t = torch.arange(tiles, dtype=torch.int32)
+        first, last = 4 * (t % 13), 40 - t  # long runs and gaps, cut where t % 13 starts again
+        core = torch.where(t % 10 < core_from, first, 20), torch.where(t > 15, 30, last)
         bounds = torch.stack([first, last, *core]).contiguous()
         meets = (first < 32) & (last > 16) & (first < last)
         full = meets & (core[0] <= 16) & (core[1] >= 32)
@@ -172,27 +173,35 @@ def test_bit_equal_from_run_to_run():
 
 @interpreted
 def test_what_sees_nothing_gets_nothing_whatever_comes_back():
-    """A gradient of -inf's that a caller's log-sum-exp produced must not turn the rest into NaN."""
-    keep = torch.tensor([True, False, False, True, True, False] * 4)
-    mask = VideoMask.joint(Grid(6, 2, 2)).keep(keep, queries=True)
-    q, k, v = (torch.randn(1, 24, 1, 8).requires_grad_() for _ in range(3))
+    """Dropped queries share a tile with live ones, and a core; the NaN a caller made of their lse stays outside."""
+    keep = torch.tensor([True, False, False, True, True, False] * 8)
+    mask = VideoMask.joint(Grid(12, 2, 2)).keep(keep, queries=True)
+    q, k, v = (torch.randn(1, 48, 1, 8).requires_grad_() for _ in range(3))
     with poisoned_memory(), guarded_memory():
         out, lse = attention(q, k, v, mask=mask, return_lse=True, backend="triton")
         dlse = torch.where(torch.isfinite(lse), 1.0, math.nan)
         grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
-    assert torch.equal(out[0, ~keep], torch.zeros(12, 1, 8))
+    assert torch.equal(out[0, ~keep], torch.zeros(24, 1, 8))
     assert (lse[..., ~keep] == -math.inf).all()
     for grad in grads:
         assert torch.isfinite(grad).all()
-        assert torch.equal(grad[0, ~keep], torch.zeros(12, 1, 8))
+        assert torch.equal(grad[0, ~keep], torch.zeros(24, 1, 8))
         assert (grad[0, keep] != 0).any(-1).all()
+    ranges = torch.tensor([[0, 48]] * 48, dtype=torch.int32)
+    ranges[5:7] = 9
+    blind = MaskPlan(48, 48, 1, 48, 48, ranges=ranges[None])
+    out, lse = attention(q, k, v, mask=blind, return_lse=True, backend="triton")
+    dlse = torch.where(torch.isfinite(lse), 1.0, math.nan)
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
+    assert torch.equal(dq[0, 5:7], torch.zeros(2, 1, 8))
+    assert all(torch.isfinite(grad).all() for grad in (dq, dk, dv))
 
 
 HOSTILE = torch.tensor([[0, 2**31 - 1, -(2**31), 3]], dtype=torch.int32)
 
 
 @interpreted
-@pytest.mark.parametrize("argument", ["q_rows", "k_rows", "counts", "ranges", "box"])
+@pytest.mark.parametrize("argument", ["q_rows", "k_rows", "many", "few", "ranges", "box"])
 def test_hostile_values_stay_inside(argument):
     """Index values nobody checked: clamped in the kernel. Equal to the same call with the clamped values."""
     q = torch.randn(1, 4, 2, 8)
@@ -201,10 +210,10 @@ def test_hostile_values_stay_inside(argument):
     if argument.endswith("rows"):
         index = 1 if argument == "q_rows" else 2
         arguments[index], tame[index] = HOSTILE, HOSTILE.clamp(0, 3)
-    elif argument == "counts":
-        for x, (more, less) in ((arguments, (2**31 - 1, -9)), (tame, (4, 0))):
+    elif argument in ("many", "few"):
+        for x, many, few in ((arguments, 2**31 - 1, -9), (tame, 4, 0)):
             x[1] = x[2] = order
-            x[3], x[4] = (torch.tensor([count], dtype=torch.int32) for count in (more, less))
+            x[3] = x[4] = torch.tensor([many if argument == "many" else few], dtype=torch.int32)
     elif argument == "ranges":
         arguments[5] = torch.stack([HOSTILE.flip(1), HOSTILE], -1)
         tame[5] = torch.stack([HOSTILE.flip(1).clamp(0, 4), HOSTILE.clamp(0, 4)], -1)
