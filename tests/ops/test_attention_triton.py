@@ -3,12 +3,13 @@
 test_every_op.py runs them interpreted on every case; here tiles are 16 x 16, so that a few tokens cross many borders,
 and expectations come from the pair-by-pair oracle of test_attention.py or are worked by hand.
 
-Planted in the kernels and seen red here: the key at an interval's end seen; the core taken to the last end instead of the
-first, or begun one block early; edge blocks behind the core skipped; a tile of queries called full by its starts alone; a
-scan for runs one tile too long; a global query that sees outside its intervals; packed groups offset by the wrong length,
-and the last of their queries lost; a row map and a count left unclamped; dropped queries written from the core; the second
-part of the head not rescaled; delta of a row that saw nothing; the sign of dlse; delta of the first head for all of a
-group; dropped keys written from the core; hidden weights kept in the backward; attributes subtracted the wrong way round.
+Planted in the kernels and seen red here: the key at an interval's end seen; the core taken to the last end instead of
+the first, or begun one block early; edge blocks behind the core skipped; a tile of queries called full by its starts
+alone; a scan for runs one tile too long; a global query that sees outside its intervals; packed groups offset by the
+wrong length, and the last of their queries lost; a row map and a count left unclamped; dropped queries written from
+the core; the second part of the head not rescaled; delta of a row that saw nothing; the sign of dlse; delta of the
+first head for all of a group; dropped keys written from the core; hidden weights kept in the backward; attributes
+subtracted the wrong way round.
 """
 
 from __future__ import annotations
