@@ -324,3 +324,20 @@ def test_oracle_and_kernel_agree_on_negative_scale():
     got, got_lse = attention(q, k, k, scale=-0.7, return_lse=True, backend="triton")
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got_lse.double(), lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_row_of_every_table_is_pinned():
+    from vkernels.triton.tiles import table
+
+    first = {kernel: rows["sm90"][0] for kernel, rows in table("attention").items() if "sm90" in rows}
+    assert first == {
+        "_attention_fwd_kernel": {
+            "d": 128, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3,
+        },
+        "_attention_dq_kernel": {
+            "d": 128, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2,
+        },
+        "_attention_dkv_kernel": {
+            "d": 64, "bytes": 2, "BLOCK_M": 64, "BLOCK_N": 128, "SCAN": 128, "num_warps": 8, "num_stages": 2,
+        },
+    }  # fmt: skip
