@@ -3,7 +3,13 @@
 test_every_op.py runs them interpreted on every case; here tiles are 16 x 16, so that a few tokens cross many borders,
 and expectations come from the pair-by-pair oracle of test_attention.py or are worked by hand.
 
-Planted in the kernels and seen red here:
+Planted in the kernels and seen red here: the key at an interval's end seen; the core taken to the last end instead of
+the first, or begun one block early; edge blocks behind the core skipped; a tile of queries called full by its starts
+alone; a scan for runs one tile too long; a global query that sees outside its intervals; packed groups offset by the
+wrong length, and the last of their queries lost; a row map and a count left unclamped; dropped queries written from
+the core; the second part of the head not rescaled; delta of a row that saw nothing; the sign of dlse; delta of the
+first head for all of a group; dropped keys written from the core; hidden weights kept in the backward; attributes
+subtracted the wrong way round.
 """
 
 from __future__ import annotations
@@ -86,7 +92,7 @@ def test_masks_worked_by_hand():
 @interpreted
 @pytest.mark.parametrize(("s_q", "s_k"), [(1, 16), (15, 17), (16, 33), (17, 15), (33, 1)])
 def test_lengths_around_every_tile(s_q, s_k):
-    check(MaskPlan(s_q, s_k, 1, s_q, s_k), 1, 2, 1, 8)
+    check(MaskPlan(s_q, s_k, 1, s_q, s_k), 1, 2, 1, 40)
 
 
 @interpreted
@@ -120,11 +126,12 @@ def test_groups_share_tiles(frames):
 @interpreted
 def test_packed_groups_keep_their_intervals_and_box():
     ranges = torch.tensor([[0, 1], [0, 2], [1, 3], [5, 5], [2, 5]], dtype=torch.int32)[None]
-    check(MaskPlan(35, 35, 7, 5, 5, (1, 7), (5, 1), ranges=ranges), 1, 2, 2, 8)
+    check(MaskPlan(35, 35, 7, 5, 5, (1, 7), (5, 1), ranges=ranges), 1, 1, 1, 8)
+    check(MaskPlan(35, 21, 7, 5, 3, (1, 7), (3, 1)), 1, 1, 1, 8)
     attributes = torch.tensor([[[0, 3, 1, 2, 5]]], dtype=torch.int32)
     flags = torch.tensor([[0, 0, 1, 0, 0]], dtype=torch.uint8)
     box = Box(attributes, attributes, ((-1, 2),), flags, None)
-    check(MaskPlan(35, 35, 7, 5, 5, (5, 1), (1, 7), box=box), 2, 1, 1, 8)
+    check(MaskPlan(35, 35, 7, 5, 5, (5, 1), (1, 7), box=box), 1, 1, 1, 8)
 
 
 @interpreted
@@ -145,11 +152,11 @@ def _runs(bounds_ptr, out_ptr, tiles, k_first, k_last, FULL: tl.constexpr, BOX: 
 
 @interpreted
 def test_runs_equal_the_bounds_of_every_tile():
-    """next_run against a plain loop, over random bounds."""
-    for tiles in (1, 4, 19):
-        first = torch.randint(0, 40, (tiles,), dtype=torch.int32)
-        last = first + torch.randint(0, 40, (tiles,), dtype=torch.int32)
-        core = first + torch.randint(0, 6, (tiles,), dtype=torch.int32), last - torch.randint(0, 6, (tiles,)).int()
+    """next_run against the comparison of every tile, for runs and gaps shorter and longer than a scan of 4."""
+    for tiles, core_from in ((1, 0), (4, 1), (19, 2), (19, 3), (19, 9)):
+        t = torch.arange(tiles, dtype=torch.int32)
+        first, last = 4 * (t % 13), 40 - t  # long runs and gaps, cut where t % 13 starts again
+        core = torch.where(t % 10 < core_from, first, 20), torch.where(t > 15, 30, last)
         bounds = torch.stack([first, last, *core]).contiguous()
         meets = (first < 32) & (last > 16) & (first < last)
         full = meets & (core[0] <= 16) & (core[1] >= 32)
@@ -157,6 +164,13 @@ def test_runs_equal_the_bounds_of_every_tile():
             out = torch.zeros(tiles, dtype=torch.int32)
             _runs[(1,)](bounds, out, tiles, 16, 32, FULL, BOX)
             assert torch.equal(out.bool(), want)
+    t = torch.arange(14, dtype=torch.int32)
+    for length in range(1, 10):  # and a run that ends on every tile of a scan
+        want = (t >= 3) & (t < 3 + length)
+        bounds = torch.stack([torch.where(want, 0, 32), torch.full_like(t, 40), t, t]).int()
+        out = torch.zeros(14, dtype=torch.int32)
+        _runs[(1,)](bounds, out, 14, 16, 32, 0, True)
+        assert torch.equal(out.bool(), want)
 
 
 @interpreted
@@ -172,27 +186,35 @@ def test_bit_equal_from_run_to_run():
 
 @interpreted
 def test_what_sees_nothing_gets_nothing_whatever_comes_back():
-    """A gradient of -inf's that a caller's log-sum-exp produced must not turn the rest into NaN."""
-    keep = torch.tensor([True, False, False, True, True, False] * 4)
-    mask = VideoMask.joint(Grid(6, 2, 2)).keep(keep, queries=True)
-    q, k, v = (torch.randn(1, 24, 1, 8).requires_grad_() for _ in range(3))
+    """Dropped queries share a tile with live ones, and a core; the NaN a caller made of their lse stays outside."""
+    keep = torch.tensor([True, False, False, True, True, False] * 8)
+    mask = VideoMask.joint(Grid(12, 2, 2)).keep(keep, queries=True)
+    q, k, v = (torch.randn(1, 48, 1, 8).requires_grad_() for _ in range(3))
     with poisoned_memory(), guarded_memory():
         out, lse = attention(q, k, v, mask=mask, return_lse=True, backend="triton")
         dlse = torch.where(torch.isfinite(lse), 1.0, math.nan)
         grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
-    assert torch.equal(out[0, ~keep], torch.zeros(12, 1, 8))
+    assert torch.equal(out[0, ~keep], torch.zeros(24, 1, 8))
     assert (lse[..., ~keep] == -math.inf).all()
     for grad in grads:
         assert torch.isfinite(grad).all()
-        assert torch.equal(grad[0, ~keep], torch.zeros(12, 1, 8))
+        assert torch.equal(grad[0, ~keep], torch.zeros(24, 1, 8))
         assert (grad[0, keep] != 0).any(-1).all()
+    ranges = torch.tensor([[0, 48]] * 48, dtype=torch.int32)
+    ranges[5:7] = 9
+    blind = MaskPlan(48, 48, 1, 48, 48, ranges=ranges[None])
+    out, lse = attention(q, k, v, mask=blind, return_lse=True, backend="triton")
+    dlse = torch.where(torch.isfinite(lse), 1.0, math.nan)
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
+    assert torch.equal(dq[0, 5:7], torch.zeros(2, 1, 8))
+    assert all(torch.isfinite(grad).all() for grad in (dq, dk, dv))
 
 
 HOSTILE = torch.tensor([[0, 2**31 - 1, -(2**31), 3]], dtype=torch.int32)
 
 
 @interpreted
-@pytest.mark.parametrize("argument", ["q_rows", "k_rows", "counts", "ranges", "box"])
+@pytest.mark.parametrize("argument", ["q_rows", "k_rows", "many", "few", "ranges", "box"])
 def test_hostile_values_stay_inside(argument):
     """Index values nobody checked: clamped in the kernel. Equal to the same call with the clamped values."""
     q = torch.randn(1, 4, 2, 8)
@@ -201,10 +223,10 @@ def test_hostile_values_stay_inside(argument):
     if argument.endswith("rows"):
         index = 1 if argument == "q_rows" else 2
         arguments[index], tame[index] = HOSTILE, HOSTILE.clamp(0, 3)
-    elif argument == "counts":
-        for x, (more, less) in ((arguments, (2**31 - 1, -9)), (tame, (4, 0))):
+    elif argument in ("many", "few"):
+        for x, many, few in ((arguments, 2**31 - 1, -9), (tame, 4, 0)):
             x[1] = x[2] = order
-            x[3], x[4] = (torch.tensor([count], dtype=torch.int32) for count in (more, less))
+            x[3] = x[4] = torch.tensor([many if argument == "many" else few], dtype=torch.int32)
     elif argument == "ranges":
         arguments[5] = torch.stack([HOSTILE.flip(1), HOSTILE], -1)
         tame[5] = torch.stack([HOSTILE.flip(1).clamp(0, 4), HOSTILE.clamp(0, 4)], -1)
@@ -302,3 +324,20 @@ def test_oracle_and_kernel_agree_on_negative_scale():
     got, got_lse = attention(q, k, k, scale=-0.7, return_lse=True, backend="triton")
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got_lse.double(), lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_row_of_every_table_is_pinned():
+    from vkernels.triton.tiles import table
+
+    first = {kernel: rows["sm90"][0] for kernel, rows in table("attention").items() if "sm90" in rows}
+    assert first == {
+        "_attention_fwd_kernel": {
+            "d": 128, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3,
+        },
+        "_attention_dq_kernel": {
+            "d": 128, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2,
+        },
+        "_attention_dkv_kernel": {
+            "d": 64, "bytes": 2, "BLOCK_M": 64, "BLOCK_N": 128, "SCAN": 128, "num_warps": 8, "num_stages": 2,
+        },
+    }  # fmt: skip
