@@ -86,10 +86,9 @@ def _apply_rope_kernel(
 
 def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[int]) -> None:
     """What keeps the kernel inside its tensors, for callers who come past the public function."""
+    tables: tuple[tuple[str, Tensor | None, str], ...] = (("cos", cos, "x p r"), ("sin", sin, "x p r"))
     if cos is None:
         tables = (("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x p"))
-    else:
-        tables = (("cos", cos, "x p r"), ("sin", sin, "x p r"))
     axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"), *tables)
     if q.dtype not in FLOATS or (k is not None and k.dtype != q.dtype):
         same_dtype("apply_rope", ("q", q), ("k", k))
