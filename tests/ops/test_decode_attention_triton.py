@@ -7,7 +7,34 @@ group a window cuts into left out; the turn of a ring one token late; a page num
 share too few tiles; planes of codes in another order, words in the wrong rows, codes not centred, the bias of zeros or
 the rescaling of a part forgotten; queries not brought below 1; the sums of parts not rescaled, one part too few joined,
 a counter not put back; rows that take another head's queries.
-"""The registered operator, past every check of the public function."""
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import vkernels as vk
+from vkernels.library import INTERPRETED
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+ROWS, CODES = "_decode_rows_kernel", "_decode_codes_kernel"
+
+
+def filled(scheme, b, m, d, length, dtype=torch.float32, **options):
+    options = {"capacity": max(length, 1), **options}
+    cache = vk.KVCache(scheme, b=b, m=m, d=d, dtype=dtype, **options)
+    k, v = (torch.randn(b, length, m, d).to(cache.dtype) for _ in "kv")
+    return cache.append(k, v, backend="cpu")
+
+
+def direct(q, cache, window=0, scale=None, **changes):
+    """The registered operator, past every check of the public function."""
     at = {"length": cache.lengths, "table": cache.table, "layout": cache.layout.ints(), **changes}
     storage = changes.get("storage", cache.tensors())
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
