@@ -1,7 +1,10 @@
 """kv_append on Triton: what it stores is bit for bit what the CPU kernel stores, at every border of groups and windows.
 
 Trusted after mutation, each planted alone and red here or in the derived tests:
-PLANTED
+delta rounded inward, zero rounded up, a NaN that goes unnoticed, a window one group short, a window that keeps one
+token late, sinks forgotten in what was there before, a ring that drops one group (one row) too many, a page number of
+-1 believed, a table read past its end, too few tasks for the window, value words of every part at the first place.
+Blind to a missing barrier between reading and filling the window: the interpreter runs one thread.
 """
 
 from __future__ import annotations
