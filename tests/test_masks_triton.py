@@ -72,7 +72,7 @@ def test_plan_is_the_law_and_the_one_of_torch_operations(mask):
 
 @pytest.mark.parametrize("n", [1, 8, 17])
 def test_lengths_around_the_tiles(n):
-    """Tiles are 16 tokens here. Every kind of relation: intervals, classes, a leader, boxes, blocks, ids, globals."""
+    """Tiles are 16 and 32 tokens here. Every kind of relation: intervals, classes, a leader, boxes, blocks, ids, globals."""
     generator = torch.Generator().manual_seed(n)
     grid = G(n, 1, 2)
     ids = torch.randint(-1, 4, (2, 2 * n), generator=generator)
