@@ -306,7 +306,7 @@ def test_the_first_row_of_every_table_is_pinned():
         "_count_kept_kernel": scan,
         "_compact_kernel": scan,
         "_codes_kernel": place,
-        "_ranges_kernel": place,
+        "_ranges_kernel": {"BLOCK": 256, "num_warps": 8},
         "_box_kernel": place,
     }
 
