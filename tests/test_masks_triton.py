@@ -1,7 +1,9 @@
 """Mask lowering by kernels, interpreted: the same plan as torch operations build, element by element; what it reads;
 what a hostile direct call can do.
 
-PLANTED
+Planted bugs that turned a test red: an interval's `hi + 1` and the dropped tokens' place off by one; the compaction's
+sum of earlier blocks one block too long; a global's second interval; dropped tokens left in their class when sorting;
+a class of `_place` one code narrower than its tokens.
 """
 
 from __future__ import annotations
@@ -92,6 +94,14 @@ def test_lengths_around_the_tiles(n):
         M.pack([M.joint(grid).keep(keep[:, 1:]), cuts & M.causal(2 * n), M.causal(0), crossed, rising]),
     ):
         assert_same_plan(mask)
+
+
+def test_classes_stay_apart():
+    """The last token of class 0 and the first code of class 1: one code less per class and they meet."""
+    same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)
+    until = Relation(Ids.from_ids(torch.tensor([[0, 0, 1]])), *within(None, 0))
+    mask = M((Segment(3, (same, until)),))
+    assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], mask.dense()[0])
 
 
 def test_many_segments_are_found_by_search():
