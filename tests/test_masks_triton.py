@@ -1,7 +1,9 @@
 """Mask lowering by kernels, interpreted: the same plan as torch operations build, element by element; what it reads;
 what a hostile direct call can do.
 
-PLANTED
+Planted bugs that turned a test red: an interval's `hi + 1` and the dropped tokens' place off by one; the compaction's
+sum of earlier blocks one block too long; a global's second interval; dropped tokens left in their class when sorting;
+a class of `_place` one code narrower than its tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def test_plan_is_the_law_and_the_one_of_torch_operations(mask):
 
 @pytest.mark.parametrize("n", [1, 8, 17])
 def test_lengths_around_the_tiles(n):
-    """Tiles are 16 tokens here. Every kind of relation: intervals, classes, a leader, boxes, blocks, ids, globals."""
+    """Tiles are 16 and 32 tokens here. Relations of every kind: intervals, classes, a leader, boxes, blocks, ids."""
     generator = torch.Generator().manual_seed(n)
     grid = G(n, 1, 2)
     ids = torch.randint(-1, 4, (2, 2 * n), generator=generator)
@@ -92,6 +94,14 @@ def test_lengths_around_the_tiles(n):
         M.pack([M.joint(grid).keep(keep[:, 1:]), cuts & M.causal(2 * n), M.causal(0), crossed, rising]),
     ):
         assert_same_plan(mask)
+
+
+def test_classes_stay_apart():
+    """The last token of class 0 and the first code of class 1: one code less per class and they meet."""
+    same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)
+    until = Relation(Ids.from_ids(torch.tensor([[0, 0, 1]])), *within(None, 0))
+    mask = M((Segment(3, (same, until)),))
+    assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], mask.dense())
 
 
 def test_many_segments_are_found_by_search():
@@ -306,7 +316,7 @@ def test_the_first_row_of_every_table_is_pinned():
         "_count_kept_kernel": scan,
         "_compact_kernel": scan,
         "_codes_kernel": place,
-        "_ranges_kernel": place,
+        "_ranges_kernel": {"BLOCK": 256, "num_warps": 8},
         "_box_kernel": place,
     }
 

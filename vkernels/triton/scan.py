@@ -33,7 +33,7 @@ def count_below(ptr, at, stride, length, value, live, steps, OR_EQUAL: tl.conste
     low = tl.zeros_like(value).to(tl.int64)
     high = tl.where(live, low + length, low)
     for _ in range(steps):
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         undecided = low < high
         x = tl.load(ptr + at + middle * stride, mask=undecided, other=0).to(tl.int64)
         above = (x <= value) if OR_EQUAL else (x < value)
