@@ -3,9 +3,10 @@
 Expected values come from groups taken by hand (test_divided_attention.py), never from the reference.
 
 Seen red. Packed: sequences of a tile not kept apart; the row sum of p * dp left out; the CLS rows of o unwritten, or
-that of a sample that starts with a tile; one head of a group taken for all. Tiled: the last key past a whole tile dropped; the
-CLS key missing from the sum of p * dp; the CLS's normaliser of another head; the CLS mean divided by one too many; its
-sum of p * dp not rescaled; the gradient of its own key left out.
+that of a sample that starts with a tile; one head of a group taken for all. Tiled: the last key past a whole tile
+dropped; the CLS key missing from the sum of p * dp; the CLS's normaliser of another head; the CLS mean divided by one
+too many; its sum of p * dp not rescaled; the gradient of its own key left out; its rows summed twice; neighbouring
+frames taken for those of a group.
 """
 
 from __future__ import annotations
