@@ -20,14 +20,14 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report, rivals, supervise, worker
 from benchmarks.gpu.cases import Race, Target, own_races, races, with_contents
-from benchmarks.gpu.proof import backends
+from benchmarks.gpu.proof import backends, prove
 from benchmarks.gpu.race import judged, race_case
 from benchmarks.gpu.rivals import sdpa
 from benchmarks.gpu.timing import WallTimer, in_turn, spread
 from benchmarks.measure import relative_error
 from benchmarks.readme import gpu_numbers
 from vkernels.library import INTERPRETED
-from vkernels.spec import all_specs
+from vkernels.spec import Shape, all_specs
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
 NOT_ON_CPU = ("No viable backend", "does not support backward on CPU", "Backward")
@@ -102,6 +102,17 @@ def test_triton_is_raced(monkeypatch):
     assert [(row["backend"], row["direction"], row["status"]) for row in rows] == [
         (backend, direction, "warmed") for direction in ("forward", "backward") for backend in ("cpu", "triton")
     ]
+
+
+def test_a_real_size_is_proven(monkeypatch):
+    spec = next(s for s in all_specs() if s.name == "decode_attention")
+    shape = Shape("toy", spec.cases[0].make, dtypes=(torch.bfloat16,))
+    said = []
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["cpu"])
+    prove(spec, [shape], "cpu", report=said.append)
+    name = "decode_attention/cpu/toy/bfloat16"
+    assert said[0] == {"plan": [name]}
+    assert (said[2]["id"], said[2]["status"]) == (name, "passed")
 
 
 def test_every_size_of_every_spec_is_raced():

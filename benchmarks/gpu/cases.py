@@ -52,7 +52,7 @@ class Race:
 class DeviceMaker(Maker):
     """Draws large tensors where they are needed: seconds less than drawing gigabytes on the host."""
 
-    def __init__(self, dtype: torch.dtype, device: str, seed: int = 0):
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0):
         super().__init__(dtype, device, seed)
         self.there = torch.Generator(device).manual_seed(seed)
 
@@ -87,6 +87,11 @@ def with_contents(case: Case) -> Case:
         return kwargs
 
     return dataclasses.replace(case, make=make)
+
+
+def drawn_there(case: Case) -> Case:
+    """`case` at a real size: its large tensors drawn on the device."""
+    return dataclasses.replace(case, make=lambda maker: case.make(DeviceMaker(maker.dtype, maker.device)))
 
 
 def _anything(stored: torch.Tensor | None) -> bool:
