@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 
 import torch
 from torch import Tensor
@@ -102,8 +101,11 @@ def describe(segments: list[Segment]) -> Description:
 
 def too_wide(segments: list[Segment]) -> bool:
     """Whether the codes of these segments leave int64: several ids crossed over very many tokens."""
-    return sum(_codes(segment, roles(segment)) for segment in segments) >= LARGEST
+    return sum([_codes(segment, roles(segment)) for segment in segments]) >= LARGEST
 
 
 def _codes(segment: Segment, part: Roles) -> int:
-    return segment.globals + segment.tokens * prod(max(relation.attribute.size, 1) for relation in part.classes)
+    cells = 1
+    for relation in part.classes:
+        cells *= max(relation.attribute.size, 1)
+    return segment.globals + cells * segment.tokens
