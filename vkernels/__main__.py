@@ -38,7 +38,7 @@ def info(_: argparse.Namespace) -> int:
     state = f"not active: {reason}" if reason else "active on the GPU" if device == "cuda" else "active, interpreted"
     print(f"backend triton: {state}; ops so far: {ops}")
     reason = cuda_missing() or (cuda_why_not(torch.empty(0, device=device)) if device == "cuda" else None)
-    ops = ", ".join(spec.name for spec in all_specs() if any(b.name == "cuda" for b in spec.backends))
+    ops = ", ".join(spec.name for spec in compiled_specs() if any(b.name == "cuda" for b in spec.backends))
     print(f"backend cuda: {f'not active: {reason}' if reason else 'active on the GPU'}; ops so far: {ops}")
     for name in ("VKERNELS_CPU_ISA", "TRITON_INTERPRET"):
         print(f"environment: {name}={os.environ.get(name) or '(unset)'}")

@@ -171,10 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         run = Run(Recipe(steps=arguments.steps, seed=arguments.seed, impl=arguments.impl, mvm=arguments.mvm))
     began = time.perf_counter()
-    with Progress(
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    ) as progress:  # fmt: skip
+    columns = ("step {task.completed:.0f}/{task.total:.0f}", "loss {task.fields[loss]:.3f}")
+    with Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=run.recipe.steps, completed=run.step, loss=float("nan"))
         while run.step < run.recipe.steps:
             losses = run.advance()

@@ -1,4 +1,4 @@
-"""Pieces every Triton kernel is built from. Kernels live in `vkernels/ops/<op>/triton*.py` and `vkernels/masks/triton.py`.
+"""Pieces every Triton kernel is built from. Kernels live in `vkernels/ops/<op>/triton*.py` and `vkernels/masks`.
 
 Imported only where Triton is installed.
 
