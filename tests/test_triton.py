@@ -87,8 +87,17 @@ except NoBackend as error:
 def test_the_first_row_of_every_table_is_pinned():
     from vkernels.triton.tiles import table
 
-    first = table("apply_rope")["_apply_rope_kernel"]["sm80"][0]
-    assert first == {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4}
+    pinned = {
+        ("apply_rope", "_apply_rope_kernel"): {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4, "maxnreg": 160},
+        ("kv_append", "_append_rows_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "num_warps": 4},
+        ("kv_append", "_append_codes_kernel"): {"d": 64, "BLOCK_C": 64, "BLOCK_T": 64, "num_warps": 4},
+        ("qkv_prologue", "_qkv_prologue_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 528, "num_warps": 4},
+        ("qkv_prologue", "_norm_stats_kernel"): {"BLOCK_S": 2, "BLOCK_H": 4, "num_warps": 4},
+        ("qkv_prologue", "_qkv_prologue_bwd_kernel"): {
+            "bytes": 2, "BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 1056, "num_warps": 4, "maxnreg": 128,
+        },
+    }  # fmt: skip
+    assert {(op, kernel): table(op)[kernel]["sm80"][0] for op, kernel in pinned} == pinned
 
 
 def test_a_newer_chip_takes_the_rows_of_an_older_one():

@@ -50,8 +50,8 @@ def by_tiles(launch):
 def test_the_best_candidate_wins(spec):
     (tuned,) = found(spec, by_tiles)
     assert tuned.group == (KERNEL, 32, 0)
-    assert tuned.row == {"BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 4}
-    assert tuned.before == {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4}
+    assert tuned.row == {"BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 4, "maxnreg": 160}
+    assert tuned.before == {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4, "maxnreg": 160}
     assert (tuned.ms, tuned.before_ms) == (2.0, 22.0)  # forward and backward launch it once each
     assert tuned.tried == 32
 
@@ -66,7 +66,7 @@ def test_a_candidate_with_a_fault_is_left_out(spec):
         return ["8 bytes of local memory"] if launch.arguments["BLOCK_S"] == 2 else []
 
     (tuned,) = found(spec, by_tiles, faults=faults)
-    assert tuned.row == {"BLOCK_S": 1, "BLOCK_H": 16, "num_warps": 4}
+    assert tuned.row == {"BLOCK_S": 1, "BLOCK_H": 16, "num_warps": 4, "maxnreg": 160}
     assert tuned.tried == 24
     assert len(tuned.left_out) == 8
     assert all("local memory" in why for why in tuned.left_out)
@@ -78,17 +78,16 @@ def test_time_that_ends_leaves_the_table_alone(spec):
 
 
 def test_rows_are_written_and_read(spec, tmp_path):
-    from vkernels.triton.tiles import ROOT, table
+    from vkernels.triton.tiles import home, table
     from vkernels.triton.tune import lines, write
 
-    (tmp_path / "apply_rope").mkdir()
-    shutil.copy(ROOT / "apply_rope" / "tiles.json", tmp_path / "apply_rope")
+    shutil.copy(home("apply_rope") / "tiles.json", tmp_path)
     tuned = found(spec, by_tiles)
     path = write("apply_rope", "sm90", tuned, tmp_path)
     written = json.loads(path.read_text())[KERNEL]
     assert written["sm90"] == [
-        {"d": 32, "BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 4},
-        {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4},
+        {"d": 32, "BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 4, "maxnreg": 160},
+        {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4, "maxnreg": 160},
     ]
     assert {k: v for k, v in written.items() if k != "sm90"} == {
         k: v for k, v in table("apply_rope")[KERNEL].items() if k != "sm90"

@@ -1,11 +1,12 @@
-"""Tile tables: `tiles.json` beside the kernels says, per kernel, which limit it runs into ("arithmetic", "bytes", or
-"launch" where a launch costs more than either), and per chip its tiles.
+"""Tile tables: `tiles.json` beside the kernels says, per kernel, which limit it runs into, and per chip its tiles.
 
     {"_attention_fwd_kernel": {"bound": "arithmetic",
                                "candidates": {"BLOCK_M": [64, 128], "num_warps": [4, 8]},
                                "sm90": [{"d": 64, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}, ...]}}
 
-"bound" is "arithmetic", "bytes", or "reads" for a kernel that reads much and writes next to nothing.
+"bound" is what the machine code is held to: "arithmetic"; "bytes"; "reads", where next to nothing is written;
+"latency", where a launch costs more than either. A name that goes on after a comma holds tiles for some calls of a
+kernel.
 The first row whose `d` (head size or row length) and `bytes` (of an element) are not below the call's is taken; a row
 without one of them serves every value. A chip without rows of its own takes those of the nearest older one. Rows never
 depend on sequence length. `python -m vkernels tune` measures the candidates and writes rows.
@@ -23,16 +24,20 @@ from typing import Any
 import vkernels
 
 ROOT = Path(vkernels.__file__).parent
-HOME = {"lower_mask": ROOT / "masks"}  # else vkernels/ops/<op>
 LIMITS = ("d", "bytes")
 _override: dict[str, dict[str, int]] = {}
 _asked: list[tuple[str, str, int, int]] | None = None
 
 
+def home(op: str) -> Path:
+    """The folder an op's kernels and their table live in."""
+    return ROOT / "masks" if op == "lower_mask" else ROOT / "ops" / op
+
+
 @cache
 def table(op: str) -> dict[str, Any]:
     """The table of an op: kernel -> {"bound", "candidates", chip: rows}."""
-    return json.loads((HOME.get(op, ROOT / "ops" / op) / "tiles.json").read_text())
+    return json.loads((home(op) / "tiles.json").read_text())
 
 
 def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dict[str, int]:

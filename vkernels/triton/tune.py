@@ -22,7 +22,7 @@ from vkernels.spec import Blank, OpSpec, Shape
 from vkernels.testing.results import tensors_of
 from vkernels.triton import aot
 from vkernels.triton.launch import Launch, recording
-from vkernels.triton.tiles import LIMITS, ROOT, asking, overridden, table, tiles
+from vkernels.triton.tiles import LIMITS, asking, home, overridden, table, tiles
 
 Row = dict[str, int]
 Group = tuple[str, int, int]  # kernel, d, bytes: what one row serves
@@ -123,7 +123,7 @@ def tune(
                 if name not in spent:
                     continue
                 with overridden(kernel, row):
-                    launches = [x for x in _noted(spec, shape, kwargs, arch)[0] if x.name == kernel]
+                    launches = [x for x in _noted(spec, shape, kwargs, arch)[0] if x.name == kernel.split(",")[0]]
                 found = [fault for launch in launches for fault in find_faults(launch, arch, spec)]
                 if found:
                     del spent[name]
@@ -203,9 +203,9 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1e-12))
 
 
-def write(op: str, arch: str, tuned: list[Tuned], root: Path = ROOT) -> Path:
+def write(op: str, arch: str, tuned: list[Tuned], folder: Path | None = None) -> Path:
     """Rows of `arch` in the op's tiles.json: what was tuned, narrowest first, then a row that serves the rest."""
-    path = root / op / "tiles.json"
+    path = (folder or home(op)) / "tiles.json"
     whole = json.loads(path.read_text())
     for kernel in sorted({t.group[0] for t in tuned}):
         rows = []

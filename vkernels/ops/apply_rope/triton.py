@@ -21,16 +21,19 @@ def _turn_heads(
     x_ptr, out_ptr, stride_xb, stride_xs, stride_xn, stride_ob, stride_os, stride_on,
     sample, token, live, first, heads, c, s, pair, rest,
     OFFSET: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, HAS_REST: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn."""
-    x_row = (sample * stride_xb + token * stride_xs)[:, None, None]
-    out_row = (sample * stride_ob + token * stride_os)[:, None, None]
+    """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn.
+
+    Strides are in units of ALIGN elements; `sample` and `token` are 64 bits wide, and so is every offset."""
+    x_row = ((sample * stride_xb + token * stride_xs) * ALIGN)[:, None, None]
+    out_row = ((sample * stride_ob + token * stride_os) * ALIGN)[:, None, None]
     for start in range(0, heads, BLOCK_H):
         head = start + tl.arange(0, BLOCK_H)
         inside = live[:, None, None] & (head < heads)[None, :, None]
-        x_at = x_row + ((first + head) * stride_xn)[None, :, None]
-        out_at = out_row + ((first + head) * stride_on)[None, :, None]
+        wide = (first + head).to(tl.int64)
+        x_at = x_row + (wide * stride_xn * ALIGN)[None, :, None]
+        out_at = out_row + (wide * stride_on * ALIGN)[None, :, None]
         x0, x1 = load_pairs(x_ptr, x_at + OFFSET, inside, pair, PAIRS, R, BLOCKS)
         y0, y1 = turn(x0, x1, c[:, None, :], s[:, None, :])
         store_pairs(out_ptr, out_at + OFFSET, y0, y1, inside, pair, PAIRS, R, BLOCKS)
@@ -70,17 +73,15 @@ def _apply_rope_kernel(
             )
         c, w = c * scale, w * sign
         _turn_heads(
-            q_ptr, q_out_ptr, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN,
-            stride_qob * ALIGN, stride_qos * ALIGN, stride_qon * ALIGN,
+            q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qn, stride_qob, stride_qos, stride_qon,
             sample, token, live, spec_row * (n // ROWS), n // ROWS, c, w, pair, rest,
-            OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+            OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
         )  # fmt: skip
         if HAS_K:
             _turn_heads(
-                k_ptr, k_out_ptr, stride_kb * ALIGN, stride_ks * ALIGN, stride_kn * ALIGN,
-                stride_kob * ALIGN, stride_kos * ALIGN, stride_kon * ALIGN,
+                k_ptr, k_out_ptr, stride_kb, stride_ks, stride_kn, stride_kob, stride_kos, stride_kon,
                 sample, token, live, spec_row * (m // ROWS), m // ROWS, c, w, pair, rest,
-                OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+                OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
             )  # fmt: skip
 
 
