@@ -1,6 +1,6 @@
 """Training in miniature: a small ST-LLM on films of digits (`vkernels_video.digits`), on two cores, in minutes.
 
-python -m vkernels_video.train --out runs/digits [--steps N] [--impl eager|vkernels] [--resume]
+python -m vkernels_video.train --out runs/digits [--steps N] [--size N] [--impl eager|vkernels] [--mvm] [--resume]
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def accuracy(
     model.eval()
     studio = Studio(seed, "test", frames)
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    for _ in range(0, films, 64):
-        _, some = batch(studio, 64)
+    for start in range(0, films, 64):
+        _, some = batch(studio, min(64, films - start))
         for film, answer in zip(some, answers(model, some, impl), strict=True):
             right[film.kind].append(answer == film.answer)
     model.train()
@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vkernels_video.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint, curve and results")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--size", type=int, default=Recipe.size, help="films per step")
+    parser.add_argument("--films", type=int, default=512, help="test films at the end")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--impl", choices=("eager", "vkernels"), default=Recipe.impl)
     parser.add_argument("--mvm", action="store_true", help="with the second pass and its loss")
@@ -169,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.resume:
         run = Run.resume(arguments.out)
     else:
-        run = Run(Recipe(steps=arguments.steps, seed=arguments.seed, impl=arguments.impl, mvm=arguments.mvm))
+        names = ("steps", "size", "seed", "impl", "mvm")
+        run = Run(Recipe(**{name: getattr(arguments, name) for name in names}))
     began = time.perf_counter()
     columns = ("step {task.completed:.0f}/{task.total:.0f}", "loss {task.fields[loss]:.3f}")
     with Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeRemainingColumn()) as progress:
@@ -181,7 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.save(arguments.out)
     run.save(arguments.out)
     plot(run.losses, arguments.out / "loss.png")
-    result = {"accuracy": accuracy(run.model), "seconds": time.perf_counter() - began, "steps": run.step}
+    result = {
+        "accuracy": accuracy(run.model, arguments.films),
+        "seconds": time.perf_counter() - began,
+        "steps": run.step,
+    }
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["accuracy"]))
     return 0
