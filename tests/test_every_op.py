@@ -15,28 +15,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vkernels import NoBackend
-from vkernels.library import INTERPRETED
-from vkernels.spec import Maker, all_specs
-from vkernels.testing import assert_gradient, assert_within_budget, guarded_memory, poisoned_memory, strided
-from vkernels.testing.results import tensors_of
+from vkernels.library import INTERPRETED, emulator
+from vkernels.spec import Maker, all_specs, devices_of
+from vkernels.testing import guarded_memory, poisoned_memory, strided
+from vkernels.testing.evidence import arguments, assert_gradients, assert_outputs
+from vkernels.testing.evidence import outputs as run
 
 SPECS = all_specs()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def cases(specs, *, registered_only=False):
+    """Every case on every device its backend serves here; the device is named only where it is not the CPU."""
     return [
-        pytest.param(spec, backend, case, id=f"{spec.name}-{backend.name}-{case.id}")
+        pytest.param(spec, backend, case, device, id=named(spec, backend, device, case.id))
         for spec in specs
         for backend in spec.backends
         if not (registered_only and backend.name == "reference")
+        for device in devices_of(backend.name)
         for case in spec.cases
     ]
 
 
+def named(spec, backend, device, what):
+    return "-".join([spec.name, backend.name, *([] if device == "cpu" else [device]), what])
+
+
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-by_case = pytest.mark.parametrize(("spec", "backend", "case"), cases(SPECS))
+by_case = pytest.mark.parametrize(("spec", "backend", "case", "device"), cases(SPECS))
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 
 
@@ -46,85 +53,51 @@ def skip_unless_runnable(spec, backend, kwargs):
         pytest.skip(f"{spec.name}: backend {backend.name} cannot run this call: {reason}")
 
 
-def run(spec, backend, kwargs):
-    return tensors_of(spec, spec.fn(**kwargs, backend=backend))
-
-
-def make(case, dtype, **maker):
-    return case.make(Maker(dtype, **maker))
-
-
-def gradients(spec, backend, case, dtype):
-    """Outputs' random projection, differentiated. The projection is the same for every dtype and backend."""
-    kwargs = make(case, dtype)
-    leaves = {}
-    for name in spec.differentiable:
-        if isinstance(kwargs.get(name), torch.Tensor):
-            leaves[name] = kwargs[name] = kwargs[name].detach().requires_grad_()
-    outputs = [x for x in run(spec, backend, kwargs) if x.is_floating_point() and x.requires_grad]
-    maker = Maker(torch.float64, seed=1)
-    total = sum((x.double() * maker.randn(*x.shape)).masked_fill(~torch.isfinite(x), 0).sum() for x in outputs)
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True)) if leaves else {}
-
-
 @by_case
 @dtypes
-def test_forward(spec, backend, case, dtype):
+def test_forward(spec, backend, case, device, dtype):
     if dtype not in spec.dtypes:
         pytest.skip(f"{spec.name} takes {spec.dtypes}")
-    kwargs = make(case, dtype)
+    kwargs = arguments(case, dtype, device)
     skip_unless_runnable(spec, backend, kwargs)
-    got = run(spec, backend.name, kwargs)
-    eager = run(spec, "reference", make(case, dtype))
-    if spec.exact:
-        assert len(got) == len(eager)
-        for g, e in zip(got, eager, strict=True):
-            assert g.dtype == e.dtype
-            assert torch.equal(g, e)
-        return
-    truth = run(spec, "reference", make(case, torch.float64))
-    assert len(got) == len(truth)
-    for i, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
-        assert_within_budget(g, e, t, f"output {i}", spec.band[0])
+    assert_outputs(spec, backend.name, case, dtype, device)
 
 
-@pytest.mark.parametrize(("spec", "backend", "case"), cases(DIFFERENTIABLE))
+@pytest.mark.parametrize(("spec", "backend", "case", "device"), cases(DIFFERENTIABLE))
 @dtypes
-def test_gradient(spec, backend, case, dtype):
+def test_gradient(spec, backend, case, device, dtype):
     if dtype not in spec.dtypes:
         pytest.skip(f"{spec.name} takes {spec.dtypes}")
-    skip_unless_runnable(spec, backend, make(case, dtype))
-    got = gradients(spec, backend.name, case, dtype)
-    eager = gradients(spec, "reference", case, dtype)
-    truth = gradients(spec, "reference", case, torch.float64)
-    for name in got:
-        assert_gradient(got[name], eager[name], truth[name], f"d{name}")
+    skip_unless_runnable(spec, backend, arguments(case, dtype, device))
+    assert_gradients(spec, backend.name, case, dtype, device)
 
 
 @by_case
-def test_strides_are_honoured(spec, backend, case):
-    kwargs = make(case, torch.float32)
+def test_strides_are_honoured(spec, backend, case, device):
+    kwargs = arguments(case, torch.float32, device)
     skip_unless_runnable(spec, backend, kwargs)
     plain = run(spec, backend.name, kwargs)
-    twisted = tree_map(lambda x: strided(x) if isinstance(x, torch.Tensor) else x, make(case, torch.float32))
+    twisted = tree_map(
+        lambda x: strided(x) if isinstance(x, torch.Tensor) else x, arguments(case, torch.float32, device)
+    )
     for a, b in zip(plain, run(spec, backend.name, twisted), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @by_case
-def test_memory_is_written_whole_and_only_inside(spec, backend, case):
-    kwargs = make(case, torch.float32)
+def test_memory_is_written_whole_and_only_inside(spec, backend, case, device):
+    kwargs = arguments(case, torch.float32, device)
     skip_unless_runnable(spec, backend, kwargs)
     plain = run(spec, backend.name, kwargs)
     with poisoned_memory(), guarded_memory():
-        guarded = run(spec, backend.name, make(case, torch.float32))
+        guarded = run(spec, backend.name, arguments(case, torch.float32, device))
     for a, b in zip(plain, guarded, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @by_case
-def test_inputs_are_not_changed(spec, backend, case):
-    kwargs = make(case, torch.float32)
+def test_inputs_are_not_changed(spec, backend, case, device):
+    kwargs = arguments(case, torch.float32, device)
     skip_unless_runnable(spec, backend, kwargs)
     before = [x.clone() for x in tree_flatten(kwargs)[0] if isinstance(x, torch.Tensor)]
     run(spec, backend.name, kwargs)
@@ -133,12 +106,12 @@ def test_inputs_are_not_changed(spec, backend, case):
 
 
 @by_case
-def test_torch_compile_takes_it_whole(spec, backend, case):
-    kwargs = make(case, torch.float32)
+def test_torch_compile_takes_it_whole(spec, backend, case, device):
+    kwargs = arguments(case, torch.float32, device)
     skip_unless_runnable(spec, backend, kwargs)
     torch._dynamo.reset()
     compiled = torch.compile(lambda kw: run(spec, backend.name, kw), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(kwargs), run(spec, backend.name, make(case, torch.float32)), strict=True):
+    for a, b in zip(compiled(kwargs), run(spec, backend.name, arguments(case, torch.float32, device)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -155,9 +128,9 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("spec", "backend", "case"), cases(SPECS, registered_only=True))
-def test_opcheck(spec, backend, case):
-    kwargs = make(case, torch.float32)
+@pytest.mark.parametrize(("spec", "backend", "case", "device"), cases(SPECS, registered_only=True))
+def test_opcheck(spec, backend, case, device):
+    kwargs = arguments(case, torch.float32, device)
     skip_unless_runnable(spec, backend, kwargs)
     with _Recorder() as recorder:
         run(spec, backend.name, kwargs)
@@ -182,14 +155,14 @@ def test_refuses_with_a_sentence(spec, reject):
 
 @by_spec
 def test_unknown_backend_is_refused(spec):
-    kwargs = make(spec.cases[0], torch.float32)
+    kwargs = arguments(spec.cases[0], torch.float32)
     with pytest.raises(ValueError, match=f"{spec.name}: backend must be one of .*reference.*, got 'gpu'"):
         spec.fn(**kwargs, backend="gpu")
 
 
 @by_spec
 def test_no_backend_is_silently_replaced(spec):
-    kwargs = make(spec.cases[0], torch.float32)
+    kwargs = arguments(spec.cases[0], torch.float32)
     for backend in spec.backends:
         if (reason := backend.why_not(spec.prepare(**kwargs))) is not None:
             with pytest.raises(NoBackend, match=f"{spec.name}: backend {backend.name} cannot run this call"):
@@ -198,17 +171,27 @@ def test_no_backend_is_silently_replaced(spec):
 
 
 @pytest.mark.parametrize(
-    ("spec", "backend", "law"),
+    ("spec", "backend", "device", "law"),
     [
-        pytest.param(s, b, law, id=f"{s.name}-{b.name}-{law.__name__}")
+        pytest.param(s, b, device, law, id=named(s, b, device, law.__name__))
         for s in SPECS
         for b in s.backends
+        for device in devices_of(b.name)
         for law in s.laws
     ],
 )
-def test_law(spec, backend, law):
-    skip_unless_runnable(spec, backend, make(spec.cases[0], torch.float32))
-    law(backend.name)
+def test_law(spec, backend, device, law):
+    skip_unless_runnable(spec, backend, arguments(spec.cases[0], torch.float32, device=device))
+    law(backend.name, device)
+
+
+@pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.id}") for s in SPECS for c in s.cases])
+def test_cases_follow_their_maker(spec, case):
+    """On a device that holds no values: nothing is left behind on the CPU, and the reference waits for no value."""
+    kwargs = arguments(case, torch.float32, "meta")
+    stray = [name for name, x in kwargs.items() for t in tree_flatten(x)[0] if getattr(t, "is_cpu", False)]
+    assert not stray, f"{spec.name}: {stray} must be built on the maker's device"
+    assert all(x.device.type == "meta" for x in run(spec, "reference", kwargs))
 
 
 @by_spec
@@ -221,7 +204,7 @@ def test_signature(spec):
 
 @pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda s: s.name)
 def test_reference_gradcheck(spec):
-    kwargs = make(spec.cases[0], torch.float64)
+    kwargs = arguments(spec.cases[0], torch.float64)
     names = [n for n in spec.differentiable if isinstance(kwargs.get(n), torch.Tensor)]
 
     def call(*leaves):
@@ -234,7 +217,7 @@ def test_reference_gradcheck(spec):
 
 @by_spec
 def test_cost_is_stated(spec):
-    cost = spec.cost(spec.prepare(**make(spec.cases[0], torch.float32)))
+    cost = spec.cost(spec.prepare(**arguments(spec.cases[0], torch.float32)))
     assert cost.bytes > 0
     assert cost.flop >= 0
 
@@ -243,7 +226,12 @@ def test_cost_is_stated(spec):
 def test_every_backend_runs_somewhere(spec):
     """`why_not` cannot make the suite green by refusing everything."""
     for backend in spec.backends:
-        if backend.name in ("cpu", "reference") or (backend.name == "triton" and INTERPRETED):
-            for dtype in spec.dtypes:
-                reasons = [backend.why_not(spec.prepare(**make(case, dtype))) for case in spec.cases]
-                assert None in reasons, f"{spec.name}.{backend.name} runs no {dtype} case: {reasons}"
+        here = (
+            backend.name in ("cpu", "reference") or {"triton": INTERPRETED, "cuda": emulator is not None}[backend.name]
+        )
+        for device in devices_of(backend.name):
+            if device == "cuda" or here:
+                for dtype in spec.dtypes:
+                    calls = [spec.prepare(**arguments(case, dtype, device)) for case in spec.cases]
+                    reasons = [backend.why_not(call) for call in calls]
+                    assert None in reasons, f"{spec.name}.{backend.name} runs no {dtype} case on {device}: {reasons}"

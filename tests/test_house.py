@@ -15,9 +15,10 @@ from vkernels.spec import OPS, all_specs
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "vkernels").rglob("*.py"))
-SOURCES = [p for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cpp")]
+NATIVE = [*ROOT.glob("csrc/**/*"), *ROOT.glob("tests/cuda/*")]
+SOURCES = [p for p in NATIVE if p.suffix in (".h", ".cpp", ".cu")]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-EVIDENCE = {"spec.py", "__main__.py", "explain.py", "aot.py"}
+EVIDENCE = {"spec.py", "__main__.py", "explain.py", "aot.py", "tune.py"}
 
 
 def imports(path: Path) -> set[str]:

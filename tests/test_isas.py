@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_every_op import gradients, make, run, skip_unless_runnable
+from test_every_op import skip_unless_runnable
 
 from vkernels.library import native, native_missing
 from vkernels.spec import all_specs
 from vkernels.testing import assert_gradient, assert_within_budget
+from vkernels.testing.evidence import arguments, gradients, outputs
 
 if native_missing() is not None:
     pytest.skip(native_missing(), allow_module_level=True)
@@ -46,19 +47,19 @@ def test_every_instruction_set(spec, case, dtype, each_isa):
     if dtype not in spec.dtypes:
         pytest.skip(f"{spec.name} takes {spec.dtypes}")
     cpu = next(backend for backend in spec.backends if backend.name == "cpu")
-    skip_unless_runnable(spec, cpu, make(case, dtype))
-    eager = run(spec, "reference", make(case, dtype))
-    truth = eager if spec.exact else run(spec, "reference", make(case, torch.float64))
-    eager_grad = gradients(spec, "reference", case, dtype) if spec.differentiable else {}
-    true_grad = gradients(spec, "reference", case, torch.float64) if spec.differentiable else {}
+    skip_unless_runnable(spec, cpu, arguments(case, dtype))
+    eager = outputs(spec, "reference", arguments(case, dtype))
+    truth = eager if spec.exact else outputs(spec, "reference", arguments(case, torch.float64))
+    eager_grad = gradients(spec, "reference", case, dtype, "cpu") if spec.differentiable else {}
+    true_grad = gradients(spec, "reference", case, torch.float64, "cpu") if spec.differentiable else {}
     for isa in each_isa():
-        got = run(spec, "cpu", make(case, dtype))
+        got = outputs(spec, "cpu", arguments(case, dtype))
         for i, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
             if spec.exact:
                 assert torch.equal(g, e), f"{isa}: output {i}"
             else:
                 assert_within_budget(g, e, t, f"{isa}: output {i}", spec.band[0])
-        got_grad = gradients(spec, "cpu", case, dtype) if spec.differentiable else {}
+        got_grad = gradients(spec, "cpu", case, dtype, "cpu") if spec.differentiable else {}
         assert got_grad.keys() == true_grad.keys()
         for name, g in got_grad.items():
             assert_gradient(g, eager_grad[name], true_grad[name], f"{isa}: d{name}")

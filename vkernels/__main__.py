@@ -1,4 +1,4 @@
-"""python -m vkernels  info | check | table | compile"""
+"""python -m vkernels  info | check | table | compile | tune"""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import argparse
 import os
 import platform
 import sys
+import time
 
 import torch
 
 import vkernels
 from vkernels.dispatch import Backend
-from vkernels.library import INTERPRETED, native, native_missing, triton_why_not
+from vkernels.library import INTERPRETED, cuda_missing, cuda_why_not, native, native_missing, triton_why_not
 from vkernels.spec import OpSpec
 
 
 def info(_: argparse.Namespace) -> int:
     """What is active, and for what is not, why."""
-    from vkernels.spec import all_specs
+    from vkernels.spec import compiled_specs
 
     print(f"vkernels {vkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     missing = native_missing()
@@ -33,10 +34,12 @@ def info(_: argparse.Namespace) -> int:
         print(f"backend cpu: not active: {missing}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = triton_why_not(torch.empty(0, device=device))
-    ops = ", ".join(spec.name for spec in all_specs() if any(b.name == "triton" for b in spec.backends))
+    ops = ", ".join(spec.name for spec in compiled_specs() if any(b.name == "triton" for b in spec.backends))
     state = f"not active: {reason}" if reason else "active on the GPU" if device == "cuda" else "active, interpreted"
     print(f"backend triton: {state}; ops so far: {ops}")
-    print("backend cuda: not active: this version has no cuda kernels yet")
+    reason = cuda_missing() or (cuda_why_not(torch.empty(0, device=device)) if device == "cuda" else None)
+    ops = ", ".join(spec.name for spec in compiled_specs() if any(b.name == "cuda" for b in spec.backends))
+    print(f"backend cuda: {f'not active: {reason}' if reason else 'active on the GPU'}; ops so far: {ops}")
     for name in ("VKERNELS_CPU_ISA", "TRITON_INTERPRET"):
         print(f"environment: {name}={os.environ.get(name) or '(unset)'}")
     return 0
@@ -44,33 +47,29 @@ def info(_: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Every op's cases against the reference on this machine."""
-    from vkernels.spec import Maker, all_specs
-    from vkernels.testing import assert_within_budget
-    from vkernels.testing.results import tensors_of
+    from vkernels.spec import all_specs, devices_of
+    from vkernels.testing.evidence import arguments as made
+    from vkernels.testing.evidence import assert_outputs
 
     failures = 0
     for spec in all_specs():
         if arguments.op and spec.name not in arguments.op:
             continue
-        for backend in spec.backends:
+        for backend, device in [(b, device) for b in spec.backends for device in devices_of(b.name)]:
             passed, skipped = 0, []
             for case in spec.cases:
-                reason = backend.why_not(spec.prepare(**case.make(Maker())))
+                reason = backend.why_not(spec.prepare(**made(case, torch.float32, device)))
                 if reason is not None:
                     skipped.append(reason)
                     continue
-                got = tensors_of(spec, spec.fn(**case.make(Maker()), backend=backend.name))
-                eager = tensors_of(spec, spec.fn(**case.make(Maker()), backend="reference"))
-                truth = tensors_of(spec, spec.fn(**case.make(Maker(torch.float64)), backend="reference"))
                 try:
-                    for g, e, t in zip(got, eager, truth, strict=True):
-                        assert_within_budget(g, e, t, band=spec.band[0])
+                    assert_outputs(spec, backend.name, case, torch.float32, device)
                     passed += 1
                 except AssertionError as error:
                     failures += 1
-                    print(f"FAILED {spec.name} {backend.name} {case.id}: {error}")
+                    print(f"FAILED {spec.name} {backend.name} {device} {case.id}: {error}")
             note = f"; {len(skipped)} refused: {skipped[0]}" if skipped else ""
-            print(f"{spec.name:20} {backend.name:10} {passed} of {len(spec.cases)} cases{note}")
+            print(f"{spec.name:20} {backend.name:10} {device:5} {passed} of {len(spec.cases)} cases{note}")
     return 1 if failures else 0
 
 
@@ -102,14 +101,14 @@ def table(_: argparse.Namespace) -> int:
 
 def compile_kernels(arguments: argparse.Namespace) -> int:
     """Triton kernels compiled for chips that need not be here, with what decides their speed; 1 if one has a fault."""
-    from vkernels.spec import all_specs
+    from vkernels.spec import compiled_specs
     from vkernels.triton.aot import survey
 
     if INTERPRETED:
         raise SystemExit("compile: TRITON_INTERPRET must be unset, or there is nothing to compile")
     header = ["kernel", "chip", "shape", "registers", "shared", "spills", "occupancy", "instructions", "faults"]
     rows, faulty = [], 0
-    for spec in all_specs():
+    for spec in compiled_specs():
         if spec.shapes and (not arguments.op or spec.name in arguments.op):
             for arch in arguments.arch:
                 for made, faults in survey(spec, arch):
@@ -122,6 +121,30 @@ def compile_kernels(arguments: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{len(rows)} compiled, {faulty} with faults")
     return 1 if faulty or not rows else 0
+
+
+def tune_tiles(arguments: argparse.Namespace) -> int:
+    """Measure the tiles' candidates on this GPU and write the best into the tables; 1 if nothing was measured."""
+    from vkernels.spec import all_specs
+
+    if not torch.cuda.is_available():
+        raise SystemExit("tune: needs a CUDA GPU, and torch sees none")
+    from vkernels.triton.launch import arch
+    from vkernels.triton.tune import lines, tune, write
+
+    here = arch(torch.device("cuda", torch.cuda.current_device()))
+    if arguments.arch not in (None, here):
+        raise SystemExit(f"tune: this GPU is {here}; tiles of {arguments.arch} are measured on one of those")
+    chosen = [spec for spec in all_specs() if spec.shapes and (not arguments.op or spec.name in arguments.op)]
+    end, measured = time.monotonic() + 60 * arguments.minutes, 0
+    for i, spec in enumerate(chosen):
+        now = time.monotonic()
+        tuned = tune(spec, here, until=now + (end - now) / (len(chosen) - i))
+        print("\n".join(lines(spec.name, tuned)) or f"{spec.name}: no time to measure a row", flush=True)
+        if tuned:
+            measured += len(tuned)
+            print(f"written to {write(spec.name, here, tuned)}")
+    return 0 if measured else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,6 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--op", nargs="*")
     sub.add_argument("--arch", nargs="*", default=["sm80", "sm90", "sm100"])
     sub.set_defaults(run=compile_kernels)
+    sub = commands.add_parser("tune", help=tune_tiles.__doc__)
+    sub.add_argument("--op", nargs="*")
+    sub.add_argument("--arch", help="a check: must be this GPU's")
+    sub.add_argument("--minutes", type=float, default=10.0)
+    sub.set_defaults(run=tune_tiles)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -48,6 +48,15 @@ def words(count: int, bits: int) -> int:
     return (count * bits + 31) // 32
 
 
+def on_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """int32 tensor of `numbers`, without waiting for the device: equal ones are filled in there, others are copied from
+    pinned memory."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int32, device=device)
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
 class KVCache:
     """Keys and values of `b` sequences, appended at the end, read by `decode_attention`.
 
@@ -138,11 +147,11 @@ class KVCache:
         self.layout = Layout(bits, group, residual, sinks, self.page, capacity if ring else 0)
         per_sequence = -(-rounded // self.page)
         self.pages = b * per_sequence if pages is None else pages
-        self.device = torch.device(device)
         self._lengths = [0] * b
         self._free = list(range(self.pages))[::-1] if self.paged else []
         self._pages = [[] if self.paged else [i] for i in range(b)]  # the table, where the host can read it
         self.lengths = torch.zeros(b, dtype=torch.int32, device=device)
+        self.device = self.lengths.device  # as tensors name it: cuda:0, where the caller said cuda
         self.table = torch.full((b, per_sequence), -1, dtype=torch.int32, device=device)
         if not self.paged:
             self.table.copy_(torch.arange(b, dtype=torch.int32)[:, None])
@@ -257,7 +266,7 @@ class KVCache:
         """Say that `count` tokens were written: for kernels that write rows of the storage themselves."""
         counts = [count] * self.b if isinstance(count, int) else count
         self._lengths = [n + c for n, c in zip(self._lengths, counts, strict=True)]
-        self.lengths = torch.tensor(self._lengths, dtype=torch.int32).to(self.device)
+        self.lengths = on_device(self._lengths, self.device)
 
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (b count m d) of the storage where the next `count` tokens belong: write them, then `advance(count)`.

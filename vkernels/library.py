@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vkernels.check import NoBackend, refusal
 
 try:
     from vkernels import _C  # type: ignore[attr-defined]
@@ -63,10 +65,15 @@ _TRITON = find_spec("triton") is not None
 recording_for: str | None = None  # the chip launches are noted down for, while they are (vkernels/triton/launch.py)
 
 
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a GPU."""
-    return torch.cuda.get_device_capability(device)
+    """(major, minor) of a GPU; torch takes microseconds to say so."""
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def triton_why_not(tensor: torch.Tensor) -> str | None:
@@ -83,11 +90,65 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
     return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
 
 
+# The CUDA kernels compiled for the CPU, where the tests put them (docs/cuda.md); they run on CPU tensors.
+emulator: Any = None
+
+
+@torch.compiler.assume_constant_result
+def cuda_missing() -> str | None:
+    """None when the CUDA kernels are built in and a driver can run them, else the sentence that says why not."""
+    return _missing or _C.cuda_missing()
+
+
+def cuda_why_not(tensor: torch.Tensor) -> str | None:
+    """The reasons every CUDA kernel shares for refusing a call on `tensor`."""
+    if tensor.dtype == torch.float64:
+        return "dtype float64 is served by the reference only"
+    if tensor.device.type == "cpu" and (emulator is not None or recording_for is not None):
+        return None
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
+    if (missing := cuda_missing()) is not None:
+        return missing
+    major, minor = capability(tensor.device)
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, this backend needs sm_80 or newer"
+
+
+def run_cuda(name: str, tensors: Sequence[torch.Tensor | None], *rest: Any) -> None:
+    """Call the native CUDA function `name` with references to `tensors`, then `rest`, then device and stream.
+
+    Device and stream are torch's at the time of the call. Nothing waits for the device, so a call can be captured into
+    a CUDA graph.
+    """
+    op_name = name.removesuffix("_cuda")
+    device = next(x.device for x in tensors if x is not None)
+    for x in tensors:
+        if x is not None and x.device != device:
+            raise TypeError(refusal(op_name, "tensors", f"be on one device ({device})", x.device))
+    references = [ref(x) for x in tensors]
+    if device.type != "cuda":
+        if emulator is None:
+            raise NoBackend(f"{op_name}: tensors must be on an NVIDIA GPU, got {device}")
+        getattr(emulator, name)(*references, *rest, 0, 0)
+        return
+    if (missing := cuda_missing()) is not None:
+        raise NoBackend(f"{op_name}: {missing}")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        getattr(_C, name)(*references, *rest, device.index, stream)
+    else:
+        with torch.cuda.device(device):
+            getattr(_C, name)(*references, *rest, device.index, stream)
+
+
 def lazily(module: str, function: str) -> Callable[..., Any]:
     """`module.function`, imported when it is first called: Triton takes a second to import."""
+    found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
-        return getattr(import_module(module), function)(*args)
+        if not found:
+            found.append(getattr(import_module(module), function))
+        return found[0](*args)
 
     return run
 
@@ -128,8 +189,9 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 _registry = torch.library.Library("vkernels", "FRAGMENT")
 
-# Triton's interpreter runs on CPU tensors; on the GPU `launch` is the one that refuses them.
-DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA",)}
+# Triton's interpreter and the emulator of the CUDA kernels run on CPU tensors; `launch` and `run_cuda` refuse them
+# where there is neither.
+DISPATCH_KEYS = {"cpu": ("CPU",), "triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
 
 
 def register(
@@ -151,6 +213,7 @@ def register(
         _registry.define(f"{overload}{schema}")
         for key in DISPATCH_KEYS[backend]:
             _registry.impl(overload, function, key)
+        _direct[name, backend] = function
         torch.library.register_fake(f"vkernels::{overload}", fake, lib=_registry)
         if backward is not None:
             torch.library.register_autograd(
@@ -169,9 +232,53 @@ def _bound_backward(backward: Callable[..., Any], backend: str) -> Callable[...,
     return run
 
 
+_direct: dict[tuple[str, str], Callable[..., Any]] = {}
+_doors: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
 def op(name: str, backend: str) -> Any:
-    """The registered overload `torch.ops.vkernels.<name>.<backend>`."""
-    return getattr(getattr(torch.ops.vkernels, name), backend)
+    """The registered overload `torch.ops.vkernels.<name>.<backend>`, called past the dispatcher where it would only
+    pass the arguments on: that costs more than everything else the host does for a call (docs/benchmarking.md)."""
+    if torch.compiler.is_compiling():
+        return getattr(getattr(torch.ops.vkernels, name), backend)
+    if (name, backend) not in _doors:
+        _doors[name, backend] = _door(getattr(getattr(torch.ops.vkernels, name), backend), _direct[name, backend])
+    return _doors[name, backend]
+
+
+def _door(overload: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return (function if _nobody_listens() and _plain(args, torch.is_grad_enabled()) else overload)(*args)
+
+    return call
+
+
+def _nobody_listens() -> bool:
+    """No mode, transform, tracer, profiler or forward derivative is active that the dispatcher would serve."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _plain(args: Any, grad: bool) -> bool:
+    """Every tensor is nothing but memory: no subclass, no values elsewhere (meta, lazy negation), no gradient asked."""
+    for x in args:
+        kind = type(x)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if (grad and x.requires_grad) or x.is_meta or x.is_neg():
+                return False
+        elif x is None or kind is int or kind is float or kind is bool:
+            continue
+        elif kind is list or kind is tuple:
+            if x and not isinstance(x[0], int) and not _plain(x, grad):
+                return False
+        elif isinstance(x, torch.Tensor):
+            return False
+    return True
 
 
 def _share_torch_threads() -> None:

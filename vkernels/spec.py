@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from vkernels.dispatch import Backend
+from vkernels.library import INTERPRETED
 
 
 class Maker:
     """Seeded inputs of one dtype: what a case is made from."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0):
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0):
         self.dtype, self.device = dtype, device
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -44,7 +45,10 @@ class Blank(Maker):
 
 @dataclass(frozen=True)
 class Case:
-    """A call that must work: `make(Maker)` gives the keyword arguments of the public function."""
+    """A call that must work: `make(Maker)` gives the keyword arguments of the public function, on the maker's device.
+
+    Masks and plans of rearrangement follow the tensors they are used with and may be built anywhere.
+    """
 
     id: str
     make: Callable[[Maker], dict[str, Any]]
@@ -94,7 +98,7 @@ class OpSpec:
     cost: Callable[[Any], Cost]  # Call -> Cost
     source: str
     differentiable: Sequence[str] = ()  # keyword arguments of fn that receive gradients
-    laws: Sequence[Callable[[str], None]] = ()  # each takes a backend name and raises AssertionError
+    laws: Sequence[Callable[[str, str], None]] = ()  # each takes a backend's name, a device; raises AssertionError
     band: tuple[float, str] = (1.0, "")  # widens the rounding band of outputs, with the reason
     exact: bool = False  # a pure move: bit-equal to the reference
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,5 +117,20 @@ OPS = (
 )
 
 
+def devices_of(backend: str) -> list[str]:
+    """Where a backend's evidence is to be given on this machine: its own kind of device, and for the reference all."""
+    gpu = ["cuda"] if torch.cuda.is_available() else []
+    if backend == "reference":
+        return ["cpu", *gpu]
+    if backend == "cpu" or (backend == "triton" and INTERPRETED):
+        return ["cpu"]
+    return gpu or ["cpu"]  # without a GPU the backend says in a sentence why it cannot run
+
+
 def all_specs() -> list[OpSpec]:
     return [import_module(f"vkernels.ops.{name}.spec").SPEC for name in OPS]
+
+
+def compiled_specs() -> list[OpSpec]:
+    """Everything with GPU kernels: the ops, and mask lowering, which serves them."""
+    return [*all_specs(), import_module("vkernels.masks.spec").SPEC]

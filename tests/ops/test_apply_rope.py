@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vkernels import RopeSpec, apply_rope
+from vkernels.library import cuda_why_not
 
 BACKENDS = ["cpu", "reference"]
+if cuda_why_not(torch.empty(0)) is None:
+    BACKENDS.append("cuda")  # emulated on the CPU
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -17,10 +17,14 @@ from hypothesis import strategies as st
 
 import vkernels as vk
 from vkernels import rearrangement as plans
-from vkernels.library import native, native_missing
+from vkernels.library import native, native_missing, triton_why_not
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(native_missing()), reason="no native"))]
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(triton_why_not(torch.zeros(1)) is not None, reason="no Triton")
+)
 both = pytest.mark.parametrize("backend", BACKENDS)
+all_three = pytest.mark.parametrize("backend", [*BACKENDS, TRITON])  # the interpreter is slow: where the case is small
 
 
 def numbers(*shape):
@@ -117,7 +121,7 @@ def test_st_llm_frames():
         assert order(plans.local_frames(t, r, 1), t) == want
 
 
-@both
+@all_three
 def test_global_local_adds_the_mean_frame(backend):
     x = torch.randn(2, 8 * 3, 5)
     g = vk.rearrange(x, plans.frame_mean(8, 3), backend=backend)
@@ -203,7 +207,7 @@ def test_unpad_and_pad():
     assert torch.equal(vk.rearrange(packed, plan.inverse), padded)
 
 
-@both
+@all_three
 def test_clusters_and_tome(backend):
     x = torch.tensor([[[1.0], [2], [4], [8]], [[1.0], [2], [4], [8]]])
     labels = torch.tensor([[0, 2, 0, -1], [2, 2, 2, 1]])
@@ -219,7 +223,7 @@ def test_clusters_and_tome(backend):
     assert vk.rearrange(tokens, again, backend=backend).flatten().tolist() == [0, 80, 10, 25]
 
 
-@both
+@all_three
 def test_assemble_splices_pools_and_carries_labels(backend):
     video = plans.pool(1, 2, 4, stride=2).compose(plans.newline(1, 1, 2))
     plan = plans.assemble([("text", 2), ("video", 3), ("text", 1)], video=video)
@@ -352,7 +356,7 @@ def test_composition_is_the_product_and_associative(data):
         torch.testing.assert_close(dense(p.compose(q).compose(r)), dense(p.compose(q.compose(r))))
 
 
-@both
+@all_three
 def test_plans_per_sample_with_duplicates_and_empty_rows(backend):
     x = torch.randn(2, 4, 33, requires_grad=True)
     plan = plans.gather("mine", torch.tensor([[3, 3, -1], [0, 1, 3]]), (4,))
@@ -367,7 +371,7 @@ def test_plans_per_sample_with_duplicates_and_empty_rows(backend):
         _ = plan.inverse
 
 
-@both
+@all_three
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.uint8])
 def test_integers_follow_the_tokens(backend, dtype):
     values = torch.tensor([[0, 1, 0, 1, 1, 0]]).to(dtype)
@@ -378,7 +382,7 @@ def test_integers_follow_the_tokens(backend, dtype):
     assert torch.equal(plan.apply_index(positions), positions[:, [4, 0, 5]])
 
 
-@both
+@all_three
 def test_moves_keep_every_bit(backend):
     bits = torch.tensor([0x7FC01234, -0x80000000, 0x00000001, 0x7F800000], dtype=torch.int32)
     x = bits.view(torch.float32).view(1, 4, 1)  # a NaN with a payload, -0, a subnormal, infinity
@@ -389,7 +393,7 @@ def test_moves_keep_every_bit(backend):
 # ---- the epilogue --------------------------------------------------------------------------------------------------
 
 
-@both
+@all_three
 def test_epilogue_order_by_hand(backend):
     """u = residual + scale * gate * (v + bias); LayerNorm of (1, 3) is (-1, 1)."""
     x = torch.tensor([[[9.0, 9], [1, 2]]])
@@ -436,7 +440,7 @@ def test_fused_is_torch_composed_with_gradients(c, norm):
         torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
 
 
-@both
+@all_three
 def test_gradients_reach_every_source_and_the_fill(backend):
     video = plans.pool(2, 2, 2).compose(plans.newline(2, 1, 1))
     plan = plans.assemble([("video", 4), ("text", 2)], video=video)
@@ -450,7 +454,7 @@ def test_gradients_reach_every_source_and_the_fill(backend):
     assert torch.equal(dnl, torch.full((1, 7), 6.0))
 
 
-@both
+@all_three
 def test_maximum_gradient_goes_to_the_winner_and_is_shared_by_ties(backend):
     x = torch.tensor([1.0, 5, 5, 2, 0, 3, 1, 1])[None, :, None].requires_grad_()
     y = vk.rearrange(x, plans.pool(2, 2, 2, mode="max"), backend=backend)
@@ -459,7 +463,7 @@ def test_maximum_gradient_goes_to_the_winner_and_is_shared_by_ties(backend):
     assert x.grad.flatten().tolist() == [0, 0.5, 0.5, 0, 0, 1, 0, 0]
 
 
-@both
+@all_three
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out_sets_adds_and_leaves_the_rest(backend, dtype):
     x = torch.tensor([[[1.0] * 5, [2] * 5, [4] * 5]]).to(dtype)

@@ -12,6 +12,13 @@ from vkernels.masks.grid import Grid
 from vkernels.masks.plan import INFINITY
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without waiting for it: a copy out of pageable memory would."""
+    if device.type == "cuda" and values.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Axis:
     """Frame (0), row (1) or column (2) of the tokens of a grid."""
@@ -81,12 +88,12 @@ class Blocks:
         return len(self.lengths)
 
     def values(self, device: torch.device) -> Tensor:
-        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        lengths = upload(torch.tensor(self.lengths, dtype=torch.int64), device)
         number = torch.arange(self.size, device=device)
         return torch.repeat_interleave(number, lengths, output_size=self.tokens)[None]
 
     def interval(self, lo: int, hi: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        ends = torch.tensor((0, *self.lengths), dtype=torch.int64, device=device).cumsum(0)
+        ends = upload(torch.tensor((0, *self.lengths), dtype=torch.int64), device).cumsum(0)
         value = self.values(device)
         return ends[(value + lo).clamp(0, self.size)], ends[(value + (hi + 1)).clamp(0, self.size)]
 
@@ -123,7 +130,7 @@ class Ids:
         return self.tokens
 
     def values(self, device: torch.device) -> Tensor:
-        return self.keys.to(device).long()
+        return upload(self.keys, device).long()
 
     def interval(self, lo: int, hi: int, device: torch.device) -> tuple[Tensor, Tensor]:
         keys = self.values(device).contiguous()

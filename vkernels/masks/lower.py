@@ -1,35 +1,101 @@
-"""Lowering: a VideoMask to a MaskPlan. Tensor operations on the target device, O(N) memory, no host synchronisation."""
+"""Lowering: a VideoMask to a MaskPlan, on the target device, in O(N) memory, without host synchronisation.
+
+Here with torch operations, which run anywhere and are the definition; `vkernels.masks.device` does it with kernels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vkernels.check import refusal
-from vkernels.masks.attributes import Axis, Ids, Relation, Segment
+from vkernels.dispatch import Backend, choose
+from vkernels.library import triton_why_not
+from vkernels.masks.attributes import Axis, Relation, Segment, upload
+from vkernels.masks.description import too_wide
 from vkernels.masks.grid import Grid
 from vkernels.masks.plan import Box, MaskPlan
+from vkernels.masks.roles import Roles, box_columns, roles
 from vkernels.masks.video_mask import VideoMask
 
+Lowering = Callable[[VideoMask, torch.device], MaskPlan]
 
-def lower_mask(mask: VideoMask, device: torch.device | str | None = None) -> MaskPlan:
-    """The plan of `mask` on `device` (default cpu), cached with the mask.
 
-    Shapes: see MaskPlan. No gradients. Deterministic. Raises TypeError when `mask` is not a VideoMask.
-    Memory grows with the number of tokens, never with its square; nothing is read back from the device.
+@dataclass(frozen=True)
+class Call:
+    mask: VideoMask
+    device: torch.device
+
+
+def lower_mask(mask: VideoMask, device: torch.device | str | None = None, *, backend: str | None = None) -> MaskPlan:
+    """The plan of a mask: what attention kernels eat.
+
+    Args:
+        mask: who may see whom.
+        device: where the plan's tensors are to be; None is the CPU.
+        backend: "triton" (kernels, on an NVIDIA GPU), "reference" (torch operations, on any device), or None: on a GPU
+            the first that can, elsewhere the reference. The plan is the same.
+
+    Returns:
+        MaskPlan, kept with the mask per device and backend: lowering twice costs nothing. Its memory grows with the
+        number of tokens, never with its square. Gradients: none. Deterministic. Kept tokens and ids are never read
+        back to the host, whichever device holds them.
+
+    Raises:
+        TypeError: `mask` is not a VideoMask. ValueError: no such backend. NoBackend: it cannot run here, and why.
+
+    Example:
+        >>> plan = vk.lower_mask(vk.VideoMask.frame_causal(vk.Grid(8, 16, 16)))
+
+    Source: this library.
     """
+    call = prepare(mask, device)
+    return call.mask.plan(call.device, backend)
+
+
+def prepare(mask: VideoMask, device: torch.device | str | None = None) -> Call:
     if not isinstance(mask, VideoMask):
         raise TypeError(refusal("lower_mask", "mask", "be a VideoMask", type(mask).__name__))
-    return mask.plan(device)
+    return Call(mask, torch.device(device or "cpu"))
 
 
-def lower(mask: VideoMask, device: torch.device) -> MaskPlan:
-    return _by_strides(mask, device) or _by_intervals(mask, device)
+def lower(mask: VideoMask, device: torch.device, backend: str | None = None) -> MaskPlan:
+    """Not cached; `VideoMask.plan` is."""
+    call = Call(mask, device)
+    if backend is None and device.type != "cuda":
+        return BACKENDS[-1].run(call)  # Triton's interpreter is for tests, which ask for it
+    return choose("lower_mask", BACKENDS, backend, call).run(call)
 
 
-def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
+def _triton_why_not(call: Call) -> str | None:
+    reason = triton_why_not(torch.empty(0, device=call.device))
+    if reason is None and too_wide([segment for segment in call.mask.segments if segment.length]):
+        return "the classes of the mask's ids need more than 62 bits, which only the reference ranks"
+    return reason
+
+
+def _by_kernels(mask: VideoMask, device: torch.device) -> MaskPlan:
+    from vkernels.masks.device import plan_on_device
+
+    if not mask.tokens or not mask.samples:
+        return _by_intervals(mask, device)
+    return plan_on_device(mask, device, "triton")
+
+
+def _strides_first(call: Call, by_tensors: Lowering) -> MaskPlan:
+    return _by_strides(call.mask, call.device, by_tensors) or by_tensors(call.mask, call.device)
+
+
+BACKENDS = (
+    Backend("triton", _triton_why_not, lambda call: _strides_first(call, _by_kernels)),
+    Backend("reference", lambda call: None, lambda call: _strides_first(call, _by_intervals)),
+)
+
+
+def _by_strides(mask: VideoMask, device: torch.device, by_tensors: Lowering) -> MaskPlan | None:
     """One regular grid cut by `same` relations into groups that lie at a constant stride: no tensor is needed."""
     if mask.keep_k is not None or mask.keep_q is not None or len(mask.segments) != 1:
         return None
@@ -52,7 +118,7 @@ def _by_strides(mask: VideoMask, device: torch.device) -> MaskPlan | None:
         for r in segment.relations
         if isinstance(r.attribute, Axis) and not r.same
     )
-    plan = _by_intervals(VideoMask((Segment(part.tokens, inner),)), device)
+    plan = by_tensors(VideoMask((Segment(part.tokens, inner),)), device)
     if plan.q_rows is not None or plan.k_rows is not None or plan.box is not None:
         return None
     return replace(plan, s_q=grid.tokens, s_k=grid.tokens, groups=groups, q_stride=stride, k_stride=stride)
@@ -70,40 +136,31 @@ class _Part:
     start: Tensor
     end: Tensor
     codes: int  # how many codes the segment spans
-    sorted: bool  # codes ascend with position already
-    box: list[Relation]
-    plain: bool  # no relation at all
+    roles: Roles
 
 
 def _code(segment: Segment, device: torch.device) -> _Part:
-    relations = [relation for relation in segment.relations if not relation.trivial]
+    role, leader = roles(segment), roles(segment).leader
     n, g = segment.tokens, segment.globals
-    steady = [r for r in relations if r.attribute.monotone]
-    loose = [r for r in relations if not r.attribute.monotone]
-    classes = [r for r in loose if r.same]
-    box = [r for r in loose if not r.same]
-    leader = next((r for r in box if isinstance(r.attribute, Ids)), box[0] if box and not steady else None)
     if leader is None:
         start = torch.zeros((1, n), dtype=torch.int64, device=device)
         end = start + n
-        for relation in steady:
+        for relation in role.intervals:
             first, last = relation.attribute.interval(relation.lo, relation.hi, device)
             start, end = torch.maximum(start, first), torch.minimum(end, last)
         order = torch.arange(n, device=device)[None]
     else:
-        box = [r for r in box if r is not leader] + [r for r in steady if not r.same]
-        classes = classes + [r for r in steady if r.same]
         order = leader.attribute.values(device)
         start, end = (order + leader.lo).clamp(0, n), (order + (leader.hi + 1)).clamp(0, n)
     cell: Tensor | None = None
     cells = 1
-    for relation in classes:
+    for relation in role.classes:
         value = relation.attribute.values(device)
         cell = value if cell is None else cell * relation.attribute.size + value
         cells *= max(relation.attribute.size, 1)
         if cells > 2**20 and cells > n:
             cell, cells = _dense_rank(cell), n
-    in_order = not classes and leader is None  # codes are positions themselves, globals first: nothing to sort
+    in_order = role.in_order  # codes are positions themselves, globals first: nothing to sort
     offset = g + (0 if cell is None else cell * n)
     code, start, end = order + offset, start + offset, end + offset
     codes = g + (n if in_order else cells * n)
@@ -113,7 +170,7 @@ def _code(segment: Segment, device: torch.device) -> _Part:
             torch.cat([ahead.expand(tail.shape[0], -1), tail], 1)
             for ahead, tail in ((first, code), (torch.zeros_like(first), start), (torch.full_like(first, codes), end))
         )
-    return _Part(code, start, end, codes, in_order, box, not relations)
+    return _Part(code, start, end, codes, role)
 
 
 def _dense_rank(cell: Tensor) -> Tensor:
@@ -125,13 +182,13 @@ def _dense_rank(cell: Tensor) -> Tensor:
 
 def _by_intervals(mask: VideoMask, device: torch.device) -> MaskPlan:
     s, p = mask.tokens, mask.samples
-    keep_k = None if mask.keep_k is None else mask.keep_k.to(device, non_blocking=True).expand(p, -1)
-    keep_q = None if mask.keep_q is None else mask.keep_q.to(device, non_blocking=True).expand(p, -1)
+    keep_k = None if mask.keep_k is None else upload(mask.keep_k, device).expand(p, -1)
+    keep_q = None if mask.keep_q is None else upload(mask.keep_q, device).expand(p, -1)
     segments = [segment for segment in mask.segments if segment.length]
     parts = [_code(segment, device) for segment in segments]
     box = _box(segments, parts, p, device)
-    in_order = all(part.sorted for part in parts)
-    everything = len(parts) <= 1 and all(part.plain for part in parts)
+    in_order = all(part.roles.in_order for part in parts)
+    everything = len(parts) <= 1 and all(part.roles.plain for part in parts)
     globals_ = any(segment.globals for segment in segments)
 
     rows: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -239,23 +296,13 @@ def _permuted(values: Tensor, rows: Tensor | None) -> Tensor:
 
 def _box(segments: list[Segment], parts: list[_Part], p: int, device: torch.device) -> Box | None:
     """What the intervals leave over. A segment without one of the relations writes 0 there, which satisfies it."""
-    columns: list[tuple[int, int]] = []
-    places: list[list[int]] = []
-    for part in parts:
-        used: list[int] = []
-        for relation in part.box:
-            bounds = (relation.lo, relation.hi)
-            free = [i for i, known in enumerate(columns) if known == bounds and i not in used]
-            if not free:
-                columns.append(bounds)
-            used.append(free[0] if free else len(columns) - 1)
-        places.append(used)
+    columns, places = box_columns([part.roles for part in parts])
     if not columns:
         return None
     rows = []
     for segment, part, used in zip(segments, parts, places, strict=True):
         values = torch.zeros((p, len(columns), segment.length), dtype=torch.int32, device=device)
-        for relation, column in zip(part.box, used, strict=True):
+        for relation, column in zip(part.roles.box, used, strict=True):
             values[:, column, segment.globals :] = relation.attribute.values(device)
         rows.append(values)
     attributes = torch.cat(rows, -1)

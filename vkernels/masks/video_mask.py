@@ -65,7 +65,7 @@ class VideoMask:
     keep_k: Tensor | None  # bool [p, s]; None: every key is kept
     keep_q: Tensor | None
     _expression: str
-    _plans: dict[torch.device, MaskPlan]
+    _plans: dict[tuple[torch.device, str | None], MaskPlan]
 
     def __init__(
         self,
@@ -282,14 +282,17 @@ class VideoMask:
         require(len(set(sizes)) <= 1, "VideoMask", "batches", "agree", sizes)
         return sizes[0] if sizes else 1
 
-    def plan(self, device: torch.device | str | None = None) -> MaskPlan:
-        """What kernels eat, on `device`; built once per device and kept with the mask. No host synchronisation."""
+    def plan(self, device: torch.device | str | None = None, backend: str | None = None) -> MaskPlan:
+        """What kernels eat, on `device`; built once per device and kept with the mask. No host synchronisation.
+
+        `backend` is that of `lower_mask`: None takes the kernels on a GPU and torch operations elsewhere.
+        """
         from vkernels.masks.lower import lower
 
-        device = torch.device(device or "cpu")
-        if device not in self._plans:
-            self._plans[device] = lower(self, device)
-        return self._plans[device]
+        place = torch.device(device or "cpu"), backend
+        if place not in self._plans:
+            self._plans[place] = lower(self, *place)
+        return self._plans[place]
 
     def stats(self, block: int = 128) -> MaskStats:
         """Visible pairs, and tiles of `block` x `block` that are empty, partial or full. Not for hot paths."""

@@ -96,13 +96,19 @@ class RearrangePlan:
         return hash((self.sources, self.n_out, self.fills, self.reduce, self.pattern))
 
     def to(self, device: torch.device | str) -> RearrangePlan:
-        """The same plan with its index tensors on `device`."""
+        """The same plan with its index tensors on `device`; copied once, then remembered."""
+        key = ("device", str(device))
+        if key in self._memo:
+            return self._memo[key]
         moved = {
             f: getattr(self, f).to(device)
             for f in ("idx", "ptr", "weight", "cu_seqlens")
             if getattr(self, f) is not None
         }
-        return replace(self, **moved, _memo={})
+        made = replace(self, **moved, _memo={})
+        if not torch.compiler.is_compiling():
+            self._memo[key] = made
+        return made
 
     # ---- algebra -------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...]
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTER[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, bool):
             signature[parameter.name] = "i1"
@@ -179,7 +179,10 @@ def faults(made: Compiled, bound: str, tensor_cores_due: bool) -> list[str]:
     due = {"sm80": "HMMA", "sm90": "HGMMA"}.get(made.arch)
     if tensor_cores_due and (made.tensor_cores == 0 or (due is not None and made.instructions[due] == 0)):
         found.append(f"no {due or 'tensor-core'} instruction")
-    if bound == "bytes" and not (made.instructions["load16"] and made.instructions["store16"]):
+    stores_due = bound == "bytes"  # a kernel bound by "reads" hardly writes
+    if bound in ("bytes", "reads") and not (
+        made.instructions["load16"] and (made.instructions["store16"] or not stores_due)
+    ):
         loads, stores = made.instructions["load16"], made.instructions["store16"]
         found.append(f"16-byte accesses missing: {loads} loads, {stores} stores")
     return found

@@ -4,17 +4,22 @@ A head padded to the next power of two wastes up to half of its products. In two
 not 128. `B == 0` says that there is no second part; then part b is part a again, and nobody reads it.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
+from vkernels.triton.launch import power_of_2
 from vkernels.triton.matmul import dot
+from vkernels.triton.rounding import rounded
 
 
+@cache
 def parts(d: int) -> tuple[int, int]:
     """(A, B): the columns of the two parts of a head of `d`; B = 0 where one part does as well."""
-    whole = max(16, triton.next_power_of_2(d))
+    whole = max(16, power_of_2(d))
     a = whole // 2
-    b = max(16, triton.next_power_of_2(d - a)) if d > a else 0
+    b = max(16, power_of_2(d - a)) if d > a else 0
     return (a, b) if a >= 16 and 0 < b < a else (whole, 0)
 
 
@@ -30,7 +35,7 @@ def _load_part(ptr, at, live, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.con
 def _store_part(ptr, at, live, x, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
     column = FIRST + tl.arange(0, SIZE)
     inside = live[:, None] & (column < D)[None, :] if FIRST + SIZE > D else live[:, None]
-    tl.store(ptr + at[:, None] + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + at[:, None] + column[None, :], rounded(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,7 +78,7 @@ def scores(q_a, q_b, k_a, k_b, B: tl.constexpr):
 @triton.jit
 def mix(p, v_a, v_b, acc_a, acc_b, B: tl.constexpr):
     """acc + p v for both parts of the head; p [rows, rows of v] is rounded to the dtype of v, as a product needs it."""
-    p = p.to(v_a.dtype)
+    p = rounded(p, v_a.dtype)
     acc_a += dot(p, v_a)
     if B > 0:
         acc_b += dot(p, v_b)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from vkernels import library
 from vkernels.check import NoBackend
@@ -37,6 +36,7 @@ class Launch:
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _launches: list[Launch] | None = None
+_DISCARDED: list[Launch] = []  # stays empty
 
 
 @contextlib.contextmanager
@@ -51,11 +51,25 @@ def recording(arch: str = "sm90") -> Iterator[list[Launch]]:
         _launches, library.recording_for = before
 
 
+@contextlib.contextmanager
+def discarding(arch: str = "sm90") -> Iterator[None]:
+    """Launches inside go nowhere: what is left of a call is the host's own work."""
+    global _launches
+    before, _launches = (_launches, library.recording_for), _DISCARDED
+    library.recording_for = arch
+    try:
+        yield
+    finally:
+        _launches, library.recording_for = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)` on the device of the first tensor; nothing where the grid is empty."""
     if 0 in grid:
         return
     if _launches is not None:
+        if _launches is _DISCARDED:
+            return
         options = {name: meta.pop(name) for name in OPTIONS if name in meta}
         names = [name for name in kernel.arg_names if name not in meta]
         _launches.append(Launch(kernel, grid, dict(zip(names, args, strict=False)) | meta, options))
@@ -92,4 +106,11 @@ def alignment(strides: Iterable[int]) -> int:
     return math.gcd(8, *strides)
 
 
-cdiv = triton.cdiv
+def cdiv(n: int, size: int) -> int:
+    """Tiles of `size` that cover `n`. Triton's own takes microseconds on the host, as its next_power_of_2 does."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below `n`."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vkernels.triton.rounding import rounded
 from vkernels.triton.turns import cos_sin, turns_at, turns_at_real
 
 
@@ -56,7 +57,7 @@ def load_pairs(x_ptr, at, inside, pair, PAIRS: tl.constexpr, R: tl.constexpr, BL
 @triton.jit
 def store_pairs(y_ptr, at, y0, y1, inside, pair, PAIRS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr):
     """The inverse of `load_pairs`, rounded to what `y_ptr` points to."""
-    y0, y1 = y0.to(y_ptr.dtype.element_ty), y1.to(y_ptr.dtype.element_ty)
+    y0, y1 = rounded(y0, y_ptr.dtype.element_ty), rounded(y1, y_ptr.dtype.element_ty)
     if BLOCKS == 0:
         column = tl.arange(0, 2 * R)
         both = tl.reshape(tl.join(y0, y1), y0.shape[:-1] + [2 * R])  # noqa: RUF005 (Triton knows no star)

@@ -28,8 +28,8 @@ def softmax_step(s, top, total):
 
 @triton.jit
 def natural_lse(top, total):
-    """Natural logarithm of the sum of exponentials; -inf where a row has seen nothing."""
-    return tl.where(total > 0.0, (finite_or_zero(top) + tl.log2(total)) * LN2, float("-inf"))
+    """Natural logarithm of the sum of exponentials; -inf where a row has seen nothing, NaN where it has seen one."""
+    return tl.where(total == 0.0, float("-inf"), (finite_or_zero(top) + tl.log2(total)) * LN2)
 
 
 @triton.jit

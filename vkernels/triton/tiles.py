@@ -4,6 +4,9 @@
                                "candidates": {"BLOCK_M": [64, 128], "num_warps": [4, 8]},
                                "sm90": [{"d": 64, "bytes": 2, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4}, ...]}}
 
+"bound" is what the machine code is held to: "arithmetic"; "bytes"; "reads", where next to nothing is written;
+"latency", where a launch costs more than either. A name that goes on after a comma holds tiles for some calls of a
+kernel.
 The first row whose `d` (head size or row length) and `bytes` (of an element) are not below the call's is taken; a row
 without one of them serves every value. A chip without rows of its own takes those of the nearest older one. Rows never
 depend on sequence length. `python -m vkernels tune` measures the candidates and writes rows.
@@ -20,19 +23,27 @@ from typing import Any
 
 import vkernels
 
-ROOT = Path(vkernels.__file__).parent / "ops"
+ROOT = Path(vkernels.__file__).parent
 LIMITS = ("d", "bytes")
 _override: dict[str, dict[str, int]] = {}
+_asked: list[tuple[str, str, int, int]] | None = None
+
+
+def home(op: str) -> Path:
+    """The folder an op's kernels and their table live in."""
+    return ROOT / "masks" if op == "lower_mask" else ROOT / "ops" / op
 
 
 @cache
 def table(op: str) -> dict[str, Any]:
     """The table of an op: kernel -> {"bound", "candidates", chip: rows}."""
-    return json.loads((ROOT / op / "tiles.json").read_text())
+    return json.loads((home(op) / "tiles.json").read_text())
 
 
 def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dict[str, int]:
     """The meta-parameters of one launch, `num_warps` and `num_stages` included."""
+    if _asked is not None:
+        _asked.append((op, kernel, d, bytes))
     if kernel in _override:
         return _override[kernel]
     return _row(op, kernel, arch, d, bytes)
@@ -53,6 +64,17 @@ def _nearest(kernel: dict[str, Any], arch: str) -> str:
         return arch
     older = [a for a in kernel if a.startswith("sm") and int(a[2:]) <= int(arch[2:])]
     return max(older, key=lambda a: int(a[2:]))
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[str, str, int, int]]]:
+    """The (op, kernel, d, bytes) of every row that is asked for inside: what tuning has to find rows for."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 @contextlib.contextmanager

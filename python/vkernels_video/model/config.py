@@ -112,6 +112,37 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class ReasonerConfig:
+    """A decoder with learned positions: OPT by default; GPT-2 has activation="gelu_tanh" and position_offset=0."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    vocab: int = 50272
+    context: int = 2048
+    activation: Literal["relu", "gelu_tanh"] = "relu"
+    position_offset: int = 2
+    causal: bool = True  # False: every unit sees every other
+    prompt: int = 0  # virtual embeddings in front
+    prefix: int = 0  # learned keys and values in front, in every layer
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One of VideoLLM's tasks."""
+
+    task: str
+    features: int  # width of a unit's features
+    classes: int
+    reasoner: ReasonerConfig
+    steps: int = 1  # anticipated steps, or slots of a retrieval
+    pool: Literal["mean", "max"] = "mean"
+    generator: ReasonerConfig | None = None  # of captions
+
+
+@dataclass(frozen=True)
 class VideoLLMConfig:
     """Encoder, connector, arrangement of the frames, decoder, cache."""
 

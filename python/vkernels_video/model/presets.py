@@ -68,6 +68,16 @@ PRESETS = {
         kv_group=32,
         kv_residual=32,
     ),
+    # What `vkernels_video.train` teaches to answer questions about films of digits: one patch per place of the board.
+    "digits": VideoLLMConfig(
+        TrunkConfig(
+            width=96, heads=3, layers=2, mlp=384, image=32, patch=8, projection=32, activation="gelu", pre_norm=False
+        ),
+        replace(TINY_LLAMA, width=128, heads=4, kv_heads=2, layers=3, mlp=384, context=1024),
+        arrange="all",
+        mvm=True,
+        kv="none",
+    ),
     "tiny_bt_llava": VideoLLMConfig(
         replace(TINY_TRUNK, select_layer=-2),
         TINY_LLAMA,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from vkernels.check import bind, require, same_dtype
+from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose
-from vkernels.library import cpu_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.apply_rope import reference, torch_op  # noqa: F401  (registers the overloads)
 from vkernels.rope import RopeSpec
 
 POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor | None
     spec: RopeSpec
@@ -34,13 +33,13 @@ def canonical_positions(name: str, spec: RopeSpec, pos: torch.Tensor, b: int, s:
     require(pos.dtype in POSITIONS, name, "pos", "be int32, int64, float32 or float64", pos.dtype, TypeError)
     axes = spec.n_axes
     if pos.dim() == 1:
-        pos = pos[None, None]
+        pos = pos.view(1, 1, pos.shape[0])
     elif pos.dim() == 2:
         by_batch = axes == 1 and pos.shape[0] != 1 and pos.shape[0] == b
-        pos = pos[None] if by_batch else pos[:, None]
-    good = pos.dim() == 3 and axes <= pos.shape[0] <= 4 and pos.shape[1] in (1, b) and pos.shape[2] == s
-    rule = f"have shape (axes={axes}, s={s}) or (axes={axes}, b={b}, s={s})"
-    require(good, name, "pos", rule, tuple(pos.shape))
+        pos = pos.unsqueeze(0 if by_batch else 1)
+    if not (pos.dim() == 3 and axes <= pos.shape[0] <= 4 and pos.shape[1] in (1, b) and pos.shape[2] == s):
+        rule = f"have shape (axes={axes}, s={s}) or (axes={axes}, b={b}, s={s})"
+        require(False, name, "pos", rule, tuple(pos.shape))
     return pos
 
 
@@ -60,8 +59,8 @@ def tables_of(
     """(pos, cos, sin) of a call: positions for exact angles, else float32 tables [b|1, s, r]."""
     if isinstance(angle, str):
         require(angle in ("exact", "hf_fp32"), name, "angle", "be exact, hf_fp32 or (cos, sin)", repr(angle))
-        require(pos is not None, name, "pos", f"be given with angle={angle!r}", None)
-        assert pos is not None
+        if pos is None:
+            raise ValueError(refusal(name, "pos", f"be given with angle={angle!r}", None))
         pos = canonical_positions(name, spec, pos, b, s)
         if angle == "exact":
             return pos, None, None
@@ -105,17 +104,17 @@ def prepare(
     sizes = bind(name, ("q", q, "b s n d"), ("k", k, "b s m d"))
     same_dtype(name, ("q", q), ("k", k))
     end = spec.offset + spec.rotary_dim
-    require(end <= sizes["d"], name, "spec", f"rotate within the head (d={sizes['d']})", f"{spec.offset}..{end}")
+    if end > sizes["d"]:
+        require(False, name, "spec", f"rotate within the head (d={sizes['d']})", f"{spec.offset}..{end}")
     heads = len(spec.axis_rows)
-    for argument, x in (("q", q), ("k", k)):
-        fits = x is None or x.shape[2] % heads == 0
-        require(fits, name, argument, f"have a multiple of the {heads} heads of spec", x is not None and x.shape[2])
+    for argument in ("n", "m") if heads > 1 else ():
+        if sizes.get(argument, 0) % heads:
+            rule = f"have a multiple of the {heads} heads of spec"
+            require(False, name, "q" if argument == "n" else "k", rule, sizes[argument])
     pos, cos, sin = tables_of(name, spec, pos, angle, sizes["b"], sizes["s"])
     for argument, given in (("pos", pos), ("cos", cos), ("sin", sin)):
-        on = given is None or given.device == q.device
-        require(
-            on, name, argument, f"be on the device of q ({q.device})", given is not None and given.device, TypeError
-        )
+        if given is not None and given.device != q.device:
+            require(False, name, argument, f"be on the device of q ({q.device})", given.device, TypeError)
     if inplace:
         tracked = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
         require(not tracked, name, "inplace", "be False where q or k requires grad", True)
@@ -195,6 +194,7 @@ def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
+    Backend("cuda", lambda c: cuda_why_not(c.q), lambda c: _registered(c, "cuda")),
     Backend("triton", lambda c: triton_why_not(c.q), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

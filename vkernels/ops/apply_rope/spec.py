@@ -12,7 +12,7 @@ from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 def _inputs(m: Maker, b: int, s: int, n: int, kv: int, d: int, spec: RopeSpec, pos: torch.Tensor | None = None) -> dict:
     pos = torch.arange(s) if pos is None else pos
-    return {"q": m.randn(b, s, n, d), "k": m.randn(b, s, kv, d) if kv else None, "spec": spec, "pos": pos}
+    return {"q": m.randn(b, s, n, d), "k": m.randn(b, s, kv, d) if kv else None, "spec": spec, "pos": pos.to(m.device)}
 
 
 def _cost(call: Call) -> Cost:

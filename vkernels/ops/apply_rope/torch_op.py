@@ -1,10 +1,10 @@
-"""torch's view of apply_rope: schemas, fakes, CPU kernel, backward (the rotation by the opposite angle)."""
+"""torch's view of apply_rope: schemas, fakes, native kernels, backward (the rotation by the opposite angle)."""
 
 from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda, unit_stride
 
 _ROPE = "Tensor? pos, Tensor? axis, Tensor? freq, Tensor? cos, Tensor? sin, float scale, bool inverse, int[] layout"
 
@@ -34,6 +34,18 @@ def _cpu_in_place(q, k, pos, axis, freq, cos, sin, scale, inverse, layout) -> No
     _run(q, k, q, k, pos, axis, freq, cos, sin, scale, inverse, layout)
 
 
+def _cuda(q, k, pos, axis, freq, cos, sin, scale, inverse, layout):
+    q_out, k_out = _empty(q, q), _empty(k, q)
+    q, k, cos, sin = (None if x is None else unit_stride(x) for x in (q, k, cos, sin))
+    tensors = (q, k, q_out, None if k is None else k_out, pos, axis, freq, cos, sin)
+    run_cuda("apply_rope_cuda", tensors, scale, inverse, *layout)
+    return q_out, k_out
+
+
+def _cuda_in_place(q, k, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+    run_cuda("apply_rope_cuda", (q, k, q, k, pos, axis, freq, cos, sin), scale, inverse, *layout)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     _, k, pos, axis, freq, cos, sin, ctx.scale, ctx.inverse, ctx.layout = inputs
     ctx.has_k = k is not None
@@ -53,7 +65,7 @@ register(
     "apply_rope",
     f"(Tensor q, Tensor? k, {_ROPE}) -> (Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _cpu, "triton": lazily(_TRITON, "out_of_place")},
+    backends={"cpu": _cpu, "cuda": _cuda, "triton": lazily(_TRITON, "out_of_place")},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -61,5 +73,5 @@ register(
     "apply_rope_",
     f"(Tensor(a!) q, Tensor(b!)? k, {_ROPE}) -> ()",
     fake=lambda *args: None,
-    backends={"cpu": _cpu_in_place, "triton": lazily(_TRITON, "in_place")},
+    backends={"cpu": _cpu_in_place, "cuda": _cuda_in_place, "triton": lazily(_TRITON, "in_place")},
 )

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vkernels.check import bind, require, same_dtype
+from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
 from vkernels.triton.tiles import tiles
 
@@ -21,16 +21,19 @@ def _turn_heads(
     x_ptr, out_ptr, stride_xb, stride_xs, stride_xn, stride_ob, stride_os, stride_on,
     sample, token, live, first, heads, c, s, pair, rest,
     OFFSET: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, HAS_REST: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn."""
-    x_row = (sample * stride_xb + token * stride_xs)[:, None, None]
-    out_row = (sample * stride_ob + token * stride_os)[:, None, None]
+    """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn.
+
+    Strides are in units of ALIGN elements; `sample` and `token` are 64 bits wide, and so is every offset."""
+    x_row = ((sample * stride_xb + token * stride_xs) * ALIGN)[:, None, None]
+    out_row = ((sample * stride_ob + token * stride_os) * ALIGN)[:, None, None]
     for start in range(0, heads, BLOCK_H):
         head = start + tl.arange(0, BLOCK_H)
         inside = live[:, None, None] & (head < heads)[None, :, None]
-        x_at = x_row + ((first + head) * stride_xn)[None, :, None]
-        out_at = out_row + ((first + head) * stride_on)[None, :, None]
+        wide = (first + head).to(tl.int64)
+        x_at = x_row + (wide * stride_xn * ALIGN)[None, :, None]
+        out_at = out_row + (wide * stride_on * ALIGN)[None, :, None]
         x0, x1 = load_pairs(x_ptr, x_at + OFFSET, inside, pair, PAIRS, R, BLOCKS)
         y0, y1 = turn(x0, x1, c[:, None, :], s[:, None, :])
         store_pairs(out_ptr, out_at + OFFSET, y0, y1, inside, pair, PAIRS, R, BLOCKS)
@@ -70,36 +73,41 @@ def _apply_rope_kernel(
             )
         c, w = c * scale, w * sign
         _turn_heads(
-            q_ptr, q_out_ptr, stride_qb * ALIGN, stride_qs * ALIGN, stride_qn * ALIGN,
-            stride_qob * ALIGN, stride_qos * ALIGN, stride_qon * ALIGN,
+            q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qn, stride_qob, stride_qos, stride_qon,
             sample, token, live, spec_row * (n // ROWS), n // ROWS, c, w, pair, rest,
-            OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+            OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
         )  # fmt: skip
         if HAS_K:
             _turn_heads(
-                k_ptr, k_out_ptr, stride_kb * ALIGN, stride_ks * ALIGN, stride_kn * ALIGN,
-                stride_kob * ALIGN, stride_kos * ALIGN, stride_kon * ALIGN,
+                k_ptr, k_out_ptr, stride_kb, stride_ks, stride_kn, stride_kob, stride_kos, stride_kon,
                 sample, token, live, spec_row * (m // ROWS), m // ROWS, c, w, pair, rest,
-                OFFSET, PAIRS, R, BLOCKS, HAS_REST, BLOCK_H,
+                OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
             )  # fmt: skip
 
 
 def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[int]) -> None:
     """What keeps the kernel inside its tensors, for callers who come past the public function."""
-    axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"))
-    same_dtype("apply_rope", ("q", q), ("k", k))
+    tables: tuple[tuple[str, Tensor | None, str], ...] = (("cos", cos, "x p r"), ("sin", sin, "x p r"))
     if cos is None:
-        bind("apply_rope", ("axis", axis, "h r"), ("freq", freq, "r"))
-        by_token, pairs = (("pos", pos[0] if pos.dim() == 3 else pos),), freq.shape[0]
-    else:
-        bind("apply_rope", ("cos", cos, "x s r"), ("sin", sin, "x s r"))
-        by_token, pairs = (("cos", cos[..., 0]),), cos.shape[2]
-    for name, x in by_token:
-        good = x.dim() == 2 and x.shape[0] in (1, axes["b"]) and x.shape[1] == axes["s"]
-        require(good, "apply_rope", name, f"speak of 1 or {axes['b']} samples of {axes['s']} tokens", tuple(x.shape))
+        tables = (("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x p"))
+    axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"), *tables)
+    if q.dtype not in FLOATS or (k is not None and k.dtype != q.dtype):
+        same_dtype("apply_rope", ("q", q), ("k", k))
+    name, samples = "pos" if cos is None else "cos", (axes["x"], axes["p"])
+    b, s, d, pairs = axes["b"], axes["s"], axes["d"], axes["r"]
+    if samples not in ((1, s), (b, s)):
+        require(False, "apply_rope", name, f"speak of 1 or {b} samples of {s} tokens", samples)
     blocks, offset = layout
-    fits = offset >= 0 and blocks >= 0 and offset + 2 * pairs <= axes["d"] and pairs % max(blocks, 1) == 0
-    require(fits, "apply_rope", "layout", f"rotate {2 * pairs} of d={axes['d']} elements", layout)
+    if offset < 0 or blocks < 0 or offset + 2 * pairs > d or pairs % max(blocks, 1):
+        require(False, "apply_rope", "layout", f"rotate {2 * pairs} of d={d} elements", layout)
+
+
+def _by_sample(x: Tensor | None, axis: int) -> tuple[int, ...]:
+    """The strides of a table that all samples share, or each has its own of, along `axis`."""
+    if x is None:
+        return 0, 0, 0
+    strides = x.stride()
+    return strides if x.shape[axis] > 1 else (*strides[:axis], 0, *strides[axis + 1 :])
 
 
 def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
@@ -110,23 +118,19 @@ def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) 
     pairs = freq.shape[0] if cos is None else cos.shape[2]
     rows = 1 if axis is None else axis.shape[0]
     here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
-    copies_rest = q_out.data_ptr() != q.data_ptr() and d > 2 * pairs
+    copies_rest = d > 2 * pairs and q_out.data_ptr() != q.data_ptr()
 
-    def batch_strides(x: Tensor | None) -> list[int]:
-        return [0, 0] if x is None else [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
-
-    pos_strides = [0, 0, 0] if pos is None else [pos.stride(0), *batch_strides(pos[0])]
     k_in, k_to = (q, q_out) if k is None else (k, k_out)
-    strides = [stride for x in (q, k_in, q_out, k_to) for stride in x.stride()[:3]]
+    strides = (*q.stride()[:3], *k_in.stride()[:3], *q_out.stride()[:3], *k_to.stride()[:3])
     align = alignment(strides)
     launch(
         _apply_rope_kernel, (cdiv(b * s, here["BLOCK_S"]),),
         q, k_in, q_out, k_to, pos, axis, freq, cos, sin,
-        *(stride // align for stride in strides),
-        *pos_strides, 0 if pos is None else pos.shape[0], *batch_strides(cos), *batch_strides(sin),
+        *[stride // align for stride in strides],
+        *_by_sample(pos, 1), 0 if pos is None else pos.shape[0], *_by_sample(cos, 0)[:2], *_by_sample(sin, 0)[:2],
         b * s, s, n, m, scale, -scale if inverse else scale,
         ROWS=rows, D=d, OFFSET=offset, PAIRS=pairs, BLOCKS=blocks, TABLE=cos is not None, HAS_K=k is not None,
-        HAS_REST=copies_rest, R=triton.next_power_of_2(pairs), BLOCK_D=triton.next_power_of_2(d), ALIGN=align,
+        HAS_REST=copies_rest, R=power_of_2(pairs), BLOCK_D=power_of_2(d), ALIGN=align,
         **here,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose
-from vkernels.library import cpu_why_not, op
+from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import reference, torch_op
@@ -91,7 +91,7 @@ def attention(
         scale:      what scores are multiplied by; None: 1 / sqrt(d)
         rope:       (spec, positions): q and k are rotated by apply_rope first
         return_lse: also return the logarithm of the sum of exponentials
-        backend:    "cpu", "reference"; None takes the first that can run
+        backend:    "cpu", "triton", "reference"; None takes the first that can run
     Returns:
         output (b s_q n d) in the dtype of q, computed in float32; with return_lse also lse (b n s_q), natural
         logarithm, float32 (float64 for float64 inputs). A query that sees no key gets output 0 and lse -inf.
@@ -122,15 +122,32 @@ def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
     return (out, lse) if call.return_lse else out
 
 
-def _cpu_why_not(call: Call) -> str | None:
+def _mask_why_not(call: Call) -> str | None:
     if isinstance(call.mask, MaskPlan) and call.mask.device != call.q.device:
         return f"the mask plan is on {call.mask.device}, the tensors are on {call.q.device}"
     if max(call.q.shape[1], call.k.shape[1]) > 2**30:
         return "more than 2^30 tokens in one sequence"
-    return cpu_why_not(call.q)
+    return None
+
+
+def _cpu_why_not(call: Call) -> str | None:
+    return _mask_why_not(call) or cpu_why_not(call.q)
+
+
+def _triton_why_not(call: Call) -> str | None:
+    if (reason := _mask_why_not(call) or triton_why_not(call.q)) is not None:
+        return reason
+    if call.q.shape[3] > 256:
+        return f"the head size is {call.q.shape[3]}, this backend serves at most 256"
+    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
+    relations = 0 if plan is None or plan.box is None else len(plan.box.bounds)
+    if relations > 4:
+        return f"the mask compares {relations} attributes beyond its intervals, this backend serves at most 4"
+    return None
 
 
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda call: _run(call, "cpu")),
+    Backend("triton", _triton_why_not, lambda call: _run(call, "triton")),
     Backend("reference", lambda call: None, lambda call: _run(call, "reference")),
 )

@@ -11,7 +11,7 @@ from vkernels.masks import Grid, VideoMask
 from vkernels.ops.attention.api import BACKENDS, Call, attention, prepare
 from vkernels.ops.attention.reference import dense
 from vkernels.rope import RopeSpec
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(
@@ -22,11 +22,12 @@ def _inputs(
     return {"q": q, "k": k, "v": v, "return_lse": True, **more}
 
 
-_ROPE = (RopeSpec.build(24, layout="pair"), torch.arange(30) // 6)
+def _rope(maker: Maker) -> tuple[RopeSpec, torch.Tensor]:
+    return RopeSpec.build(24, layout="pair"), torch.arange(30, device=maker.device) // 6
 
 
 def _keep(maker: Maker, b: int, s: int, queries: bool) -> VideoMask:
-    keep = maker.rand_bool(b, s).cpu()
+    keep = torch.rand(b, s, generator=maker.generator) < 0.5  # a mask is built on the host
     return VideoMask.frame_causal(Grid(s // 12, 3, 4)).keep(keep, queries=queries)
 
 
@@ -43,9 +44,9 @@ def _cost(call: Call) -> Cost:
     return Cost(flop=4.0 * _visible_pairs(call) * n * d, bytes=float(moved * call.q.element_size()))
 
 
-def law_constant_values_pass_through(backend: str) -> None:
+def law_constant_values_pass_through(backend: str, device: str) -> None:
     """Probabilities sum to one: where every value is the same vector, so is every output that sees a key."""
-    maker = Maker()
+    maker = Maker(device=device)
     kwargs = _inputs(maker, 2, 36, 2, 24, mask=_keep(maker, 2, 36, True))
     kwargs["v"] = maker.randn(1, 1, 2, 24).expand(2, 36, 2, 24)
     out, lse = attention(**kwargs, backend=backend)
@@ -72,9 +73,40 @@ SPEC = OpSpec(
             "window",
             lambda m: _inputs(m, 1, 141, 2, 24, mask=VideoMask.window(Grid(4, 5, 7), (3, 3, 3)).with_globals()),
         ),
-        Case("rope", lambda m: _inputs(m, 2, 30, 4, 24, m=2, mask=VideoMask.temporal(Grid(5, 2, 3)), rope=_ROPE)),
+        Case("rope", lambda m: _inputs(m, 2, 30, 4, 24, m=2, mask=VideoMask.temporal(Grid(5, 2, 3)), rope=_rope(m))),
         Case("no_queries", lambda m: _inputs(m, 1, 0, 2, 16, s_k=5)),
         Case("no_keys", lambda m: _inputs(m, 1, 5, 2, 16, s_k=0)),
+    ],
+    shapes=[
+        Shape("siglip", lambda m: _inputs(m, 16, 729, 16, 72), "SigLIP, 16 frames", tensor_cores=True),
+        Shape(
+            "frame_causal",
+            lambda m: _inputs(m, 1, 8192, 32, 128, m=8, mask=VideoMask.frame_causal(Grid(32, 16, 16))),
+            "LLM prefill, 32 frames of 256, grouped heads",
+            tensor_cores=True,
+        ),
+        Shape(
+            "keep",
+            lambda m: _inputs(
+                m, 2, 4096, 16, 88, mask=VideoMask.joint(Grid(16, 16, 16)).keep(m.rand_bool(2, 4096), queries=True)
+            ),
+            "EVA, half of the tokens kept",
+            tensor_cores=True,
+        ),
+        Shape(
+            "temporal",
+            lambda m: _inputs(m, 4, 4096, 16, 64, mask=VideoMask.temporal(Grid(16, 16, 16))),
+            "BT-Adapter, 16 frames of 256 patches",
+            tensor_cores=True,
+        ),
+        Shape(
+            "window",
+            lambda m: _inputs(m, 1, 4096, 16, 80, mask=VideoMask.window(Grid(16, 16, 16), (2, 4, 4))),
+            "an exact 3-D window",
+            gradients=False,
+            tensor_cores=True,
+        ),
+        Shape("float32", lambda m: _inputs(m, 1, 4096, 16, 64), "float32 in three tf32 products", (torch.float32,)),
     ],
     rejects=[
         Reject(

@@ -1,4 +1,4 @@
-"""torch's view of attention: schema, fake, CPU kernels, backward."""
+"""torch's view of attention: schema, fakes, CPU kernels, backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vkernels.library import fresh, lasting, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lasting, lazily, native, op, ref, register, unit_stride
 from vkernels.masks import MaskPlan
 
 _MASK = (
@@ -95,18 +95,20 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     return *grads, *nothing
 
 
+_TRITON = "vkernels.ops.attention.triton"
+
 register(
     "attention_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, {_MASK}) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    backends={"cpu": _cpu_bwd},
+    backends={"cpu": _cpu_bwd, "triton": lazily(_TRITON, "backward")},
 )
 register(
     "attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, float scale, {_MASK}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
-    backends={"cpu": _cpu_fwd},
+    backends={"cpu": _cpu_fwd, "triton": lazily(_TRITON, "forward")},
     backward=_backward,
     setup_context=_setup_context,
 )

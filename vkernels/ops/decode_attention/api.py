@@ -10,7 +10,7 @@ import torch
 from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op, unit_stride
+from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
 
 MOST_QUERIES = 8
@@ -70,7 +70,7 @@ def decode_attention(
         scale:      of the scores; None means 1 / sqrt(d)
         window:     a query sees itself and the window - 1 tokens before it; None means all that are held
         return_lse: also return the log of the sum of exponentials (b n s), float32
-        backend:    "cpu", "reference"; None takes the first that can run
+        backend:    "cpu", "triton", "reference"; None takes the first that can run
     Returns:
         o (b s n d) in q's dtype; a query that sees nothing gives 0 and lse -inf. Computed in float32.
     Raises:
@@ -86,15 +86,22 @@ def decode_attention(
     return (o, lse) if return_lse else o
 
 
-def _cpu(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     c = call.cache
     window = 0 if call.window is None else call.window
-    return op("decode_attention", "cpu")(
+    return op("decode_attention", backend)(
         unit_stride(call.q), c.lengths, c.table, *c.tensors(), call.scale, window, c.layout.ints()
     )
 
 
+def _triton_why_not(call: Call) -> str | None:
+    if call.cache.dtype == torch.float64:
+        return "a cache of dtype float64 is served by the reference only"
+    return triton_why_not(call.q)
+
+
 BACKENDS = (
-    Backend("cpu", lambda c: cpu_why_not(c.q), _cpu),
+    Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
+    Backend("triton", _triton_why_not, lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.decode_attention(c.q, c.cache, c.scale, c.window)),
 )

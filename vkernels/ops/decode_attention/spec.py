@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from vkernels.check import ShapeError
 from vkernels.kv_cache import FULL, KVCache
 from vkernels.ops.decode_attention.api import BACKENDS, Call, decode_attention, prepare
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(m: Maker, scheme: str, s: int, b: int, heads: tuple[int, int], d: int, length: int, **options) -> dict:
@@ -16,6 +18,14 @@ def _inputs(m: Maker, scheme: str, s: int, b: int, heads: tuple[int, int], d: in
     k, v = (m.randn(b, length, kv, d).to(cache.dtype) for _ in "kv")
     cache.append(k, v, backend="reference")
     return {"q": m.randn(b, s, n, d), "cache": cache, **call}
+
+
+def _blank(m: Maker, scheme: str, s: int, b: int, heads: tuple[int, int], d: int, length: int, **options) -> dict:
+    """A cache that says it holds `length` tokens; its storage is whatever it is."""
+    n, kv = heads
+    cache = KVCache(scheme, b=b, m=kv, d=d, capacity=length, dtype=m.dtype, device=m.device, **options)
+    cache.advance(length)
+    return {"q": m.randn(b, s, n, d), "cache": cache}
 
 
 def _cost(call: Call) -> Cost:
@@ -37,6 +47,16 @@ SPEC = OpSpec(
         Case("int8-ring", lambda m: _inputs(m, "int8", 2, 1, (2, 1), 40, 200, residual=0, ring=True, capacity=64)),
         Case("int4-paged", lambda m: _inputs(m, "int4", 1, 2, (2, 2), 64, 257, residual=64, page=64, window=150)),
         Case("empty", lambda m: _inputs(m, "int4", 1, 1, (2, 2), 64, 0)),
+    ],
+    shapes=[
+        Shape("llama", lambda m: _blank(m, "bf16", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 8,192 tokens"),
+        Shape("qwen", lambda m: _blank(m, "bf16", 8, 8, (28, 4), 128, 8192, page=64), "Qwen2-VL-7B, 8 x 8 queries"),
+        Shape("ring_72", lambda m: _blank(m, "bf16", 1, 1, (16, 16), 72, 4096, ring=True, sinks=4), "head size 72"),
+        Shape("llama_int8", lambda m: _blank(m, "int8", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 8 bit"),
+        Shape("llama_int4", lambda m: _blank(m, "int4", 1, 1, (32, 32), 128, 8192), "LLaMA-7B, 4 bit"),
+        Shape("llama_int2", lambda m: _blank(m, "int2", 1, 1, (32, 32), 128, 8192, group=32), "LLaMA-7B, 2 bit (INTP)"),
+        Shape("qwen_int4", lambda m: _blank(m, "int4", 1, 8, (28, 4), 128, 8192, group=128, page=128), "Qwen2-VL-7B"),
+        Shape("float32", lambda m: _blank(m, "fp32", 1, 1, (28, 4), 128, 4096), "float32", dtypes=(torch.float32,)),
     ],
     rejects=[
         Reject(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vkernels.kv_cache import STORAGE
-from vkernels.library import native, ref, register
+from vkernels.library import lazily, native, ref, register
 
 
 def _fake(q, length, table, *rest):
@@ -26,5 +26,5 @@ register(
     f"(Tensor q, Tensor length, Tensor table, {', '.join(f'Tensor? {name}' for name in STORAGE)}, "
     "float scale, int window, int[] layout) -> (Tensor o, Tensor lse)",
     fake=_fake,
-    backends={"cpu": _cpu},
+    backends={"cpu": _cpu, "triton": lazily("vkernels.ops.decode_attention.triton", "decode_attention")},
 )

@@ -8,7 +8,7 @@ import torch
 
 from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, choose
-from vkernels.library import cpu_why_not, op
+from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
 
@@ -100,7 +100,7 @@ def divided_attention(
         frames_per_group: frames that attend together. temporal: that many consecutive frames, None means all t.
             spatial: that many frames, t / frames_per_group apart, None means 1. With t=64 tokens in time and
             frames_per_group 32 (temporal) and 2 (spatial) these are the groups BT-Adapter's chat model forms.
-        backend: "cpu", "reference"; None takes the first that can run
+        backend: "cpu", "triton", "reference"; None takes the first that can run
     Returns:
         o (b s n d), the dtype of q; computed in float32
     Raises:
@@ -121,11 +121,26 @@ def _run_reference(c: Call) -> torch.Tensor:
     return reference.divided_attention(c.q, c.k, c.v, c.t, c.l, c.axis, c.cls, c.order, c.scale, c.frames_per_group)
 
 
+def _triton_why_not(c: Call) -> str | None:
+    b, _, n, d = c.q.shape
+    if (reason := triton_why_not(c.q)) is not None:
+        return reason
+    if d % 8 or not 8 <= d <= 256:
+        return f"head size {d} is not a multiple of 8 up to 256"
+    rows = b * n * (c.t + 1) * (c.l + 1)
+    return None if rows < 2**30 else f"b*n*(t+1)*(l+1) is {rows}, this backend takes less than 2^30"
+
+
 BACKENDS = (
     Backend(
         "cpu",
         lambda c: cpu_why_not(c.q),
         lambda c: op("divided_attention_fwd", "cpu")(c.q, c.k, c.v, c.scale, c.layout),
+    ),
+    Backend(
+        "triton",
+        _triton_why_not,
+        lambda c: op("divided_attention_fwd", "triton")(c.q, c.k, c.v, c.scale, c.layout),
     ),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vkernels.check import ShapeError
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention.api import BACKENDS, Call, divided_attention, prepare
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, **options) -> dict:
@@ -16,6 +16,10 @@ def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = No
 
 def _case(case: str, *args, **options) -> Case:
     return Case(case, lambda maker: _inputs(maker, *args, **options))
+
+
+def _shape(model: str, case: str, *args, **options) -> Shape:
+    return Shape(case, lambda maker: _inputs(maker, *args, **options), model, tensor_cores=True)
 
 
 def _reject(case: str, error: type[Exception], match: str, **change) -> Reject:
@@ -41,16 +45,25 @@ SPEC = OpSpec(
     prepare=prepare,
     backends=BACKENDS,
     cases=[
-        _case("temporal-t8", 2, Grid(8, 2, 3), 4, 64),
-        _case("temporal-cls-t16", 1, Grid(16, 1, 3), 3, 88, cls=1),
-        _case("temporal-patch-major", 2, Grid(5, 1, 3), 6, 72, m=2, order="patch", cls=1),
+        _case("temporal-t8", 2, Grid(8, 1, 3), 2, 64),
+        _case("temporal-cls-t16", 1, Grid(16, 1, 2), 2, 88, cls=1),
+        _case("temporal-patch-major", 2, Grid(5, 1, 3), 2, 72, m=1, order="patch", cls=1),
         _case("temporal-halves", 1, Grid(10, 1, 2), 2, 24, frames_per_group=5, scale=0.3),
-        _case("temporal-long", 1, Grid(67, 1, 1), 2, 40, m=1),
-        _case("spatial-cls", 2, Grid(3, 3, 3), 4, 64, axis="spatial", cls=1),
-        _case("spatial-cls-patch-major", 1, Grid(4, 1, 17), 4, 80, m=2, axis="spatial", cls=1, order="patch"),
-        _case("spatial-pairs", 1, Grid(4, 3, 7), 2, 128, axis="spatial", cls=1, frames_per_group=2),
+        _case("temporal-long", 1, Grid(35, 1, 1), 2, 40, m=1, cls=1),
+        _case("spatial-cls", 2, Grid(3, 3, 3), 1, 64, axis="spatial", cls=1),
+        _case("spatial-cls-patch-major", 1, Grid(2, 1, 17), 2, 80, m=1, axis="spatial", cls=1, order="patch"),
+        _case("spatial-pairs", 1, Grid(4, 1, 9), 1, 128, axis="spatial", cls=1, frames_per_group=2),
         _case("spatial", 2, Grid(2, 1, 5), 3, 8, axis="spatial"),
         _case("empty", 0, Grid(2, 2, 2), 2, 64, axis="spatial"),
+    ],
+    shapes=[
+        _shape("TimeSformer-B, 8 frames", "temporal-t8", 8, Grid(8, 14, 14), 12, 64, cls=1),
+        _shape("BT-Adapter on EVA-g, 16 frames", "temporal-t16", 16, Grid(16, 16, 16), 16, 88, cls=1, order="patch"),
+        _shape("BT-Adapter on CLIP-L, 64 frames", "temporal-t64", 4, Grid(64, 16, 16), 16, 64, cls=1, order="patch"),
+        _shape("LanguageBind, 128 frames", "temporal-t128", 1, Grid(128, 16, 16), 16, 64),
+        _shape("BT-Adapter on CLIP-L, 257", "spatial-257", 4, Grid(64, 16, 16), 16, 64, axis="spatial", cls=1),
+        _shape("BT-Adapter on EVA-g, 257", "spatial-257-d88", 16, Grid(16, 16, 16), 16, 88, axis="spatial", cls=1),
+        _shape("CLIP-L/336, 577", "spatial-577", 2, Grid(16, 24, 24), 16, 64, axis="spatial", cls=1, order="patch"),
     ],
     rejects=[
         _reject("grid", ValueError, r"grid must cover the tokens \(cls \+ t\*h\*w = 12 of them\)", grid=Grid(3, 2, 2)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -46,11 +46,13 @@ def _bwd_cpu(grad_o, q, k, v, scale, layout):
     return grads
 
 
+_TRITON = "vkernels.ops.divided_attention.triton"
+
 register(
     "divided_attention_fwd",
     "(Tensor q, Tensor k, Tensor v, float scale, int[] layout) -> Tensor",
     fake=_fake,
-    backends={"cpu": _cpu},
+    backends={"cpu": _cpu, "triton": lazily(_TRITON, "forward")},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -58,5 +60,5 @@ register(
     "divided_attention_bwd",
     "(Tensor grad_o, Tensor q, Tensor k, Tensor v, float scale, int[] layout) -> (Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
-    backends={"cpu": _bwd_cpu},
+    backends={"cpu": _bwd_cpu, "triton": lazily(_TRITON, "backward")},
 )

@@ -9,8 +9,8 @@ import torch
 
 from vkernels.check import bind, refusal, require
 from vkernels.dispatch import Backend, choose
-from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op, unit_stride
+from vkernels.kv_cache import KVCache, on_device
+from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.kv_append import reference, torch_op  # noqa: F401  (registers the overload)
 
 
@@ -63,7 +63,7 @@ def kv_append(
         cache:   changed in place
         k, v:    keys and values (b s m d) in the cache's dtype
         count:   real tokens of each sequence (b), the first of its s; None means all
-        backend: "cpu", "reference"; None takes the first that can run
+        backend: "cpu", "triton", "reference"; None takes the first that can run
     Returns:
         the cache
     Raises:
@@ -84,14 +84,15 @@ def kv_append(
     return cache
 
 
-def _cpu(call: Call) -> None:
+def _registered(call: Call, backend: str) -> None:
     c = call.cache
-    counts = torch.tensor(call.counts, dtype=torch.int32)
+    counts = on_device(call.counts, c.device)
     k, v = unit_stride(call.k), unit_stride(call.v)
-    op("kv_append", "cpu")(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
+    op("kv_append", backend)(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
 
 
 BACKENDS = (
-    Backend("cpu", lambda c: cpu_why_not(c.k), _cpu),
+    Backend("cpu", lambda c: cpu_why_not(c.k), lambda c: _registered(c, "cpu")),
+    Backend("triton", lambda c: triton_why_not(c.k), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.kv_append(c.cache, c.k, c.v, c.counts)),
 )

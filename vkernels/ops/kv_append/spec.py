@@ -7,13 +7,17 @@ import torch
 from vkernels.check import ShapeError
 from vkernels.kv_cache import KVCache
 from vkernels.ops.kv_append.api import BACKENDS, Call, kv_append, prepare
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Blank, Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _inputs(m: Maker, scheme: str, b: int, kv: int, d: int, before: int, s: int, **options) -> dict:
     """`s` more tokens for a cache that holds `before`."""
     capacity = options.pop("capacity", before + s)
     cache = KVCache(scheme, b=b, m=kv, d=d, capacity=capacity, dtype=m.dtype, device=m.device, **options)
+    if isinstance(m, Blank):
+        cache.reserve(before)
+        cache.advance(before)
+        return {"cache": cache, "k": m.randn(b, s, kv, d).to(cache.dtype), "v": m.randn(b, s, kv, d).to(cache.dtype)}
     draw = [m.randn(b, length, kv, d).to(cache.dtype) for length in (before, before, s, s)]
     cache.append(draw[0], draw[1], backend="reference")
     return {"cache": cache, "k": draw[2], "v": draw[3]}
@@ -41,6 +45,12 @@ SPEC = OpSpec(
         Case("int8-ring", lambda m: _inputs(m, "int8", 1, 1, 40, 70, 130, residual=0, ring=True, capacity=64)),
         Case("int4-paged", lambda m: _inputs(m, "int4", 2, 1, 64, 60, 140, residual=64, page=64)),
         Case("one token", lambda m: _inputs(m, "int4", 1, 1, 64, 127, 1, residual=64)),
+    ],
+    shapes=[
+        Shape("bf16", lambda m: _inputs(m, "bf16", 1, 32, 128, 512, 512), "LLaMA-7B, 512 tokens after 512"),
+        Shape("int4", lambda m: _inputs(m, "int4", 1, 32, 128, 512, 512), "LLaMA-7B"),
+        Shape("int2", lambda m: _inputs(m, "int2", 4, 4, 128, 600, 1, group=128, sinks=4, page=128), "Qwen2-VL, paged"),
+        Shape("int8-72", lambda m: _inputs(m, "int8", 1, 16, 72, 729, 729, group=32, ring=True, capacity=1024), "ViT"),
     ],
     rejects=[
         Reject(

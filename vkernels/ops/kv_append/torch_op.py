@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vkernels.kv_cache import STORAGE
-from vkernels.library import native, ref, register
+from vkernels.library import lazily, native, ref, register
 
 
 def _fake(k, v, count, length, table, *storage_and_layout) -> None:
@@ -21,5 +21,5 @@ register(
     "kv_append",
     f"(Tensor k, Tensor v, Tensor count, Tensor length, Tensor table, {_WRITTEN}, int[] layout) -> ()",
     fake=_fake,
-    backends={"cpu": _cpu},
+    backends={"cpu": _cpu, "triton": lazily("vkernels.ops.kv_append.triton", "kv_append")},
 )

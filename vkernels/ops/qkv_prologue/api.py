@@ -9,7 +9,7 @@ import torch
 from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, choose
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op
+from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.ops.apply_rope.api import canonical_positions
 from vkernels.ops.qkv_prologue import reference, torch_op  # noqa: F401  (registers the overloads)
 from vkernels.rope import RopeSpec
@@ -156,7 +156,7 @@ def qkv_prologue(
     if cache is None:
         return q, k, v
     if call.rows is None:
-        cache.append(k, v)
+        cache.append(k, v, backend=backend)
     else:
         cache.advance(qkv.shape[1])
     return q
@@ -186,5 +186,6 @@ def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.qkv), lambda c: _registered(c, "cpu")),
+    Backend("triton", lambda c: triton_why_not(c.qkv), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
 
 _REST = (
     "Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? pos, Tensor? axis, Tensor? freq, float scale, float eps, "
@@ -62,17 +62,19 @@ def _backward(ctx, dq, dk, dv):
     return dqkv, *(None if x is None else dx for x, dx in zip(rest[:3], sums, strict=True)), *[None] * 6
 
 
+_TRITON = "vkernels.ops.qkv_prologue.triton"
+
 register(
     "qkv_prologue_bwd",
     f"(Tensor qkv, Tensor dq, Tensor dk, Tensor dv, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    backends={"cpu": _cpu_bwd},
+    backends={"cpu": _cpu_bwd, "triton": lazily(_TRITON, "backward")},
 )
 register(
     "qkv_prologue",
     f"(Tensor qkv, {_REST}) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _cpu},
+    backends={"cpu": _cpu, "triton": lazily(_TRITON, "out_of_place")},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -80,5 +82,5 @@ register(
     "qkv_prologue_",
     f"(Tensor qkv, Tensor(a!) k_out, Tensor(b!) v_out, {_REST}) -> Tensor",
     fake=_fake_into,
-    backends={"cpu": _cpu_into},
+    backends={"cpu": _cpu_into, "triton": lazily(_TRITON, "into")},
 )

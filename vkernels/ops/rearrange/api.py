@@ -9,7 +9,7 @@ import torch
 
 from vkernels.check import FLOATS, ShapeError, bind, refusal, require
 from vkernels.dispatch import Backend, choose
-from vkernels.library import DTYPE_CODE, cpu_why_not, op
+from vkernels.library import DTYPE_CODE, cpu_why_not, op, triton_why_not
 from vkernels.ops.rearrange import reference, torch_op
 from vkernels.rearrangement.pattern import Affine
 from vkernels.rearrangement.plan import RearrangePlan
@@ -142,7 +142,7 @@ def prepare(
         sources.append(fill.reshape(1, plan.fills, c))
     else:
         require(fill is None, OP, "fill", f"be None: {plan!r} takes no fill vectors", "a tensor")
-    b = torch_op._batch(sources, plan.index)
+    b = torch_op.batch(sources, plan.index)
     for i, source in enumerate(sources):
         if source.shape[0] not in (1, b) or source.shape[-1] != c:
             raise ShapeError(refusal(OP, f"x[{i}]", f"have 1 or {b} samples of {c} channels", tuple(source.shape)))
@@ -247,7 +247,7 @@ def rearrange(
         rows:        where row r goes in out: (n_out) or (b n_out), -1 drops it, no row twice
         accumulate:  add to out instead of replacing
         dtype:       of the result; None means that of x, or of out
-        backend:     "cpu", "reference"; None takes the first that can run
+        backend:     "cpu", "triton", "reference"; None takes the first that can run
     Returns:
         (b n_out c), folded to (b*g n_out/g c) by plans of sequences such as temporal; with return_sum a pair (y, u);
         with out that tensor. Computed in float32; a pure move is exact.
@@ -302,7 +302,9 @@ def _run_native(call: Call, backend: str) -> tuple[torch.Tensor, ...]:
         a = call.affine
         return (op("rearrange_affine", backend)(call.x[0], a.axes, a.sizes, a.steps, a.out_shape),)
     plan = call.plan
-    plain = (_float(call.bias), _float(call.gate), call.residual, _float(call.norm_weight), _float(call.norm_bias))
+    vectors = call.bias, call.gate, call.norm_weight, call.norm_bias
+    bias, gate, norm_weight, norm_bias = map(_float, vectors) if backend == "cpu" else vectors
+    plain = (bias, gate, call.residual, norm_weight, norm_bias)
     how = (torch_op.REDUCES[plan.reduce], torch_op.NORMS[call.norm], call.scale, call.eps)
     if call.out is not None:
         op("rearrange_rows_into", backend)(
@@ -310,7 +312,8 @@ def _run_native(call: Call, backend: str) -> tuple[torch.Tensor, ...]:
         )
         return ()
     back: tuple = (None, None, None)
-    if torch.is_grad_enabled() and plan.reduce == "sum" and any(s.requires_grad for s in call.x):
+    linear = plan.reduce == "sum" or backend != "cpu"  # the CPU finds a maximum's winners without the transpose
+    if linear and torch.is_grad_enabled() and any(s.requires_grad for s in call.x):
         back = plan.transposed()
     y, u = op("rearrange_rows", backend)(
         call.x, plan.ptr, plan.idx, plan.weight, *back, *plain, *how, call.return_sum, call.dtype
@@ -333,7 +336,29 @@ def _cpu_why_not(call: Call) -> str | None:
     return None
 
 
+def _triton_why_not(call: Call) -> str | None:
+    for tensor in (*call.x, call.residual, call.out):
+        if tensor is None:
+            continue
+        if call.affine is not None and tensor.dtype == torch.float64:
+            tensor = tensor.new_empty(0, dtype=torch.int64)  # a move sees bits
+        if (reason := triton_why_not(tensor)) is not None:
+            return reason
+    if call.affine is not None:
+        return None
+    if call.dtype == torch.float64:
+        return "dtype float64 is served by the reference only"
+    if len(call.x) > torch_op.SOURCES:
+        return f"{len(call.x)} sources, it takes at most {torch_op.SOURCES}, the fill vectors counted as one"
+    if any(len(torch_op.row_axes(x)) > 3 for x in call.x):
+        return "a source's rows lie on more than 3 axes of unrelated strides"
+    if call.norm is not None and call.x[0].shape[-1] > torch_op.WIDEST_NORM:
+        return f"{call.x[0].shape[-1]} channels, a norm takes at most {torch_op.WIDEST_NORM}"
+    return None
+
+
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda c: _run_native(c, "cpu")),
+    Backend("triton", _triton_why_not, lambda c: _run_native(c, "triton")),
     Backend("reference", lambda c: None, _run_reference),
 )

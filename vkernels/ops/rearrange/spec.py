@@ -7,7 +7,7 @@ import torch
 from vkernels import rearrangement as plans
 from vkernels.check import ShapeError
 from vkernels.ops.rearrange.api import BACKENDS, Call, prepare, rearrange
-from vkernels.spec import Case, Cost, Maker, OpSpec, Reject
+from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
 def _epilogue(m: Maker) -> dict:
@@ -32,6 +32,28 @@ def _assemble(m: Maker) -> dict:
     return {"x": [m.randn(1, 5, 24), m.randn(1, 30, 24)], "plan": plan, "fill": m.randn(1, 24)}
 
 
+def _keep_norm(m: Maker, b: int = 32, s: int = 32 * 257, c: int = 1408) -> dict:
+    return {
+        "x": m.randn(b, s, c),
+        "plan": plans.keep(indices=torch.arange(0, s, 2), n=s),
+        "norm": "layer",
+        "norm_weight": m.randn(c),
+        "norm_bias": m.randn(c),
+    }
+
+
+def _assemble_embeddings(m: Maker) -> dict:
+    plan = plans.assemble(
+        [("text", 35), ("video", 16 * 256), ("text", 60)], video=plans.newline(16, 16, 16, mode="none")
+    )
+    return {"x": [m.randn(8, 95, 4096), m.randn(8, 16 * 256, 4096)], "plan": plan}
+
+
+def _pool_newline(m: Maker) -> dict:
+    plan = plans.pool(64, 27, 27, mode="bilinear").compose(plans.newline(64, 14, 14))
+    return {"x": m.randn(1, 64 * 729, 3584), "plan": plan, "fill": m.randn(1, 3584)}
+
+
 def _cost(call: Call) -> Cost:
     size = call.x[0].element_size()
     made = 1
@@ -46,8 +68,8 @@ def _cost(call: Call) -> Cost:
     )
 
 
-def plan_and_inverse_are_the_identity(backend: str) -> None:
-    x = torch.randn(2, 24, 5)
+def plan_and_inverse_are_the_identity(backend: str, device: str) -> None:
+    x = torch.randn(2, 24, 5, device=device)
     for plan in (
         plans.temporal(4, 6),
         plans.window(1, 4, 6, 4),
@@ -61,8 +83,8 @@ def plan_and_inverse_are_the_identity(backend: str) -> None:
         assert torch.equal(back.view_as(x), x)
 
 
-def a_composition_is_one_run_after_the_other(backend: str) -> None:
-    x = torch.randn(2, 36, 5)
+def a_composition_is_one_run_after_the_other(backend: str, device: str) -> None:
+    x = torch.randn(2, 36, 5, device=device)
     first, then = plans.pool(1, 6, 6, stride=2), plans.keep(indices=torch.tensor([7, 7, 0, 3]), n=9)
     twice = rearrange(rearrange(x, first, backend=backend), then, backend=backend)
     torch.testing.assert_close(rearrange(x, first.compose(then), backend=backend), twice)
@@ -104,6 +126,34 @@ SPEC = OpSpec(
             "empty",
             lambda m: {"x": m.randn(2, 0, 8), "plan": plans.keep(indices=torch.zeros(0, dtype=torch.int64), n=0)},
         ),
+    ],
+    shapes=[
+        Shape(
+            "st_llm_keep_norm", _keep_norm, "ST-LLM, half of 32 frames of 257 tokens, LayerNorm 1,408", gradients=False
+        ),
+        Shape("llm_keep_norm", lambda m: _keep_norm(m, 8, 8192, 4096), "half of 8,192 tokens of 4,096, LayerNorm"),
+        Shape("st_llm_assemble", _assemble_embeddings, "text, 16 frames and a newline into the embeddings of a 7B LLM"),
+        Shape(
+            "onevision_pool", _pool_newline, "LLaVA-OneVision, 64 frames 27 x 27 -> 14 x 14, newlines, 3,584 channels"
+        ),
+        Shape(
+            "max_pool",
+            lambda m: {"x": m.randn(1, 32 * 24 * 24, 1024), "plan": plans.pool(32, 24, 24, mode="max")},
+            "2 x 2 maxima",
+        ),
+        Shape(
+            "bt_adapter_back",
+            lambda m: {
+                "x": m.randn(8 * 256, 32, 1024),
+                "plan": plans.temporal_back(32, 256),
+                "gate": m.randn(1024),
+                "residual": m.randn(8, 32 * 256, 1024),
+            },
+            "BT-Adapter, the temporal branch's way back into the residual stream",
+            dtypes=(torch.bfloat16, torch.float32),
+        ),
+        Shape("temporal", lambda m: {"x": m.randn(16, 32, 256, 1024), "plan": plans.from_einops("b t l c -> b l t c")}),
+        Shape("channels_first", lambda m: {"x": m.randn(64, 2048, 1024), "plan": plans.from_einops("b s c -> b c s")}),
     ],
     rejects=[
         Reject(

@@ -11,39 +11,60 @@ import math
 
 import torch
 
-from vkernels.library import fresh, lasting, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lasting, lazily, native, op, ref, register, unit_stride
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
 REDUCES = {"sum": 0, "max": 1}
-CHUNKS = 16  # row chunks with sums of their own; fixed, so that sums do not depend on the thread count
+SOURCES = 4  # what one call of the Triton kernels takes
+WIDEST_NORM = 32768  # channels
+
+
+def chunks(device: torch.device) -> int:
+    """Row chunks with sums of their own for the parameters' gradients. A fixed number, so that sums depend neither on
+    the thread count nor on the GPU: enough for the cores of a CPU, and two for every multiprocessor of a large GPU."""
+    return 16 if device.type == "cpu" else 256
+
+
+def row_axes(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the row axes of b rows.. c, axes that run on merged."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[1:-1], x.stride()[1:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    return axes
 
 
 def _out_rows(ptr: torch.Tensor | None, idx: torch.Tensor) -> int:
-    return idx.shape[1] if ptr is None else ptr.shape[1] - 1
+    return idx.shape[1] if ptr is None else max(ptr.shape[1] - 1, 0)
 
 
-def _batch(x: list[torch.Tensor], idx: torch.Tensor) -> int:
+def batch(x: list[torch.Tensor], idx: torch.Tensor) -> int:
     sizes = [s.shape[0] for s in x] + [idx.shape[0]]
     return next((size for size in sizes if size != 1), 1)
+
+
+def rows_results(x: list[torch.Tensor], ptr, idx, with_sum: bool, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, sum), not written yet."""
+    shape = (batch(x, idx), _out_rows(ptr, idx), x[0].shape[-1])
+    return x[0].new_empty(shape, dtype=dtype), x[0].new_empty(shape if with_sum else (0,))
 
 
 def _rows_fake(
     x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
     reduce, norm, scale, eps, with_sum, dtype,
 ):  # fmt: skip
-    shape = (_batch(x, idx), _out_rows(ptr, idx), x[0].shape[-1])
-    y = x[0].new_empty(shape, dtype=dtype)
-    return y, x[0].new_empty(shape if with_sum else (0,))
+    return rows_results(x, ptr, idx, with_sum, dtype)
 
 
 def _rows_cpu(
     x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
     reduce, norm, scale, eps, with_sum, dtype,
 ):  # fmt: skip
-    y, total = fresh(_rows_fake(
-        x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
-        reduce, norm, scale, eps, with_sum, dtype,
-    ))  # fmt: skip
+    y, total = fresh(rows_results(x, ptr, idx, with_sum, dtype))
     native().rearrange_rows(
         [ref(unit_stride(s)) for s in x], ref(ptr), ref(idx), ref(weight), ref(bias), ref(gate),
         ref(None if residual is None else unit_stride(residual)), ref(norm_weight), ref(norm_bias), None,
@@ -68,22 +89,23 @@ def _into_cpu(
     )  # fmt: skip
 
 
+def bwd_results(dy: torch.Tensor, x: list[torch.Tensor], gate, scale: float) -> tuple[torch.Tensor, ...]:
+    """(du, dv, partial), not written yet; dv is empty where it equals du."""
+    apart = gate is not None or scale != 1.0
+    partial = x[0].new_empty((chunks(dy.device), 4, dy.shape[-1]), dtype=torch.float32)
+    return x[0].new_empty(dy.shape), x[0].new_empty(dy.shape if apart else (0,)), partial
+
+
 def _rows_bwd_fake(
     dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
 ):
-    apart = gate is not None or scale != 1.0
-    dv = x[0].new_empty(dy.shape if apart else (0,))
-    return x[0].new_empty(dy.shape), dv, x[0].new_empty((CHUNKS, 4, dy.shape[-1]), dtype=torch.float32)
+    return bwd_results(dy, x, gate, scale)
 
 
 def _rows_bwd_cpu(
     dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
 ):
-    du, dv, partial = fresh(
-        _rows_bwd_fake(
-            dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
-        )
-    )
+    du, dv, partial = fresh(bwd_results(dy, x, gate, scale))
     native().rearrange_rows_bwd(
         [ref(unit_stride(s)) for s in x], ref(ptr), ref(idx), ref(weight), ref(bias), ref(gate),
         ref(None if residual is None else unit_stride(residual)), ref(norm_weight), ref(norm_bias),
@@ -93,11 +115,11 @@ def _rows_bwd_cpu(
     return du, dv, partial
 
 
-def _max_bwd_fake(dy, x, ptr, idx):
+def _max_bwd_fake(dy, x, ptr, idx, t_ptr, t_idx):
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-def _max_bwd_cpu(dy, x, ptr, idx):
+def _max_bwd_cpu(dy, x, ptr, idx, t_ptr, t_idx):
     dx = x.new_zeros(x.shape, dtype=torch.float32)
     native().rearrange_max_bwd(ref(unit_stride(x)), ref(ptr), ref(idx), ref(unit_stride(dy)), ref(dx))
     return dx
@@ -128,10 +150,9 @@ def _rows_backward(ctx, dy, dsum):
         )  # fmt: skip
         if dv.dim() != 3:
             dv = du
-        sums = partial.sum(0)
-        dbias, dgate = (s if p is not None else None for p, s in ((bias, sums[0]), (gate, sums[1])))
-        dnorm_weight, dnorm_bias = (
-            s if p is not None else None for p, s in ((norm_weight, sums[2]), (norm_bias, sums[3]))
+        dbias, dgate, dnorm_weight, dnorm_bias = (
+            None if parameter is None else partial[:, i].sum(0).to(parameter.dtype)
+            for i, parameter in enumerate((bias, gate, norm_weight, norm_bias))
         )
         scale = 1.0
     else:
@@ -146,7 +167,9 @@ def _rows_backward(ctx, dy, dsum):
 def _sources_gradient(ctx, x, dv, ptr, idx, weight, t_ptr, t_idx, t_weight, scale):
     if ctx.reduce == REDUCES["max"]:
         flat = x[0].flatten(1, -2).expand(dv.shape[0], -1, -1)
-        grad = op("rearrange_max_bwd", ctx.backend)(dv, flat, ptr, idx) * scale
+        grad = op("rearrange_max_bwd", ctx.backend)(dv, flat, ptr, idx, t_ptr, t_idx)
+        if scale != 1.0:
+            grad = grad * scale
         if x[0].shape[0] != grad.shape[0]:
             grad = grad.sum(0, keepdim=True)
         return [grad.to(x[0].dtype).view(x[0].shape)]
@@ -202,11 +225,13 @@ def _affine_backward(ctx, dy):
     return dx, None, None, None, None
 
 
+_TRITON = "vkernels.ops.rearrange.triton"
+
 register(
     "rearrange_affine",
     "(Tensor x, int[] axes, int[] sizes, int[] steps, int[] shape) -> Tensor",
     fake=_affine_fake,
-    backends={"cpu": _affine_cpu},
+    backends={"cpu": _affine_cpu, "triton": lazily(f"{_TRITON}_affine", "affine")},
     backward=_affine_backward,
     setup_context=_affine_setup,
 )
@@ -216,13 +241,13 @@ register(
     "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, int reduce, int norm, float scale, float eps) "
     "-> (Tensor du, Tensor dv, Tensor partial)",
     fake=_rows_bwd_fake,
-    backends={"cpu": _rows_bwd_cpu},
+    backends={"cpu": _rows_bwd_cpu, "triton": lazily(f"{_TRITON}_backward", "rows_bwd")},
 )
 register(
     "rearrange_max_bwd",
-    "(Tensor dy, Tensor x, Tensor ptr, Tensor idx) -> Tensor",
+    "(Tensor dy, Tensor x, Tensor ptr, Tensor idx, Tensor? t_ptr, Tensor? t_idx) -> Tensor",
     fake=_max_bwd_fake,
-    backends={"cpu": _max_bwd_cpu},
+    backends={"cpu": _max_bwd_cpu, "triton": lazily(f"{_TRITON}_backward", "max_bwd")},
 )
 register(
     "rearrange_rows",
@@ -230,7 +255,7 @@ register(
     "Tensor? bias, Tensor? gate, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, int reduce, int norm, "
     "float scale, float eps, bool with_sum, ScalarType dtype) -> (Tensor y, Tensor sum)",
     fake=_rows_fake,
-    backends={"cpu": _rows_cpu},
+    backends={"cpu": _rows_cpu, "triton": lazily(_TRITON, "rows")},
     backward=_rows_backward,
     setup_context=_rows_setup,
 )
@@ -240,5 +265,5 @@ register(
     "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor? rows, int reduce, int norm, float scale, "
     "float eps, bool accumulate) -> ()",
     fake=_into_fake,
-    backends={"cpu": _into_cpu},
+    backends={"cpu": _into_cpu, "triton": lazily(_TRITON, "rows_into")},
 )

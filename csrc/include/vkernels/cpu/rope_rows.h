@@ -10,11 +10,8 @@ namespace vk::VK_ISA {
 // sin and cos of phase / 2^32 turns, each within 1e-7: the nearest quarter turn is split off in integers.
 VK_INLINE void sincos_turns(u32v phase, f32v& sin, f32v& cos) {
   const u32v quarter = (phase + 0x20000000u) >> 30;
-  const f32v t = __builtin_convertvector((i32v)(phase - (quarter << 30)), f32v) * 1.4629180792671596e-9f;
-  const f32v z = t * t;
-  const f32v s = t + t * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
-  const f32v c =
-      1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  f32v s, c;
+  sincos_of_eighth<f32v>(__builtin_convertvector((i32v)(phase - (quarter << 30)), f32v) * kRadiansOfPhase, s, c);
   const i32v swap = (i32v)((quarter & 1u) != 0u);
   const f32v sin_size = swap ? c : s, cos_size = swap ? s : c;
   sin = (f32v)((u32v)sin_size ^ ((quarter & 2u) << 30));
@@ -94,8 +91,10 @@ class TokenAngles {
         const int64_t count = half - j;
         const f32v c = VK_ISA::load(cos + j, count), s = VK_ISA::load(sin + j, count);
         const f32v x0 = VK_ISA::load(x + j, count), x1 = VK_ISA::load(x + half + j, count);
-        put<kStream>(y + j, x0 * c - x1 * s, count);
-        put<kStream>(y + half + j, x1 * c + x0 * s, count);
+        f32v y0, y1;
+        turn_pair(x0, x1, c, s, y0, y1);
+        put<kStream>(y + j, y0, count);
+        put<kStream>(y + half + j, y1, count);
       }
   }
 
@@ -140,13 +139,8 @@ class TokenAngles {
     for (int64_t j = 0; j < pairs_; ++j) {
       const uint64_t f = static_cast<uint64_t>(freq[j]);
       const int64_t p = axis[j] < 0 ? 0 : fixed[axis[j]];
-      // The 32 bits kept are the nearest, not the lower.
-      phase_[j] = static_cast<uint32_t>(((real ? turns_fixed(p, f) : turns(p, f)) + 0x80000000u) >> 32);
+      phase_[j] = phase_of(real ? turns_fixed(p, f) : turns(p, f));
     }
-  }
-  static int64_t to_fixed(double p) {
-    const double scaled = p * 4294967296.0;
-    return static_cast<int64_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
   }
 
   static constexpr int64_t kMaxAxes = 4;

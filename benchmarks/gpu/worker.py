@@ -1,0 +1,146 @@
+"""python -m benchmarks.gpu.worker STAGE: one stage in a process of its own; supervise.py starts and reads it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import vkernels
+from benchmarks.gpu.cases import own_races, races
+from benchmarks.gpu.proof import backends, prove
+from benchmarks.gpu.race import race_case
+from benchmarks.gpu.supervise import emit
+from benchmarks.gpu.timing import ceilings, timer_for
+from vkernels.spec import all_specs
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def machine(arguments: argparse.Namespace, report: Report = emit) -> None:
+    """What this machine is, and its two ceilings."""
+    cuda = arguments.device.startswith("cuda")
+    facts: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if cuda else "none: CPU stand-in",
+        "driver": _driver() if cuda else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "nvcc": _nvcc(),
+        "python": platform.python_version(),
+        "vkernels": vkernels.__version__,
+    }
+    if cuda:
+        p = torch.cuda.get_device_properties(0)
+        facts |= {"sm": f"sm_{p.major}{p.minor}", "processors": p.multi_processor_count}
+        facts |= {"memory_gib": round(p.total_memory / 2**30, 1), "l2_mib": round(p.L2_cache_size / 2**20, 1)}
+    report({"facts": facts})
+    size = {} if cuda else {"copy_bytes": 1 << 22, "size": 128}
+    report({"ceilings": ceilings(arguments.device, timer_for(arguments.device), **size)})
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown: no nvidia-smi"
+    run = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(run, capture_output=True, text=True).stdout.strip().split("\n")[0]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _nvcc() -> str:
+    tool = shutil.which("nvcc")
+    if tool is None:
+        return "not found"
+    return subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
+
+
+def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
+    """Ops against float64; `--few`: three cases each, for a sanitizer that is slow."""
+    if arguments.memory and arguments.device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(arguments.memory)
+    for spec in all_specs():
+        if arguments.op and spec.name not in arguments.op:
+            continue
+        if not backends(spec, arguments.device):
+            report(
+                {"stage": "proof", "op": spec.name, "id": spec.name, "status": "skipped", "why": "no GPU backend yet"}
+            )
+            continue
+        cases = list(spec.cases[:3] if arguments.few else [*spec.cases, *(spec.shapes if arguments.shapes else ())])
+        prove(spec, cases, arguments.device, arguments.skip, report)
+
+
+def race(arguments: argparse.Namespace, report: Report = emit) -> None:
+    """Every case, in the order of importance."""
+    timer = None if arguments.warm else timer_for(arguments.device)
+    limits = json.loads(arguments.limits)
+    if arguments.memory and arguments.device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(arguments.memory)
+    chosen = own_races(small=True) if arguments.small else races()
+    todo = {f"{case.op}/{case.id}": case for case in chosen if not arguments.op or case.op in arguments.op}
+    report({"plan": list(todo)})
+    for name, case in todo.items():
+        if name in arguments.skip:
+            continue
+        report({"begin": name})
+        try:
+            for row in race_case(case, arguments.device, timer, limits, arguments.seconds):
+                report({"stage": "race", **row})
+        except torch.cuda.OutOfMemoryError:
+            report(
+                {
+                    "stage": "race",
+                    "op": case.op,
+                    "id": case.id,
+                    "status": "skipped",
+                    "why": "does not fit this GPU's memory",
+                }
+            )
+        except Exception as error:
+            if "illegal memory access" in str(error):
+                raise
+            why = f"{type(error).__name__}: {str(error)[:300]}"
+            report({"stage": "race", "op": case.op, "id": case.id, "status": "failed", "why": why})
+        report({"end": name})
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
+    parser.add_argument("stage", choices=["machine", "proof", "race"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--skip", action="append", default=[])
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--memory", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--limits", default='{"copy_gb_per_s": 1.0, "bf16_tflop_per_s": 1.0}')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    {"machine": machine, "proof": proof, "race": race}[arguments.stage](arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

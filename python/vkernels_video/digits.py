@@ -1,0 +1,131 @@
+"""Short films of real handwritten digits, with questions that need time to be answered.
+
+scikit-learn's 1,797 digits of 8 x 8 pixels, on a board of 4 x 4 places. A question's answer is one character. Training
+and test films share no image of a digit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BOARD, CELL = 4, 8
+IMAGE = BOARD * CELL
+
+
+@dataclass(frozen=True)
+class Film:
+    """Frames [t 3 h w] of pixels in -1..1, a question, and its answer."""
+
+    frames: Tensor
+    question: str
+    answer: str
+    kind: str
+
+
+@cache
+def _images(split: str) -> dict[int, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    chosen = np.arange(len(found.target)) % 5 == 0
+    chosen = chosen if split == "test" else ~chosen
+    return {digit: found.images[chosen & (found.target == digit)] / 8.0 - 1.0 for digit in range(10)}
+
+
+class Studio:
+    """Films from a seed: the same seed, split and length give the same films on every machine."""
+
+    def __init__(self, seed: int, split: str = "train", frames: int = 8):
+        if split not in ("train", "test"):
+            raise ValueError(f"Studio: split must be train or test, got {split!r}")
+        if frames < 4:
+            raise ValueError(f"Studio: frames must be at least 4, got {frames}")
+        self.random, self.images, self.t = random.Random(f"{split} {seed}"), _images(split), frames
+
+    def film(self, kind: str | None = None) -> Film:
+        """One film, of a kind or of any."""
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"Studio: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        kind = kind or self.random.choice(list(KINDS))
+        board = np.full((self.t, IMAGE, IMAGE), -1.0, dtype=np.float32)
+        question, answer = KINDS[kind](self, board)
+        return Film(torch.from_numpy(board)[:, None].expand(-1, 3, -1, -1), question, answer, kind)
+
+    def digits(self, count: int) -> list[int]:
+        return self.random.sample(range(10), count)
+
+    def place(self, board: np.ndarray, digit: int, path: Callable[[int], tuple[int, int] | None]) -> None:
+        """One image of `digit` where `path(frame)` says: (row, column) of the board, or None."""
+        images = self.images[digit]
+        image = images[self.random.randrange(len(images))]
+        for frame in range(self.t):
+            if (at := path(frame)) is not None:
+                row, column = at[0] * CELL, at[1] * CELL
+                board[frame, row : row + CELL, column : column + CELL] = image
+
+    @staticmethod
+    def _stay(cell: int, start: int, end: int) -> Callable[[int], tuple[int, int] | None]:
+        at = divmod(cell, BOARD)
+        return lambda frame: at if start <= frame < end else None
+
+    def _moves(self, board: np.ndarray) -> tuple[str, str]:
+        """Two digits pass each other in two rows."""
+        left, right = self.digits(2)
+        rows = self.random.sample(range(BOARD), 2)
+        step = self.t / BOARD
+        self.place(board, left, lambda f: (rows[0], BOARD - 1 - int(f / step)))
+        self.place(board, right, lambda f: (rows[1], int(f / step)))
+        way = self.random.choice(["left", "right"])
+        return f"which digit moves {way}?", str(left if way == "left" else right)
+
+    def _first(self, board: np.ndarray) -> tuple[str, str]:
+        """Two or three digits appear one after the other and stay."""
+        digits = self.digits(self.random.choice([2, 3]))
+        cells = self.random.sample(range(BOARD * BOARD), len(digits))
+        times = sorted(self.random.sample(range(self.t), len(digits)))
+        for digit, cell, start in zip(digits, cells, times, strict=True):
+            self.place(board, digit, self._stay(cell, start, self.t))
+        end = self.random.choice(["first", "last"])
+        return f"which digit came {end}?", str(digits[0 if end == "first" else -1])
+
+    def _count(self, board: np.ndarray) -> tuple[str, str]:
+        """One to five digits, each for a part of the time."""
+        digits = self.digits(self.random.randint(1, 5))
+        cells = self.random.sample(range(BOARD * BOARD), len(digits))
+        for digit, cell in zip(digits, cells, strict=True):
+            start = self.random.randrange(self.t - 1)
+            end = self.random.randint(start + 2, self.t)
+            self.place(board, digit, self._stay(cell, start, end))
+        return "how many digits?", str(len(digits))
+
+    def _when(self, board: np.ndarray) -> tuple[str, str]:
+        """Another digit in every quarter of the film, always at the same place."""
+        digits = self.digits(4)
+        cell = self.random.randrange(BOARD * BOARD)
+        for quarter, digit in enumerate(digits):
+            start, end = (math.ceil(self.t * q / 4) for q in (quarter, quarter + 1))
+            self.place(board, digit, self._stay(cell, start, end))
+        asked = self.random.randrange(4)
+        return f"which digit in part {asked + 1}?", str(digits[asked])
+
+
+KINDS: dict[str, Callable[[Studio, np.ndarray], tuple[str, str]]] = {
+    "moves": Studio._moves,
+    "first": Studio._first,
+    "count": Studio._count,
+    "when": Studio._when,
+}
+
+
+def batch(studio: Studio, size: int) -> tuple[Tensor, list[Film]]:
+    """Pixels [b t 3 h w] and the films."""
+    films = [studio.film() for _ in range(size)]
+    return torch.stack([film.frames for film in films]), films

@@ -1,0 +1,204 @@
+"""What is known about the CUDA kernels without a GPU: the build, and the machine code it made. Their numbers are
+checked by test_every_op.py and tests/ops/, emulated."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cubins import cuobjdump, kernels, why_not
+
+import vkernels
+from vkernels import library
+from vkernels.library import cuda_missing, native_missing
+from vkernels.spec import all_specs
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu"))
+
+# Kernels per op, and registers above which fewer than two blocks of 256 threads fit a multiprocessor. A new
+# instantiation is a decision: it costs every build its seconds.
+COUNT = {"apply_rope": 9}
+REGISTERS = 128
+
+built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+def test_every_cuda_source_is_counted():
+    assert sorted(COUNT) == OPS
+
+
+def test_every_cuda_source_is_bound_and_registered():
+    listed = (ROOT / "csrc/ops_cuda.inc").read_text()
+    for op in OPS:
+        assert f"VK_OP({op})" in listed
+        spec = next(spec for spec in all_specs() if spec.name == op)
+        names = [backend.name for backend in spec.backends]
+        assert names.index("cuda") < names.index("triton")
+        assert "cuda" in getattr(torch.ops.vkernels, op).overloads()
+
+
+@built
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_is_compiled_for_every_architecture(op):
+    found = kernels(op)
+    for arch in ("sm_80", "sm_90a"):
+        assert len({kernel.name for kernel in found if kernel.arch == arch}) == COUNT[op], arch
+    assert {kernel.arch for kernel in found} == {"sm_80", "sm_90a"}
+
+
+@built
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_spills(op):
+    for kernel in kernels(op):
+        assert kernel.stack == 0, kernel
+        assert kernel.instructions["local"] == 0, kernel
+        assert kernel.registers <= REGISTERS, kernel
+
+
+@built
+def test_apply_rope_moves_16_bytes_at_a_time():
+    """Two heads in flight: four loads before the first store. The kernel by elements is the one for everything else."""
+    for kernel in kernels("apply_rope"):
+        use = kernel.instructions
+        if "staged" in kernel.name:
+            assert use["copy16"] >= 1, kernel
+            assert use["store16"] >= 1, kernel
+        elif "true" in kernel.name:
+            assert use["load16"] >= 4, kernel
+            assert use["store16"] >= 4, kernel
+        else:
+            assert use["load16"] + use["store16"] == 0, kernel
+
+
+# What each function of csrc/include/vkernels/device/ must have become.
+INSTRUCTIONS = {
+    "cp.async": r"LDGSTS\.E\.BYPASS\S*\.128",
+    "its commit": r"LDGDEPBAR",
+    "its wait": r"DEPBAR\.LE SB0, 0x1",
+    "a barrier": r"BAR\.SYNC",
+    "an arrival": r"BAR\.ARV",
+    "ldmatrix x4": r"LDSM\.16\.M88\.4",
+    "ldmatrix x2": r"LDSM\.16\.M88\.2",
+    "ldmatrix x4 transposed": r"LDSM\.16\.MT88\.4",
+    "ldmatrix x2 transposed": r"LDSM\.16\.MT88\.2",
+    "mma bf16": r"HMMA\.16816\.F32\.BF16",
+    "mma f16": r"HMMA\.16816\.F32 ",
+    "a 16-byte load": r"LDG\S*\.128",
+    "a load past L1": r"LDG\.E\.NA\.128",
+    "a 16-byte store": r"STG\S*\.128",
+    "a shuffle": r"SHFL\.IDX",
+    "a butterfly": r"SHFL\.BFLY",
+    "a shift": r"SHFL\.DOWN",
+    "a vote": r"VOTE\.ANY",
+    "2^x": r"MUFU\.EX2",
+    "log2 x": r"MUFU\.LG2",
+    "two bf16": r"F2FP\.BF16",
+    "two f16": r"F2FP\.(F16\.F32\.)?PACK_AB",
+}
+
+
+@built
+def test_every_function_of_the_device_layer_is_its_instruction(tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    cubin = tmp_path / "every_instruction.cubin"
+    source = ROOT / "tests/cuda/every_instruction.cu"
+    command = [nvcc, "-std=c++17", "-arch=sm_80", "-cubin", f"-I{ROOT / 'csrc/include'}", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    missing = [what for what, pattern in INSTRUCTIONS.items() if not re.search(pattern, code)]
+    assert not missing, missing
+
+
+def run(code: str, **environment: str) -> str:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(native_missing() is not None, reason=str(native_missing()))
+def test_a_machine_without_a_driver_is_told_so_in_a_sentence():
+    missing = cuda_missing()
+    if torch.cuda.is_available():
+        assert missing is None
+    elif why_not() is None:
+        assert missing == "no NVIDIA driver is installed (libcuda.so.1 is not found)"
+    else:
+        assert missing is not None
+        assert missing.startswith("vkernels was built without CUDA kernels (")
+
+
+class OnGpu:
+    """As much of a tensor as `cuda_why_not` looks at."""
+
+    dtype, device = torch.float32, torch.device("cuda", 0)
+
+
+def test_why_not_in_sentences(monkeypatch):
+    assert library.cuda_why_not(torch.empty(0, dtype=torch.float64)) == "dtype float64 is served by the reference only"
+    monkeypatch.setattr(library, "emulator", None)
+    assert library.cuda_why_not(torch.empty(0)) == "the tensors are on cpu, this backend runs on NVIDIA GPUs"
+    monkeypatch.setattr(library, "cuda_missing", lambda: "no driver")
+    assert library.cuda_why_not(OnGpu()) == "no driver"
+    monkeypatch.setattr(library, "cuda_missing", lambda: None)
+    monkeypatch.setattr(library, "capability", lambda device: (7, 5))
+    assert library.cuda_why_not(OnGpu()) == "the GPU is sm_75, this backend needs sm_80 or newer"
+    monkeypatch.setattr(library, "capability", lambda device: (12, 0))
+    assert library.cuda_why_not(OnGpu()) is None
+
+
+def test_without_the_tests_the_cpu_is_refused():
+    """The emulator is test code: a user's CPU tensors never reach it."""
+    code = """
+import torch, vkernels as vk
+q = torch.zeros(1, 4, 2, 8)
+try:
+    vk.apply_rope(q, None, vk.RopeSpec.build(8), torch.arange(4), backend="cuda")
+except vk.NoBackend as error:
+    print(error)
+"""
+    assert "the tensors are on cpu, this backend runs on NVIDIA GPUs" in run(code)
+
+
+def test_cuda_can_be_left_out_or_insisted_on():
+    """setup.py, asked for its ninja file only."""
+    code = f"""
+import sys, types, pathlib, tempfile
+sys.argv = ["setup.py", "--version"]
+import setuptools
+setuptools.setup = lambda **kw: None
+sys.modules["setup_py"] = module = types.ModuleType("setup_py")
+module.__file__ = {str(ROOT / "setup.py")!r}
+exec(compile(open(module.__file__).read(), module.__file__, "exec"), module.__dict__)
+folder = pathlib.Path(tempfile.mkdtemp())
+cuda = module.Cuda(folder, "g++", False)
+text = module.NinjaBuild.ninja_file("g++", cuda, pathlib.Path("x.so"), False)
+print(".cu.o" in text, "VK_CUDA_ABSENT" in text)
+"""
+    out = run(code, VKERNELS_CUDA="0")
+    assert "CUDA: vkernels was built without CUDA kernels (VKERNELS_CUDA=0)" in out
+    assert out.endswith("False True\n")
+    out = run(code, VKERNELS_CUDA="", PATH=str(ROOT / "nowhere"), CUDA_HOME=str(ROOT / "nowhere"))
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        assert "nvcc was not found" in out
+    with pytest.raises(AssertionError, match="VKERNELS_CUDA=1, but vkernels was built without"):
+        run(code.replace('"g++", False)', '"no-such-compiler", False)', 1), VKERNELS_CUDA="1")
+
+
+def test_explain_names_the_cuda_backend():
+    if library.emulator is None:
+        pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)")
+    q = torch.zeros(1, 4, 2, 8)
+    told = str(vkernels.explain("apply_rope", q, None, vkernels.RopeSpec.build(8), torch.arange(4), backend="cuda"))
+    assert told.splitlines()[0] == "apply_rope: backend cuda"

@@ -1,0 +1,222 @@
+"""`make gpu`, run without a GPU: the same programs at toy sizes on the CPU, every rival called and compared, every cell
+of the table and the JSON written. What only a GPU can say is not in here: its times.
+
+Trusted after mutation: a rival that returns its input, a NaN in our output, a hung worker waited for and a failure that
+leaves the exit status 0 each turned a test red.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import report, rivals, supervise, worker
+from benchmarks.gpu.cases import Race, Target, own_races, races, with_contents
+from benchmarks.gpu.proof import backends, prove
+from benchmarks.gpu.race import judged, race_case
+from benchmarks.gpu.rivals import sdpa
+from benchmarks.gpu.timing import WallTimer, in_turn, spread
+from benchmarks.measure import relative_error
+from benchmarks.readme import gpu_numbers
+from vkernels.library import INTERPRETED
+from vkernels.spec import Shape, all_specs
+
+LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
+NOT_ON_CPU = ("No viable backend", "does not support backward on CPU", "Backward")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    """SDPA's CUDA kernels are played by its plain one; compiling is left out; ours is the CPU's."""
+    monkeypatch.setattr("benchmarks.gpu.race.backends", lambda spec, device: ["cpu"])
+    monkeypatch.setattr(sdpa, "KERNELS", dict.fromkeys(sdpa.KERNELS, SDPBackend.MATH))
+    for module in ("attention", "divided", "cache"):
+        monkeypatch.setattr(f"benchmarks.gpu.rivals.{module}.KERNELS", sdpa.KERNELS)
+    monkeypatch.setattr(rivals, "compiled", lambda function: function)
+
+
+def in_this_process(stage, arguments, *, on_report, until, patience, before=()):
+    """run_stage without processes."""
+    said = []
+    options = worker.parse([stage, *arguments])
+    {"machine": worker.machine, "proof": worker.proof, "race": worker.race}[stage](options, said.append)
+    for row in said:
+        if not {"begin", "end", "plan"} & set(row):
+            on_report(row)
+    return []
+
+
+def test_a_whole_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "run_stage", in_this_process)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    arguments = gpu.parse(["--device=cpu", "--small", "--no-build", f"--out={tmp_path}"])
+    run = gpu.Run(arguments)
+    run.deadlines = {**gpu.DEADLINES}
+    monkeypatch.setattr(gpu.Run, "proof", lambda self: self._prove(["--op=kv_append", "--few"]))
+    assert run.all() == 0, capsys.readouterr().out
+    (path,) = tmp_path.glob("gpu-*.json")
+    stored = json.loads(path.read_text())
+    assert stored == json.loads(json.dumps(run.found))
+    assert {row["status"] for row in stored["proof"]} == {"passed"}
+    measured = [row for row in stored["race"] if row["status"] == "measured"]
+    assert {(row["op"], row["id"]) for row in measured} == {(race.op, race.id) for race in own_races(small=True)}
+    for row in measured:
+        ran = [rival for rival in row["rivals"] if "ms" in rival]
+        for rival in row["rivals"]:
+            assert "ms" in rival or any(reason in rival["why"] for reason in NOT_ON_CPU), rival
+        assert ran, f"{row['op']} {row['id']} {row['direction']} met no rival"
+        assert row["ms"] > 0
+        assert all(rival["ratio_p20"] <= rival["ratio"] <= rival["ratio_p80"] for rival in ran)
+    said = capsys.readouterr().out
+    assert report.table(stored) in said
+    assert "0 failures" in said
+    text = report.markdown(stored)
+    assert text.count("\n| ") == len(measured) + 1
+    assert stored["environment"]["gpu"] in text
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda s: s.name)
+def test_rivals_agree_on_every_case_of_a_spec(spec):
+    """Real sizes are raced the same way, whatever op they come from."""
+    for case in spec.cases:
+        race = Race(spec.name, case.id, with_contents(case).make, dtypes=(torch.float32,))
+        for row in race_case(race, "cpu", None, LIMITS, 0.0):
+            assert row["status"] in ("warmed", "skipped"), row
+            for rival in row["rivals"]:
+                assert any(reason in rival["why"] for reason in NOT_ON_CPU), rival
+
+
+@pytest.mark.skipif(find_spec("triton") is None or not INTERPRETED, reason="needs Triton's interpreter")
+def test_triton_is_raced(monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.race.backends", backends)
+    race = next(r for r in own_races(small=True) if r.op == "apply_rope")
+    rows = race_case(race, "cpu", None, LIMITS, 0.0)
+    assert [(row["backend"], row["direction"], row["status"]) for row in rows] == [
+        (backend, direction, "warmed") for direction in ("forward", "backward") for backend in ("cpu", "triton")
+    ]
+
+
+def test_a_real_size_is_proven(monkeypatch):
+    spec = next(s for s in all_specs() if s.name == "decode_attention")
+    shape = Shape("toy", spec.cases[0].make, dtypes=(torch.bfloat16,))
+    said = []
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["cpu"])
+    prove(spec, [shape], "cpu", report=said.append)
+    name = "decode_attention/cpu/toy/bfloat16"
+    assert said[0] == {"plan": [name]}
+    assert (said[2]["id"], said[2]["status"]) == (name, "passed")
+
+
+def test_every_size_of_every_spec_is_raced():
+    raced = {(race.op, race.id) for race in races()}
+    assert {(spec.name, shape.id) for spec in all_specs() for shape in spec.shapes} <= raced
+    assert len(raced) == len(races()), "two races of one name"
+
+
+def test_a_wrong_kernel_has_no_speed(monkeypatch):
+    race = next(r for r in own_races(small=True) if r.op == "apply_rope")
+    monkeypatch.setattr("benchmarks.gpu.race._ours", lambda spec, kwargs, backend: lambda: kwargs["q"] * 0.9)
+    row = race_case(race, "cpu", WallTimer(), LIMITS, 0.01)[0]
+    assert row["status"] == "failed"
+    assert "not timed: differs from eager, as models write it by" in row["why"]
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+
+
+def test_targets_are_judged():
+    row = {
+        "bytes": 1e9,
+        "copy_share": 0.85,
+        "tflop_per_s": 410.0,
+        "ms": 0.03,
+        "rivals": [{"name": "SDPA x", "ratio": 2}],
+    }
+    assert judged(Target("copy", 0.8), row)["passed"] is True
+    assert judged(Target("copy", 0.9), row)["passed"] is False
+    assert judged(Target("copy", 0.9), {**row, "bytes": 1e6})["passed"] is None
+    assert judged(Target("tflops", 420), row)["passed"] is False
+    assert judged(Target("us", 36), row)["passed"] is True
+    assert judged(Target("ratio", 2.5, "SDPA"), row) == {"target": ">= 2.5x SDPA", "passed": False}
+    assert judged(Target("ratio", 2, "permute"), row)["passed"] is None
+    assert judged(None, row) == {"target": None, "passed": None}
+    assert report.verdict({"passed": False}, "NVIDIA H200") == "MISS"
+    assert report.verdict({"passed": True}, "NVIDIA A100") == "not judged"
+
+
+def test_calls_are_timed_in_turn():
+    order = []
+    times = in_turn(WallTimer(), [lambda: order.append("a"), lambda: order.append("b")], 0.0)
+    assert order == ["a", "b"] * (len(order) // 2)
+    assert len(times[0]) == len(times[1]) >= 5
+    assert spread([3.0, 1.0, 2.0, 4.0, 5.0]) == (3.0, 2.0, 5.0)
+
+
+SAY = "import time; from benchmarks.gpu.supervise import emit; "
+
+
+def watched(code, until=30.0, patience=30.0):
+    heard = []
+    command = [sys.executable, "-c", SAY + code]
+    how, noise = supervise.watch(command, until=time.monotonic() + until, patience=patience, on_report=heard.append)
+    return how, heard, noise
+
+
+def test_a_worker_is_watched():
+    assert watched("emit({'row': 1}); print('noise')") == ("ended", [{"row": 1}], "noise\n")
+    how, heard, noise = watched("emit({'row': 1}); raise SystemExit('broken')")
+    assert (how, heard, noise) == ("crashed", [{"row": 1}], "broken\n")
+    start = time.monotonic()
+    assert watched("emit({'row': 1}); time.sleep(60)", patience=1.0)[:2] == ("stuck", [{"row": 1}])
+    assert watched("emit({'row': 1}); time.sleep(60)", until=1.0)[:2] == ("out of time", [{"row": 1}])
+    assert time.monotonic() - start < 20
+
+
+def test_a_broken_case_costs_one_case():
+    """The process dies inside case b: a stays measured, b has failed, c gets a new process; time ends inside d."""
+    started = []
+
+    def start(command, *, on_report, **_):
+        skipped = [x.removeprefix("--skip=") for x in command if x.startswith("--skip=")]
+        started.append(skipped)
+        on_report({"plan": ["a", "b", "c", "d", "e"]})
+        for name in [x for x in "abcde" if x not in skipped]:
+            on_report({"begin": name})
+            if name == "b":
+                return "crashed", "an illegal memory access\n"
+            if name == "d":
+                return "out of time", ""
+            on_report({"row": name})
+            on_report({"end": name})
+
+    rows = []
+    lost = supervise.run_stage("race", [], until=0, patience=1, on_report=rows.append, start=start)
+    assert started == [[], ["a", "b"]]
+    assert rows == [{"row": "a"}, {"row": "c"}]
+    assert [(x["id"], x["status"]) for x in lost] == [("b", "failed"), ("d", "skipped"), ("e", "skipped")]
+    assert "crashed: an illegal memory access" in lost[0]["why"]
+
+
+def test_a_failure_is_the_exit_status(monkeypatch, tmp_path):
+    def fails(stage, arguments, **_):
+        return [{"stage": stage, "id": "x", "status": "failed", "why": "it broke"}]
+
+    monkeypatch.setattr(gpu, "run_stage", fails)
+    assert gpu.Run(gpu.parse(["--device=cpu", "--no-build", "--quick", f"--out={tmp_path}"])).all() == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")
+def test_without_a_gpu_it_says_so():
+    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=supervise.ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "make gpu: no CUDA GPU: torch" in run.stderr
+
+
+def test_the_readme_says_what_is_measured(tmp_path):
+    assert "No GPU number has been measured" in gpu_numbers(tmp_path)

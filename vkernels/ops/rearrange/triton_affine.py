@@ -1,0 +1,197 @@
+"""rearrange on Triton, affine: a move by strides, every side read and written in whole lines.
+
+Neighbouring factors that run on are merged. What is contiguous on both sides is copied in runs, in the order of the
+output. Where the channels move, a tile of (the output's fastest factor) x (the input's fastest factor) is read along
+the one, turned in shared memory and written along the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vkernels.check import require
+from vkernels.ops.rearrange.triton import BITS
+from vkernels.ops.rearrange.triton_gather import OP
+from vkernels.triton.launch import arch, cdiv, launch
+from vkernels.triton.tiles import tiles
+
+OUTER = 7  # factors beside the run; with two of them in the tile, 5 remain
+SHORT = 8  # a factor no longer than this is the narrow side of a tile
+Factor = tuple[int, int, int]  # size, stride in x, stride in y
+
+
+@triton.jit
+def _split(at, index, size, step, ALIGN: tl.constexpr):
+    """One factor, innermost first: its part of `index` moved into the offset `at`."""
+    if size is None:
+        return at, index
+    else:
+        return at + index % size * (step * ALIGN), index // size
+
+
+_RUN_SIZES = ["n0", "n1", "n2", "n3", "n4", "n5", "n6", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "rows", "run"]
+
+
+@triton.jit(do_not_specialize=_RUN_SIZES)
+def _copy_runs_kernel(
+    x_ptr, y_ptr, n0, n1, n2, n3, n4, n5, n6, s0, s1, s2, s3, s4, s5, s6, rows, run,
+    ALIGN: tl.constexpr, RUN_ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    run = run * RUN_ALIGN
+    parts = (run + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0).to(tl.int64)
+    row = block // parts * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = block % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    at, left = _split(row * 0, row, n0, s0, ALIGN)
+    at, left = _split(at, left, n1, s1, ALIGN)
+    at, left = _split(at, left, n2, s2, ALIGN)
+    at, left = _split(at, left, n3, s3, ALIGN)
+    at, left = _split(at, left, n4, s4, ALIGN)
+    at, left = _split(at, left, n5, s5, ALIGN)
+    at, left = _split(at, left, n6, s6, ALIGN)
+    inside = (row < rows)[:, None] & (column < run)[None, :]
+    x = tl.load(x_ptr + at[:, None] + column[None, :], mask=inside, other=0)
+    tl.store(y_ptr + (row * run)[:, None] + column[None, :], x, mask=inside)
+
+
+_TURN_SIZES = [f"{field}{i}" for field in "nst" for i in range(6)]
+_TURN_SIZES += ["size_i", "size_j", "stride_xi", "stride_xj", "stride_yi"]
+
+
+@triton.jit(do_not_specialize=_TURN_SIZES)
+def _turn_kernel(
+    x_ptr, y_ptr, n0, n1, n2, n3, n4, n5, s0, s1, s2, s3, s4, s5, t0, t1, t2, t3, t4, t5,
+    size_i, size_j, stride_xi, stride_xj, stride_yi,
+    X_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
+    I_ALIGN: tl.constexpr, J_ALIGN: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """i is the factor along which x is contiguous, j the one along which y is."""
+    size_i, size_j = size_i * I_ALIGN, size_j * J_ALIGN
+    block = tl.program_id(0).to(tl.int64)
+    parts_i, parts_j = (size_i + BLOCK_I - 1) // BLOCK_I, (size_j + BLOCK_J - 1) // BLOCK_J
+    i = block % parts_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    j = block // parts_i % parts_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    index = block // parts_i // parts_j
+    from_x, to_y = index * 0, index * 0
+    left = index
+    from_x, left = _split(from_x, left, n0, s0, X_ALIGN)
+    from_x, left = _split(from_x, left, n1, s1, X_ALIGN)
+    from_x, left = _split(from_x, left, n2, s2, X_ALIGN)
+    from_x, left = _split(from_x, left, n3, s3, X_ALIGN)
+    from_x, left = _split(from_x, left, n4, s4, X_ALIGN)
+    from_x, left = _split(from_x, left, n5, s5, X_ALIGN)
+    left = index
+    to_y, left = _split(to_y, left, n0, t0, Y_ALIGN)
+    to_y, left = _split(to_y, left, n1, t1, Y_ALIGN)
+    to_y, left = _split(to_y, left, n2, t2, Y_ALIGN)
+    to_y, left = _split(to_y, left, n3, t3, Y_ALIGN)
+    to_y, left = _split(to_y, left, n4, t4, Y_ALIGN)
+    to_y, left = _split(to_y, left, n5, t5, Y_ALIGN)
+    x_i = i if X_UNIT else i * (stride_xi * X_ALIGN)
+    x_at = x_ptr + from_x + (j * (stride_xj * X_ALIGN))[:, None] + x_i[None, :]
+    x = tl.load(x_at, mask=(j < size_j)[:, None] & (i < size_i)[None, :], other=0)
+    y_at = y_ptr + to_y + (i * (stride_yi * Y_ALIGN))[:, None] + j[None, :]
+    tl.store(y_at, tl.trans(x), mask=(i < size_i)[:, None] & (j < size_j)[None, :])
+
+
+def _factors(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> list[Factor]:
+    """Factors in output order, checked, those that run on merged, those of one element left out."""
+    same = len(axes) == len(sizes) == len(steps)
+    require(same, OP, "axes", "have a size and a step for every factor", (len(axes), len(sizes), len(steps)))
+    good = all(n >= 0 and s >= 0 and -1 <= a < x.dim() for a, n, s in zip(axes, sizes, steps, strict=True))
+    require(good, OP, "axes", "name axes of x with sizes and steps that are not negative", axes)
+    require(math.prod(sizes) == math.prod(shape), OP, "sizes", f"multiply to the size of {shape}", sizes)
+    factors: list[Factor] = []
+    if 0 in sizes:
+        return factors
+    reach = [0] * x.dim()
+    stride_y = math.prod(sizes)
+    for axis, size, step in zip(axes, sizes, steps, strict=True):
+        stride_y //= size
+        stride_x = 0 if axis < 0 else step * x.stride(axis)
+        if axis >= 0:
+            reach[axis] += (size - 1) * step
+        if size == 1:
+            continue
+        if factors and factors[-1][1:] == (stride_x * size, stride_y * size):
+            factors[-1] = (factors[-1][0] * size, stride_x, stride_y)
+        else:
+            factors.append((size, stride_x, stride_y))
+    require(all(r < n for r, n in zip(reach, x.shape, strict=True)), OP, "steps", "stay inside x", reach)
+    return factors
+
+
+def affine(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> Tensor:
+    factors = _factors(x, axes, sizes, steps, shape)
+    y = x.new_empty(shape)
+    if y.numel() == 0:
+        return y
+    require(len(factors) <= OUTER + 1, OP, "axes", f"have at most {OUTER + 1} factors that do not run on", len(factors))
+    bits = BITS[x.element_size()]
+    if not factors or factors[-1][1] == 1:
+        _copy_runs(x.view(bits), y.view(bits), factors or [(1, 1, 1)])
+    else:
+        _turn(x.view(bits), y.view(bits), factors)
+    return y
+
+
+def _padded(values: list[int], n: int) -> list[int | None]:
+    return [*values, *[None] * (n - len(values))]
+
+
+def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
+    *outer, (run, _, _) = factors
+    outer.reverse()
+    here = dict(tiles(OP, "_copy_runs_kernel", arch(x.device), bytes=x.element_size()))
+    align, run_align = _wide(x, [stride for _, stride, _ in outer]), _wide(x, [run])
+    columns, block = min(triton.next_power_of_2(run), here.pop("BLOCK_C")), here.pop("BLOCK")
+    # An element that is loaded alone has an address of its own, and so many do not fit into registers.
+    block_r = max(1, (block if align * run_align > 1 else block // 4) // columns)
+    rows = y.numel() // run
+    launch(
+        _copy_runs_kernel, (cdiv(rows, block_r) * cdiv(run, columns),), x, y,
+        *_padded([size for size, _, _ in outer], OUTER),
+        *_padded([stride // align for _, stride, _ in outer], OUTER), rows, run // run_align,
+        ALIGN=align, RUN_ALIGN=run_align, BLOCK_R=block_r, BLOCK_C=columns, **here,
+    )  # fmt: skip
+
+
+def _sides(size_i: int, size_j: int, block: int, side: int) -> tuple[int, int]:
+    """A square tile, or where a factor is short one that is long along the other. Three shapes, so that a length does
+    not compile anew."""
+    if size_j <= SHORT < size_i:
+        return block // SHORT, SHORT
+    return (SHORT, block // SHORT) if size_i <= SHORT < size_j else (block // side, side)
+
+
+def _wide(x: Tensor, numbers: list[int]) -> int:
+    """The elements of a 16-byte access where it divides every number, else 1: two variants, not one per divisor."""
+    elements = min(8, 16 // x.element_size())
+    return elements if all(number % elements == 0 for number in numbers) else 1
+
+
+def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
+    """Tiles of the factor x is fastest along and the one y is fastest along, which is the last."""
+    j = factors[-1]
+    rest = factors[:-1] or [(1, 0, 1)]
+    i = min((f for f in rest if f[1] > 0), key=lambda f: f[1], default=rest[-1])
+    rest.remove(i)
+    rest.reverse()
+    here = dict(tiles(OP, "_turn_kernel", arch(x.device), bytes=x.element_size()))
+    block_i, block_j = _sides(i[0], j[0], here.pop("BLOCK"), here.pop("SIDE"))
+    x_align = _wide(x, [f[1] for f in (*rest, j)] + ([] if i[1] == 1 else [i[1]]))
+    y_align = _wide(x, [f[2] for f in (*rest, i)])
+    i_align, j_align = _wide(x, [i[0]]), _wide(x, [j[0]])
+    tiles_i, tiles_j = cdiv(i[0], block_i), cdiv(j[0], block_j)
+    launch(
+        _turn_kernel, (tiles_i * tiles_j * math.prod(f[0] for f in rest),), x, y,
+        *_padded([f[0] for f in rest], OUTER - 1), *_padded([f[1] // x_align for f in rest], OUTER - 1),
+        *_padded([f[2] // y_align for f in rest], OUTER - 1),
+        i[0] // i_align, j[0] // j_align, i[1] // x_align, j[1] // x_align, i[2] // y_align,
+        X_UNIT=i[1] == 1, X_ALIGN=x_align, Y_ALIGN=y_align, I_ALIGN=i_align, J_ALIGN=j_align,
+        BLOCK_I=block_i, BLOCK_J=block_j, **here,
+    )  # fmt: skip
