@@ -132,7 +132,7 @@ def test_a_machine_without_a_driver_is_told_so_in_a_sentence():
     missing = cuda_missing()
     if torch.cuda.is_available():
         assert missing is None
-    elif why_not() is None:
+    elif why_not() is None and "VKERNELS_CUDA=0" not in str(missing):  # nvcc is there, and was not to be left alone
         assert missing == "no NVIDIA driver is installed (libcuda.so.1 is not found)"
     else:
         assert missing is not None
