@@ -31,14 +31,14 @@ def prove(
     spec: OpSpec, cases: list[Case], device: str, skip: Collection[str] = (), report: Callable[[dict], None] = emit
 ) -> None:
     """One report per case, backend and dtype: {"op", "id", "status": "passed" | "failed" | "skipped", "why"}."""
-    todo = [
+    planned = [
         (f"{spec.name}/{backend}/{case.id}/{str(dtype).removeprefix('torch.')}", backend, case, dtype)
         for backend in backends(spec, device)
         for case in cases
         for dtype in (case.dtypes if isinstance(case, Shape) else spec.dtypes)
     ]
-    report({"plan": [name for name, *_ in todo]})
-    for name, backend, case, dtype in todo:
+    report({"plan": [name for name, *_ in planned]})
+    for name, backend, case, dtype in planned:
         if name not in skip:
             report({"begin": name})
             made = with_contents(drawn_there(case) if isinstance(case, Shape) else case)

@@ -93,9 +93,9 @@ def race(arguments: argparse.Namespace, report: Report = emit) -> None:
     if arguments.memory and arguments.device.startswith("cuda"):
         torch.cuda.set_per_process_memory_fraction(arguments.memory)
     chosen = own_races(small=True) if arguments.small else races()
-    todo = {f"{case.op}/{case.id}": case for case in chosen if not arguments.op or case.op in arguments.op}
-    report({"plan": list(todo)})
-    for name, case in todo.items():
+    planned = {f"{case.op}/{case.id}": case for case in chosen if not arguments.op or case.op in arguments.op}
+    report({"plan": list(planned)})
+    for name, case in planned.items():
         if name in arguments.skip:
             continue
         report({"begin": name})

@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vkernels_video.digits import KINDS, Film, Studio, batch
 from vkernels_video.model import VideoLLM, VideoLLMConfig, preset
 from vkernels_video.model.masking import dynamic_rate, random_keep
-from vkernels_video.model.sequence import Example, inputs, lay
-from vkernels_video.model.st_llm import training_losses
+from vkernels_video.model.sequence import Example
+from vkernels_video.model.st_llm import states, training_losses
 from vkernels_video.model.videollm import BEGIN, END, Impl
 
 
@@ -113,10 +112,7 @@ def answers(model: VideoLLM, films: Sequence[Film], impl: Impl = "vkernels") -> 
     pixels = torch.stack([film.frames for film in films])
     rows = model.visual(model.features(pixels, impl), impl).flatten(1, 2)
     examples = [Example([BEGIN], list(film.question.encode()), [0]) for film in films]
-    laid = lay(examples, rows.shape[1], packed=impl != "eager")
-    x = inputs(examples, rows, None, model.decoder.embed_tokens, impl, laid)
-    positions: Tensor = laid.positions if impl != "eager" else laid.positions.view(x.shape[:2])
-    h = model.decoder.hidden(x, positions, laid.lengths, impl)
+    h, laid = states(model.decoder, examples, rows, None, impl, "compacted")
     logits = model.decoder.lm_head(h.flatten(0, 1)[laid.predicting])
     return [chr(ord("0") + int(i)) for i in logits[:, ord("0") : ord("9") + 1].argmax(-1)]
 
@@ -125,6 +121,7 @@ def accuracy(
     model: VideoLLM, films: int = 512, seed: int = 1, frames: int = 8, impl: Impl = "vkernels"
 ) -> dict[str, float]:
     """Share of right answers on test films, per kind of question and over all ("all")."""
+    training = model.training
     model.eval()
     studio = Studio(seed, "test", frames)
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
@@ -132,7 +129,7 @@ def accuracy(
         _, some = batch(studio, min(64, films - start))
         for film, answer in zip(some, answers(model, some, impl), strict=True):
             right[film.kind].append(answer == film.answer)
-    model.train()
+    model.train(training)
     everything = [hit for hits in right.values() for hit in hits]
     return {kind: sum(hits) / max(len(hits), 1) for kind, hits in [*right.items(), ("all", everything)]}
 

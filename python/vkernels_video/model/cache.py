@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vkernels.kv_cache import FULL
 from vkernels_video.model.config import KV_BITS
+
+FULL_PRECISION = {dtype: scheme for scheme, dtype in FULL.items()}  # of vkernels.KVCache
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vkernels.check import require
+
 LAYOUTS = ("tube", "ref")
-
-
-def _must(condition: bool, op: str, argument: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {argument} must {rule}, got {value}")
 
 
 def _random_keep(b: int, n: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -38,8 +35,8 @@ def tube_keep(
     but read patch by patch, so that nothing in it is a tube; with it published runs can be reproduced.
     Source: BT-Adapter, arXiv:2309.15785.
     """
-    _must(0.0 <= ratio < 1.0, "tube_keep", "ratio", "lie in [0, 1)", ratio)
-    _must(layout in LAYOUTS, "tube_keep", "layout", f"be one of {', '.join(LAYOUTS)}", repr(layout))
+    require(0.0 <= ratio < 1.0, "tube_keep", "ratio", "lie in [0, 1)", ratio)
+    require(layout in LAYOUTS, "tube_keep", "layout", f"be one of {', '.join(LAYOUTS)}", repr(layout))
     patches = _random_keep(b, l, l - int(ratio * l), generator)
     if layout == "tube":
         return (patches[:, :, None] * t + torch.arange(t)).flatten(1)
@@ -61,5 +58,5 @@ def dynamic_rate(
 
 def random_keep(b: int, n: int, rate: float, generator: torch.Generator | None = None) -> Tensor:
     """ST-LLM's mask: int64 [b n - int(rate n)], drawn for every sample without regard to frames."""
-    _must(0.0 <= rate < 1.0, "random_keep", "rate", "lie in [0, 1)", rate)
+    require(0.0 <= rate < 1.0, "random_keep", "rate", "lie in [0, 1)", rate)
     return _random_keep(b, n, n - int(rate * n), generator)

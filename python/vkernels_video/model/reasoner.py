@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
+from vkernels_video.model.cache import FULL_PRECISION
 from vkernels_video.model.config import ReasonerConfig
-
-FULL_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:

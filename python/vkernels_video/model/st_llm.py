@@ -70,9 +70,10 @@ def _rows(h: Tensor, rows: Tensor, impl: str) -> Tensor:
     return out[0]
 
 
-def _states(
+def states(
     decoder: Decoder, examples: list[Example], video: Tensor, keep: Tensor | None, impl: str, positions: str
 ) -> tuple[Tensor, Laid]:
+    """The decoder's final states of a batch, and where everything stands in it."""
     n = video.shape[1]
     kept = n if keep is None else keep.shape[1]
     own = keep if positions == "original" else None
@@ -118,11 +119,11 @@ def training_losses(
         raise ValueError(f"ST-LLM: video must hold {len(examples)} samples, got {len(video)}")
     if not any(example.answer for example in examples):
         raise ValueError("ST-LLM: examples must hold an answer to learn from, got none")
-    h, laid = _states(decoder, examples, video, keep, impl, positions)
+    h, laid = states(decoder, examples, video, keep, impl, positions)
     losses = {"answer": answer_loss(decoder, h, laid, impl)}
     if mvm is not None and keep is not None:
         with torch.no_grad():
-            full, everywhere = _states(decoder, examples, video, None, impl, positions)
+            full, everywhere = states(decoder, examples, video, None, impl, positions)
             teacher = _rows(full, everywhere.video.gather(1, keep.cpu()).flatten(), impl)
         student = mvm(_rows(h, laid.video.flatten(), impl))
         losses["mvm"] = mvm_loss(student, teacher, kind)

@@ -20,7 +20,7 @@ import vkernels as vk
 from vkernels.rearrangement import assemble, interleave_clips
 from vkernels_video.model import checkpoint, connector
 from vkernels_video.model.bt_adapter import BTAdapter
-from vkernels_video.model.cache import DequantisingCache, GrowingCache, dequantise
+from vkernels_video.model.cache import FULL_PRECISION, DequantisingCache, GrowingCache, dequantise
 from vkernels_video.model.clip import Trunk
 from vkernels_video.model.config import EncoderConfig, VideoLLMConfig
 from vkernels_video.model.decoder import Decoder, Prompt, ntk_base
@@ -33,7 +33,6 @@ CONFIG_FILE = "vkernels_video.json"
 Impl = Literal["eager", "vkernels"]
 IMPLS: tuple[Impl, ...] = ("eager", "vkernels")
 BEGIN, END = 256, 257
-FULL_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Stage = Callable[[str], AbstractContextManager]
 
 

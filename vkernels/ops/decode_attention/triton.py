@@ -17,7 +17,7 @@ from vkernels.triton.codes import add_codes, load_words, planes, unit_rows
 from vkernels.triton.counters import counters
 from vkernels.triton.head import load_head
 from vkernels.triton.history import checked_cache, history_range, page_of, recent_range, ring_slot, seen_range, share_of
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.matmul import dot
 from vkernels.triton.parts import is_last, join, leave_part
 from vkernels.triton.softmax import LOG2E, softmax_step
@@ -270,7 +270,7 @@ def _run(
     kernel = _decode_codes_kernel if shape.bits else _decode_rows_kernel
     here = dict(tiles(NAME, kernel.fn.__name__, arch(q.device), d=d, bytes=4 if wide else 2))
     rows, most = n // m * s, here.pop("BLOCK_R")
-    r = min(most, max(16, triton.next_power_of_2(rows)))
+    r = min(most, max(16, power_of_2(rows)))
     programs, room = b * m * cdiv(rows, r), table.shape[1] * shape.page
     steps = cdiv(shape.ring or room, shape.group if shape.bits else here["BLOCK_N"])
     splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS")) + (shape.bits > 0)
@@ -281,7 +281,7 @@ def _run(
         q, o, lse, part, counters(programs, q.device), length, table, *(at[name] for name in names),
         *(stride // align for stride in q.stride()[:3]), m, n // m, s, pool.shape[0], table.shape[1],
         shape.page, shape.ring, shape.sinks, shape.residual, room, splits, scale, window,
-        D=d, A=max(16, triton.next_power_of_2(d)), R=r, G=shape.group, WIDE=wide,
+        D=d, A=max(16, power_of_2(d)), R=r, G=shape.group, WIDE=wide,
         PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0, ALIGN=align,
         **here, **({"BITS": shape.bits} if shape.bits else {}),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from vkernels.check import bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.triton.history import checked_cache
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.quantize import pack_columns, pack_rows, quantise
 from vkernels.triton.tiles import tiles
 
@@ -229,12 +229,12 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, length: Tensor, table: Tensor
             _append_rows_kernel, (cdiv(b * s, here["BLOCK_S"]), cdiv(m, here["BLOCK_H"])),
             k, v, count.contiguous(), length, table, k_rows, v_rows, *sinks, *strides,
             b * s, s, m, cache.page, cache.ring, cache.sinks, pool.shape[0], table.shape[1],
-            **fixed, BLOCK_D=triton.next_power_of_2(d), **here,
+            **fixed, BLOCK_D=power_of_2(d), **here,
         )  # fmt: skip
         return
     here = dict(tiles(NAME, "_append_codes_kernel", arch(k.device), d=cache.group))
     g, per = cache.group, 32 // cache.bits
-    key_c = max(per, min(here.pop("BLOCK_C"), triton.next_power_of_2(d)))
+    key_c = max(per, min(here.pop("BLOCK_C"), power_of_2(d)))
     value_t, value_c = max(per, min(here.pop("BLOCK_T"), g)), max(key_c, g)
     parts = cdiv(d, key_c) + g // value_t * cdiv(d, value_c)
     # Groups that s tokens can complete, and those of the window; then the sinks they can fill.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vkernels.check import bind, require
 from vkernels.library import unit_stride
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, turn
 from vkernels.triton.tiles import tiles
 
@@ -429,8 +429,8 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
         pos_strides = [pos.stride(0), 0 if pos.shape[1] == 1 else pos.stride(1), pos.stride(2), axes]
     else:
         rows, pairs, blocks, offset, pos_strides = 1, d // 2, 0, 0, [0, 0, 0, 0]
-    padded = triton.next_power_of_2(max(pairs, 1))
-    head = (d, offset, pairs, padded, blocks, triton.next_power_of_2(d), 2 * pairs < d, turns)
+    padded = power_of_2(max(pairs, 1))
+    head = (d, offset, pairs, padded, blocks, power_of_2(d), 2 * pairs < d, turns)
     norms = [(x is not None, bool(post), bool(over_all)) if x is not None else NO_NORM.value for x in (q_norm, k_norm)]
     strides = [*qkv.stride()[:2], *(stride for x in (q, k, v) for stride in x.stride()[:3])]
     align = alignment(strides)

@@ -29,7 +29,7 @@ from vkernels.ops.rearrange.triton_gather import (
     source_arguments,
     source_steps,
 )
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.norm import row_statistics
 from vkernels.triton.tiles import tiles
 
@@ -149,7 +149,7 @@ def blocks(kernel: str, x: Tensor, whole: bool) -> dict[str, int]:
     c = x.shape[-1]
     here = dict(tiles(OP, kernel, arch(x.device), d=c, bytes=x.element_size()))
     block, widest = here.pop("BLOCK"), here.pop("BLOCK_C")
-    columns = triton.next_power_of_2(c)
+    columns = power_of_2(c)
     columns = columns if whole else min(columns, widest)
     return {**here, "BLOCK_R": max(1, block // columns), "BLOCK_C": columns}
 

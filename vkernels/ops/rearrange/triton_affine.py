@@ -16,7 +16,7 @@ from torch import Tensor
 from vkernels.check import require
 from vkernels.ops.rearrange.triton import BITS
 from vkernels.ops.rearrange.triton_gather import OP
-from vkernels.triton.launch import arch, cdiv, launch
+from vkernels.triton.launch import arch, cdiv, launch, power_of_2
 from vkernels.triton.tiles import tiles
 
 OUTER = 7  # factors beside the run; with two of them in the tile, 5 remain
@@ -148,7 +148,7 @@ def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     outer.reverse()
     here = dict(tiles(OP, "_copy_runs_kernel", arch(x.device), bytes=x.element_size()))
     align, run_align = _wide(x, [stride for _, stride, _ in outer]), _wide(x, [run])
-    columns, block = min(triton.next_power_of_2(run), here.pop("BLOCK_C")), here.pop("BLOCK")
+    columns, block = min(power_of_2(run), here.pop("BLOCK_C")), here.pop("BLOCK")
     # An element that is loaded alone has an address of its own, and so many do not fit into registers.
     block_r = max(1, (block if align * run_align > 1 else block // 4) // columns)
     rows = y.numel() // run
