@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vkernels.check import require
 from vkernels.masks import MaskPlan
 
 NO_LIMIT = -1
@@ -85,3 +86,26 @@ def by_length(s_q: int, first: Tensor | int, length: Tensor, s_k: int, band: Ban
         first = first.long()[:, None]
     low = low.clamp_min(first)
     return plan(low, torch.maximum(high, low), s_k)
+
+
+MOST_RUNS = 3  # key intervals a kernel follows per query
+
+
+def runs(seen: Tensor, op: str) -> MaskPlan:
+    """The plan of a dense mask [p, s_q, s_k] whose rows show at most MOST_RUNS runs of keys. Waits for the device."""
+    p, s_q, s_k = seen.shape
+    edge = torch.nn.functional.pad(seen.to(torch.int8), (1, 1)).diff(dim=-1)  # p s_q s_k+1: 1 opens a run, -1 ends it
+    opens, ends = edge == 1, edge == -1
+    most = int(opens.sum(-1).max()) if opens.numel() else 0
+    rule = f"show each query at most {MOST_RUNS} runs of keys (a VideoMask has no such limit)"
+    require(most <= MOST_RUNS, op, "attn_mask", rule, most)
+    ranges = torch.zeros((p, s_q, max(most, 1), 2), dtype=torch.int32, device=seen.device)
+    for side, marks in enumerate((opens, ends)):
+        sample, query, key = marks.nonzero(as_tuple=True)
+        number = marks.cumsum(-1)[sample, query, key] - 1
+        ranges[sample, query, number, side] = key.to(torch.int32)
+    # a row with fewer runs repeats the end of its last one, so that intervals ascend
+    last = ranges[..., 1].cummax(-1).values
+    empty = ranges[..., 0] >= ranges[..., 1]
+    ranges = torch.where(empty[..., None], last[..., None], ranges)
+    return MaskPlan(s_q=s_q, s_k=s_k, groups=1, len_q=s_q, len_k=s_k, ranges=ranges.flatten(2))

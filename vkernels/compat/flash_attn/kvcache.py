@@ -77,7 +77,8 @@ def flash_attn_with_kvcache(
     require(not gradient, OP, "q, k and v", "not require a gradient, a cache is for inference", "requires_grad=True")
     length = _lengths(cache_seqlens, k_cache, k, block_table, b)
     if rotary_cos is not None:
-        require(k is not None and rotary_sin is not None, OP, "rotary_cos", "come with rotary_sin, k and v", "without")
+        if k is None or rotary_sin is None:
+            raise ValueError(refusal(OP, "rotary_cos", "come with rotary_sin, k and v", "rotary_cos without them"))
         begin = length if cache_leftpad is None else length - cache_leftpad.long()
         still = limits.everything  # then every query stands at the cache's end
         q = rotate(q, rotary_cos, rotary_sin, places(begin, s_q, still), rotary_interleaved, op=OP)

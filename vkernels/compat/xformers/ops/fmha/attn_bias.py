@@ -52,7 +52,7 @@ class _SeqLenInfo:
         return _SeqLenInfo(_int32(starts, device), max(lengths, default=-1), min(lengths, default=-1), starts)
 
     def to(self, device: Device) -> Any:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
