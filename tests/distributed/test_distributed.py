@@ -60,6 +60,21 @@ def test_a_cut_cache_decodes(ranks, lengths):
     assert max(ranks(2).run(work.decoded, lengths)) < 1e-5
 
 
+@pytest.mark.parametrize("cls", [0, 1])
+def test_divided_attention_trades_places_for_frames(ranks, cls):
+    for world in (2, 4):
+        assert max(ranks(world).run(work.divided, cls)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "checkpoint"])
+def test_it_works_in_the_engines_people_run(ranks, kind):
+    assert max(ranks(2).run(work.engine, kind)) < 1e-4
+
+
+def test_dtensors_in_and_out(ranks):
+    assert all(ranks(2).run(work.dtensors))
+
+
 def test_a_mesh_or_a_group(ranks):
     assert all(ranks(2).run(work.meshes))
 

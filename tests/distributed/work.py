@@ -157,3 +157,109 @@ def meshes() -> bool:
     except ValueError as error:
         return "be a one-dimensional DeviceMesh" in str(error)
     return False
+
+
+# ---- divided attention
+
+
+def divided(cls: int) -> float:
+    """A temporal and a spatial layer with a trade between, against one process, gradients included."""
+    world = dist.get_world_size()
+    grid, random = vk.Grid(5, 3, 1), torch.Generator().manual_seed(5)
+    x = torch.randn(2, cls + grid.tokens, 3 * 4 * 8, generator=random)
+    weight = torch.randn(2, cls + grid.tokens, 4, 8, generator=random)
+
+    def layer(y, run):
+        return run(*y.unflatten(-1, (3, 4, 8)).unbind(2))
+
+    one = x.clone().requires_grad_()
+    out = layer(one, lambda *qkv: vk.divided_attention(*qkv, grid, axis="temporal", cls=cls)).flatten(2).repeat(1, 1, 3)
+    want = layer(out, lambda *qkv: vk.divided_attention(*qkv, grid, axis="spatial", cls=cls))
+    (want_grad,) = torch.autograd.grad((want * weight).sum(), one)
+
+    mine = vd.take(x, grid, "temporal", cls=cls).requires_grad_()
+    with vd.traffic() as sent:
+        out = layer(mine, lambda *qkv: vd.divided_attention(*qkv, grid, "temporal", cls=cls)).flatten(2).repeat(1, 1, 3)
+        assert sent.bytes == 0
+        traded = vd.trade(out, grid, "spatial", cls=cls)
+        got = layer(traded, lambda *qkv: vd.divided_attention(*qkv, grid, "spatial", cls=cls))
+    part = vd.take(weight, grid, "spatial", cls=cls)
+    if cls:  # every rank has the CLS; its loss counts once
+        part = torch.cat([part[:, :cls] / world, part[:, cls:]], 1)
+    (grad,) = torch.autograd.grad((got * part).sum(), mine)
+    first = grad[:, :cls].contiguous()
+    dist.all_reduce(first)
+    grad = torch.cat([first, grad[:, cls:]], 1)
+    back = vd.trade(got, grid, "temporal", cls=cls)
+    assert torch.equal(vd.trade(back, grid, "spatial", cls=cls), got)
+    differences = [got - vd.take(want, grid, "spatial", cls=cls), grad - vd.take(want_grad, grid, "temporal", cls=cls)]
+    return max((d.abs().max().item() if d.numel() else 0.0) for d in differences)
+
+
+# ---- inside the engines people run
+
+
+class Block(torch.nn.Module):
+    def __init__(self, mask, scheme):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        self.mask, self.scheme = mask, scheme
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).unbind(2)
+        if self.scheme is None:
+            return x + self.out(vk.attention(q, k, v, mask=self.mask).flatten(2))
+        return x + self.out(vd.attention(q, k, v, self.mask, scheme=self.scheme).flatten(2))
+
+
+def engine(kind: str) -> float:
+    """Two blocks under DDP, FSDP2 or activation checkpointing: outputs and parameter gradients of one process."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
+
+    mask, world = masks()["frame_causal"], dist.get_world_size()
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(Block(mask, None), Block(mask, None))
+    mine = torch.nn.Sequential(Block(mask, "ring"), Block(mask, "heads"))
+    mine.load_state_dict(one.state_dict())
+    x, weight = torch.randn(2, 24, 32), torch.randn(2, 24, 32)
+    want = one(x)
+    (want * weight).sum().backward()
+    model = mine
+    if kind == "ddp":
+        model = DistributedDataParallel(mine)
+    elif kind == "fsdp":
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for block in mine:
+            fully_shard(block, mesh=mesh)
+        fully_shard(mine, mesh=mesh)
+    own = vd.scatter_tokens(x, mask)
+    out = checkpoint(model, own, use_reentrant=False) if kind == "checkpoint" else model(own)
+    (out * vd.scatter_tokens(weight, mask)).sum().backward()
+    worst_of = (out - vd.scatter_tokens(want, mask)).abs().max().item()
+    for (_, a), (_, b) in zip(mine.named_parameters(), one.named_parameters(), strict=True):
+        grad = a.grad.full_tensor() if kind == "fsdp" else a.grad
+        if kind == "checkpoint":
+            dist.all_reduce(grad)
+            grad = grad / world
+        worst_of = max(worst_of, (grad * world - b.grad).abs().max().item())
+    return worst_of
+
+
+def dtensors() -> bool:
+    """DTensor in, DTensor out."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mask, (q, k, v) = masks()["causal"], whole(24)[:3]
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    local = [vd.scatter_tokens(x, mask) for x in (q, k, v)]
+    shards = [DTensor.from_local(x, mesh, (Shard(1),)) for x in local]
+    out, lse = vd.attention(*shards, mask, return_lse=True)
+    want, want_lse = vd.attention(*local, mask, return_lse=True)
+    return (
+        out.shape == q.shape
+        and out.placements == (Shard(1),)
+        and torch.equal(out.to_local(), want)
+        and torch.equal(lse.to_local(), want_lse)
+    )

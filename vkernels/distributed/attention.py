@@ -6,7 +6,9 @@ import hashlib
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from vkernels.check import NoBackend, ShapeError, refusal, require
 from vkernels.dispatch import choose
@@ -35,7 +37,8 @@ def attention(
     """`vkernels.attention` of the whole sequence, each rank giving and getting its own tokens.
 
     Args:
-        q, k, v:    (b own n d), (b own m d): this rank's tokens, `scatter_tokens(x, mask, mesh)`
+        q, k, v:    (b own n d), (b own m d): this rank's tokens, `scatter_tokens(x, mask, mesh)`; or DTensors of these,
+                    sharded over dimension 1
         mask:       a VideoMask or MaskPlan of the whole sequence, a number of tokens that all see each other, or the
                     ShardPlan of one of these
         mesh:       a one-dimensional DeviceMesh or a ProcessGroup; None: everyone
@@ -46,7 +49,7 @@ def attention(
         return_lse: also return the log of the sum of exponentials (b n own), float32
         backend:    as vkernels.attention, less the reference
     Returns:
-        output (b own n d) like q
+        output (b own n d) like q; a DTensor where q is one
     Raises:
         ShapeError, TypeError, ValueError on every rank, before anything is sent, where one rank's arguments are refused
         or mean another call (mask, shapes, dtype, scale, scheme); the process group's own errors where a rank is gone
@@ -56,6 +59,8 @@ def attention(
         >>> o = attention(*(scatter_tokens(x, shards) for x in (q, k, v)), shards)
     Source: Ring Attention, arXiv:2310.01889; DeepSpeed-Ulysses, arXiv:2309.14509.
     """
+    if isinstance(q, DTensor):
+        return _of_dtensors(q, k, v, mask, mesh, scheme=scheme, scale=scale, return_lse=return_lse, backend=backend)
     group = group_of(mesh, OP)
     world, me = size_and_rank(group)
     problem: Exception | None = None
@@ -69,6 +74,28 @@ def attention(
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     out, lse = SCHEMES[scheme](q, k, v, factor, _seat(shards, group, me), name)
     return (out, lse) if return_lse else out
+
+
+def _of_dtensors(q: DTensor, k: Tensor, v: Tensor, mask: Mask | ShardPlan, mesh: Any, **options: Any) -> Any:
+    """Tensors sharded over their tokens, as the deal has them; so is the result."""
+    own = q.device_mesh
+    require(mesh is None or mesh == own, OP, "mesh", "be that of the DTensors, or None", mesh)
+    for argument, x in (("q", q), ("k", k), ("v", v)):
+        good = isinstance(x, DTensor) and x.device_mesh == own and tuple(x.placements) == (Shard(1),)
+        require(
+            good, OP, argument, "be a DTensor sharded over dimension 1 of one mesh", getattr(x, "placements", type(x))
+        )
+    local: list[Any] = [x.to_local() for x in (q, k, v)]  # type: ignore[attr-defined]
+    out: Any = attention(local[0], local[1], local[2], mask, own, **options)
+    b, s, n, d = q.shape
+
+    def whole(x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(x, own, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
+
+    if not options["return_lse"]:
+        return whole(out, 1, (b, s, n, d))
+    return whole(out[0], 1, (b, s, n, d)), whole(out[1], 2, (b, n, s))
 
 
 def _prepared(
