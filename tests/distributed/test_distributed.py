@@ -5,6 +5,8 @@ they were computed; a ring step that reads before it waits; heads put back in an
 what it was asked.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from ranks import Ranks
 
 import vkernels as vk
 from vkernels import distributed as vd
+from vkernels.distributed.__main__ import SIZES, table
 from vkernels.ops.attention.reference import plan_dense
 
 MASKS = list(work.masks())
@@ -132,6 +135,11 @@ def test_causal_is_dealt_like_the_zigzag():
     assert sorted(sorted((rows[::512] // 512).tolist()) for rows in shards.tokens) == [[0, 7], [1, 6], [2, 5], [3, 4]]
     assert shards.imbalance == 1.0
     assert "imbalance 1.000" in str(shards)
+
+
+def test_the_page_has_the_models_table():
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    assert table({"131k": SIZES["131k"]}) in page
 
 
 def test_dropped_tokens_weigh_nothing():

@@ -43,8 +43,8 @@ def attention(
                     ShardPlan of one of these
         mesh:       a one-dimensional DeviceMesh or a ProcessGroup; None: everyone
         scheme:     "ring": keys and values travel part by part, the next while this one is attended to; "gather": all
-                    at once; "heads": tokens are traded for heads, both of which the ranks must divide; "auto": what
-                    sends least
+                    at once; "heads": tokens are traded for heads, both of which the ranks must divide; "auto": ring
+                    where its messages hide behind its compute, else what sends least
         scale:      None: 1 / sqrt(d)
         return_lse: also return the log of the sum of exponentials (b n own), float32
         backend:    as vkernels.attention, less the reference

@@ -38,7 +38,7 @@ def _check(op: str, name: str, x: Tensor, tokens: int) -> None:
 
 
 def take(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
-    """This rank's tokens, for layers of `axis`, of x [b, cls + t h w, ...] that every rank holds whole; the CLS stays."""
+    """This rank's tokens, for layers of `axis`, of x [b, cls + t h w, ...], whole on every rank; the CLS stays."""
     world, me = size_and_rank(group_of(mesh, "distributed.take"))
     _check("distributed.take", "x", x, cls + grid.tokens)
     starts = [0, *accumulate(shares(grid.h * grid.w if axis == "temporal" else grid.t, world))]

@@ -34,6 +34,10 @@ class Flat:
     def tokens(self) -> int:
         return self.q_place.shape[1]
 
+    @property
+    def samples(self) -> int:
+        return max(self.q_place.shape[0], self.ranges.shape[0])
+
     def tensors(self) -> list[Tensor]:
         """Everything that says who sees whom."""
         box = self.box
