@@ -104,25 +104,23 @@ def all_gather(x: Tensor, counts: Sequence[int], group: ProcessGroup) -> list[Te
     longest = max(counts, default=0)
     padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: len(x)] = x
-    everyone = x.new_empty((world * longest, *x.shape[1:]))
-    dist.all_gather_into_tensor(everyone, padded, group)
+    everyone = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(everyone, padded, group)
     for r in range(world):
         if r != me:
             _count(padded.numel() * padded.element_size())
-    return (
-        [rows[:count] for rows, count in zip(everyone.split(longest), counts, strict=True)] if longest else [x] * world
-    )
+    return [rows[:count] for rows, count in zip(everyone, counts, strict=True)]
 
 
 def agree(op: str, digest: int, problem: Exception | None, group: ProcessGroup, device: torch.device) -> None:
     """Raise on every rank where one has a problem, or where they do not mean the same call. Before anything is sent."""
     world, me = size_and_rank(group)
     mine = torch.tensor([digest, problem is not None], dtype=torch.int64, device=device)
-    everyone = mine.new_empty((world * 2,))
-    dist.all_gather_into_tensor(everyone, mine, group)
+    everyone = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyone, mine, group)
     if problem is not None:
         raise problem
-    digests, refused = everyone.view(world, 2).tolist(), []
+    digests = torch.stack(everyone).tolist()
     refused = [r for r, (_, bad) in enumerate(digests) if bad]
     if refused:
         raise ValueError(refusal(op, "arguments", "be accepted by every rank", f"refusals on ranks {refused}"))
