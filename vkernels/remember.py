@@ -60,6 +60,8 @@ def look(values: Iterable[Any]) -> list[Any]:
             seen += look(x)
         elif isinstance(x, Tensor) or x is NotImplemented:
             raise Unlike
+        elif kind is float and x == 0.0:
+            seen += (kind, str(x))  # 0.0 and -0.0 are equal, too
         else:
             seen += (kind, x)
     return seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +106,9 @@ def alignment(strides: Iterable[int]) -> int:
     return math.gcd(8, *strides)
 
 
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a new tensor."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides))
+def blueprint(x: torch.Tensor) -> torch.Tensor:
+    """What a new tensor like `x` will look like, without its memory: for plans of launches."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format, device="meta")
 
 
 def cdiv(n: int, size: int) -> int:

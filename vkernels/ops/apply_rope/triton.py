@@ -13,7 +13,7 @@ from torch import Tensor
 from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.remember import planned
-from vkernels.triton.launch import alignment, arch, cdiv, contiguous, launch, power_of_2
+from vkernels.triton.launch import alignment, arch, blueprint, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
 from vkernels.triton.tiles import tiles
 
@@ -121,9 +121,8 @@ def _plan(q, k, pos, axis, freq, cos, sin, layout: list[int], in_place: bool) ->
     pairs = freq.shape[0] if cos is None else cos.shape[2]
     here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
     both = (q, q if k is None else k)
-    read = [x.stride()[:3] for x in both]
-    written = read if in_place else [contiguous(x.shape)[:3] for x in both]
-    strides = [stride for x in (*read, *written) for stride in x]
+    written = both if in_place else map(blueprint, both)
+    strides = [stride for x in (*both, *written) for stride in x.stride()[:3]]
     align = alignment(strides)
     grid = (cdiv(b * s, here["BLOCK_S"]),)
     numbers = (
