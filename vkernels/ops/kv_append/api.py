@@ -23,9 +23,8 @@ class Call(NamedTuple):
     doors: dict[str, Any] | None = None
 
 
-def prepare(
-    cache: KVCache, k: torch.Tensor, v: torch.Tensor, *, count: Sequence[int] | torch.Tensor | None = None
-) -> Call:
+def _check(cache: KVCache, k: torch.Tensor, v: torch.Tensor) -> int:
+    """The tokens of a call to the cache."""
     name = "kv_append"
     if not isinstance(cache, KVCache):
         raise TypeError(refusal(name, "cache", "be a KVCache", type(cache).__name__))
@@ -36,7 +35,13 @@ def prepare(
         require(x.device == cache.device, name, argument, f"be on {cache.device}", x.device, TypeError)
         rule = "not require a gradient, a cache is for inference"
         require(not (x.requires_grad and torch.is_grad_enabled()), name, argument, rule, "requires_grad=True")
-    return Call(cache, k, v, _counts(cache, sizes["s"], count))
+    return sizes["s"]
+
+
+def prepare(
+    cache: KVCache, k: torch.Tensor, v: torch.Tensor, *, count: Sequence[int] | torch.Tensor | None = None
+) -> Call:
+    return Call(cache, k, v, _counts(cache, _check(cache, k, v), count))
 
 
 def _counts(cache: KVCache, s: int, count: Sequence[int] | torch.Tensor | None) -> list[int]:
@@ -51,9 +56,10 @@ def _counts(cache: KVCache, s: int, count: Sequence[int] | torch.Tensor | None) 
 
 
 @remembered
-def _decide(form, lengths, k, v, backend, *, cache, count) -> tuple[Backend, dict[str, Any]]:
-    """(backend, doors). `form` is what the cache looks like."""
-    return choose("kv_append", BACKENDS, backend, prepare(cache, k, v, count=count)), {}
+def _decide(form, lengths, k, v, backend, *, cache) -> tuple[Backend, dict[str, Any]]:
+    """(backend, doors). `form` is what the cache looks like; who runs the call does not depend on the counts."""
+    _check(cache, k, v)
+    return choose("kv_append", BACKENDS, backend, Call(cache, k, v, [])), {}
 
 
 def kv_append(
@@ -87,7 +93,7 @@ def kv_append(
     Source: KIVI, arXiv:2402.02750.
     """
     form, lengths = (cache.form, cache.lengths) if isinstance(cache, KVCache) else (None, None)
-    chosen, doors = _decide(form, lengths, k, v, backend, cache=cache, count=count)
+    chosen, doors = _decide(form, lengths, k, v, backend, cache=cache)
     counts = _counts(cache, k.shape[1], count)
     cache.reserve(counts)
     chosen.run(Call(cache, k, v, counts, doors))
