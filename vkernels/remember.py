@@ -1,8 +1,8 @@
 """What was decided for a call is remembered for every call that looks like it.
 
 Whether arguments are good, which backend serves them, tiles and grid of a launch: all of it follows from what a call
-looks like (shapes, strides, dtypes, devices, numbers) and never from the values its tensors hold. So it is decided once,
-by a function marked `remembered`; a call that looks like an earlier one costs a look-up and the launch.
+looks like (shapes, strides, dtypes, devices, numbers) and never from the values its tensors hold. So it is decided
+once, by a function marked `remembered`; a call that looks like an earlier one costs a look-up and the launch.
 
 A public function remembers its checks and the chosen backend, and hands `doors` on to `vkernels.library.op`, which
 remembers there what runs each operator. An operator's Triton launcher is written as `planned`: it checks, plans, and
@@ -12,6 +12,7 @@ returns what launches. Refusals are never remembered, and nothing remembered hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -22,12 +23,13 @@ from torch.nn import Parameter
 from vkernels import library
 
 Decided = TypeVar("Decided")
+VALUES = {bool, int, torch.dtype, torch.device, torch.Size}
 MOST = 4096  # decisions kept; one more and all are made anew
 _known: dict[tuple[Any, ...], Any] = {}
 
 
 class Unlike(TypeError):
-    """A call that is like no other: a tensor that is more than memory, or a value without a hash."""
+    """A call that is like no other: a tensor that is more than memory, or an object that may change."""
 
 
 class Form:
@@ -58,18 +60,18 @@ def look(values: Iterable[Any]) -> list[Any]:
         elif kind is list or kind is tuple:
             seen += (kind, len(x))
             seen += look(x)
-        elif isinstance(x, Tensor) or x is NotImplemented:
-            raise Unlike
-        elif kind is float and x == 0.0:
-            seen += (kind, str(x))  # 0.0 and -0.0 are equal, too
-        else:
+        elif kind is float:
+            seen += (kind, x or str(x))  # 0.0 and -0.0 are equal, too
+        elif kind in VALUES or (is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__hash__):
             seen += (kind, x)
+        else:
+            raise Unlike
     return seen
 
 
 def remembered(decide: Callable[..., Decided]) -> Callable[..., Decided]:
     """`decide(*args, **rest)`, called once for all `args` that look alike. `rest` are arguments whose part in the
-    decision `args` already tell; `NotImplemented` among `args` says that they do not yet.
+    decision `args` already tell. NotImplemented among `args`, which looks like nothing, says that they do not yet.
 
     `decide` may read of a tensor what `look` does, of other objects what never changes, and of the world only what is
     in the key below. It returns no tensor and keeps none.

@@ -66,7 +66,9 @@ class RopeSpec:
         object.__setattr__(self, "turns", tuple(x - 2**64 if x >= 2**63 else x for x in bits))
         even = self.layout != "axial" or len(self.freq) % 2 == 0
         require(even, op, "freq", "have an even number of pairs with layout 'axial'", len(self.freq))
-        object.__setattr__(self, "_hash", hash((self.freq, self.axis, self.scale, self.offset)))  # same in every process
+        object.__setattr__(
+            self, "_hash", hash((self.freq, self.axis, self.scale, self.offset))
+        )  # same in every process
 
     def __hash__(self) -> int:
         return self._hash

@@ -7,6 +7,7 @@ the storage, so that a wrong value gives wrong numbers and no access outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl

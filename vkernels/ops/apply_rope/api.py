@@ -128,7 +128,9 @@ def prepare(
 
 
 @remembered
-def _decide(q, k, spec, pos, inverse, inplace, angle, backend) -> tuple[Backend, tuple[int, ...] | None, dict[str, Any]]:
+def _decide(
+    q, k, spec, pos, inverse, inplace, angle, backend
+) -> tuple[Backend, tuple[int, ...] | None, dict[str, Any]]:
     """(backend, shape of the positions it takes, doors)."""
     call = prepare(q, k, spec, pos, inverse=inverse, inplace=inplace, angle=angle)
     return choose("apply_rope", BACKENDS, backend, call), None if call.pos is None else call.pos.shape, {}
