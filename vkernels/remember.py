@@ -12,7 +12,6 @@ returns what launches. Refusals are never remembered, and nothing remembered hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -62,11 +61,17 @@ def look(values: Iterable[Any]) -> list[Any]:
             seen += look(x)
         elif kind is float:
             seen += (kind, x or str(x))  # 0.0 and -0.0 are equal, too
-        elif kind in VALUES or (is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__hash__):
+        elif kind in VALUES or _is_value(kind):
             seen += (kind, x)
         else:
             raise Unlike
     return seen
+
+
+def _is_value(kind: Any) -> bool:
+    """Frozen dataclasses that are equal when their fields are: RopeSpec, Grid, Pattern."""
+    parameters = getattr(kind, "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen and parameters.eq
 
 
 def remembered(decide: Callable[..., Decided]) -> Callable[..., Decided]:

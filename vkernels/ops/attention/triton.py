@@ -105,7 +105,7 @@ class _Problem:
         ranges = tensors["ranges"]
         self.intervals = 0 if ranges is None else ranges.shape[-1] // 2
         self.bounds = [*bounds, *[0] * (2 * MAX_RELATIONS - len(bounds))]
-        self.row = {"arch": arch(q.device), "d": d, "bytes": q.element_size()}
+        self.row: dict[str, Any] = {"arch": arch(q.device), "d": d, "bytes": q.element_size()}
         a, b = parts(d)
         self.meta: dict[str, Any] = {"R": self.intervals, "RELATIONS": len(bounds) // 2, "D": d, "A": a, "B": b}
 

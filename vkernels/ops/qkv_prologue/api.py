@@ -34,10 +34,14 @@ def _direct(cache: KVCache) -> bool:
     return cache.bits == 0 and not cache.paged and not cache.ring and len(set(cache._lengths)) == 1
 
 
-def _weights(dtype: torch.dtype, offset: float, bias, q_norm, k_norm) -> list[torch.Tensor | None]:
+def _weights(
+    dtype: torch.dtype, offset: float, bias, q_norm, k_norm
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """bias and norms as kernels take them: contiguous, of `dtype`, the norms with `offset` added."""
-    made = [None if x is None else x.to(dtype).contiguous() for x in (bias, q_norm, k_norm)]
-    return [made[0], *(x if x is None or not offset else x + offset for x in made[1:])]
+    bias, q_norm, k_norm = (None if x is None else x.to(dtype).contiguous() for x in (bias, q_norm, k_norm))
+    if offset:
+        q_norm, k_norm = (None if x is None else x + offset for x in (q_norm, k_norm))
+    return bias, (q_norm, k_norm)
 
 
 def _rows(cache: KVCache | None, s: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -100,9 +104,9 @@ def prepare(
         tracked = any(x is not None and x.requires_grad for x in (qkv, bias, q_norm, k_norm))
         require(not (tracked and torch.is_grad_enabled()), name, "cache", "be None where a gradient is needed", cache)
     inner = torch.promote_types(qkv.dtype, torch.float32)
-    bias, *norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
+    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
     post = norm_order == "post"
-    return Call(qkv, (n, m, d), bias, tuple(norms), spec, pos, float(norm_eps), post, all_heads, _rows(cache, s))
+    return Call(qkv, (n, m, d), bias, norms, spec, pos, float(norm_eps), post, all_heads, _rows(cache, s))
 
 
 @remembered
@@ -176,9 +180,9 @@ def qkv_prologue(
     )  # fmt: skip
     if pos is not None and shape is not None and pos.shape != shape:
         pos = pos.view(shape)
-    bias, q_norm, k_norm = _weights(inner, norm_offset, bias, q_norm, k_norm)
+    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
     rows = _rows(cache, qkv.shape[1])
-    q, k, v = chosen.run(Call(qkv, heads, bias, (q_norm, k_norm), spec, pos, eps, post, all_heads, rows, doors))
+    q, k, v = chosen.run(Call(qkv, heads, bias, norms, spec, pos, eps, post, all_heads, rows, doors))
     if cache is None:
         return q, k, v
     if rows is None:

@@ -209,15 +209,18 @@ def _target(
 
 
 class _Recipe(NamedTuple):
-    """How calls that look alike become Calls: what they have in common, and the shapes their tensors are seen in."""
+    """How calls that look alike become Calls: what `prepare` found, and the shapes it saw their tensors in."""
 
     chosen: Backend
-    common: Call  # without tensors and plan
-    rows_of: tuple[int, ...] | None  # of x, where the plan is affine and its rows are taken
+    affine: Affine | None
+    rows_of: tuple[int, ...] | None  # the shape of x, where the plan is affine and its rows are taken
     sources: list[torch.Size]
     gate: int | None  # channels
     residual: torch.Size | None
     out: torch.Size | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    doors: dict[str, Any]
 
 
 @remembered
@@ -229,17 +232,18 @@ def _decide(
         x, plan, fill=fill, bias=bias, scale=scale, gate=gate, residual=residual, norm=norm, norm_weight=norm_weight,
         norm_bias=norm_bias, eps=eps, return_sum=return_sum, out=out, rows=rows, accumulate=accumulate, dtype=dtype,
     )  # fmt: skip
-    affine_rows = plan.pattern is not None and call.affine is None
     first = x if isinstance(x, torch.Tensor) else x[0]
-    empty = {name: None for name in ("plan", "bias", "gate", "residual", "norm_weight", "norm_bias", "out", "rows")}
     return _Recipe(
         choose(OP, BACKENDS, backend, call),
-        call._replace(x=[], doors={}, **empty),
-        tuple(first.shape) if affine_rows else None,
+        call.affine,
+        tuple(first.shape) if plan.pattern is not None and call.affine is None else None,
         [source.shape for source in call.x],
         None if call.gate is None else call.gate.shape[0],
         None if call.residual is None else call.residual.shape,
         None if call.out is None else call.out.shape,
+        call.dtype,
+        call.shape,
+        {},
     )
 
 
@@ -247,27 +251,34 @@ def _seen(x: torch.Tensor | None, shape: torch.Size | None) -> torch.Tensor | No
     return x if x is None or shape is None or x.shape == shape else x.reshape(shape)
 
 
-def _again(recipe: _Recipe, x, plan, fill, bias, gate, residual, norm_weight, norm_bias, out, rows) -> Call:
+def _again(
+    recipe: _Recipe, x, plan, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out,
+    rows, accumulate,
+) -> Call:  # fmt: skip
     """The Call that `prepare` makes of these."""
-    common = recipe.common
     tensors = [x] if isinstance(x, torch.Tensor) else list(x)
-    if common.affine is not None:
-        return common._replace(x=tensors, plan=plan)
-    device = tensors[0].device
-    if recipe.rows_of is not None:
-        plan = plan.rows(recipe.rows_of, device)
-    if plan.index.device != device:
-        plan = plan.to(device)
-    if fill is not None:
-        tensors.append(fill)
+    if recipe.affine is None:
+        device = tensors[0].device
+        if recipe.rows_of is not None:
+            plan = plan.rows(recipe.rows_of, device)
+        if plan.index.device != device:
+            plan = plan.to(device)
+        if fill is not None:
+            tensors.append(fill)
+        tensors = [
+            t if t.shape == shape else t.reshape(shape) for t, shape in zip(tensors, recipe.sources, strict=True)
+        ]
     if gate is not None and gate.shape != (recipe.gate,):
         gate = gate.reshape(-1).expand(recipe.gate)
+    if residual is not None and residual.shape != recipe.residual:
+        residual = residual.reshape(recipe.residual)
+    if out is not None and out.shape != recipe.out:
+        out = out.view(recipe.out)
     if rows is not None:
         rows = (rows if rows.dim() == 2 else rows[None]).to(torch.int32).contiguous()
     return Call(
-        [_seen(t, shape) for t, shape in zip(tensors, recipe.sources, strict=True)], plan, None, bias, common.scale,
-        gate, _seen(residual, recipe.residual), common.norm, norm_weight, norm_bias, common.eps, common.return_sum,
-        _seen(out, recipe.out), rows, common.accumulate, common.dtype, common.shape, common.doors,
+        tensors, plan, recipe.affine, bias, float(scale), gate, residual, norm, norm_weight, norm_bias, float(eps),
+        return_sum, out, rows, accumulate, recipe.dtype, recipe.shape, recipe.doors,
     )  # fmt: skip
 
 
@@ -330,7 +341,11 @@ def rearrange(
         x, form, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out, rows,
         accumulate, dtype, backend, plan=plan,
     )  # fmt: skip
-    result = recipe.chosen.run(_again(recipe, x, plan, fill, bias, gate, residual, norm_weight, norm_bias, out, rows))
+    call = _again(
+        recipe, x, plan, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out, rows,
+        accumulate,
+    )  # fmt: skip
+    result = recipe.chosen.run(call)
     if out is not None:
         return out
     return result if return_sum else result[0]

@@ -213,7 +213,7 @@ def _plan(
     if not moves:
         step = 1 if gate is None else gate.stride(0)
         meta |= {"MAX": reduce == REDUCES["max"], "NORM": norm, "ACCUMULATE": accumulate, "GATE_STEP": step}
-    strides = [(None, None) if t is None else t.stride()[:2] for t in (y, residual, total)]
+    strides: list[Any] = [(None, None) if t is None else t.stride()[:2] for t in (y, residual, total)]
     over_samples = 0 if rows is None or rows.shape[0] == 1 else rows.stride(0)
     numbers = _Numbers(
         source_numbers(x), [*row_steps(x), *(s for pair in strides for s in pair if s is not None)],
@@ -237,10 +237,10 @@ class _Numbers(NamedTuple):
     steps: list[int]  # what ALIGN must divide
     plan: list[int]
     over_samples: int
-    strides: list[tuple[Any, Any]]  # (sample, row) of y, residual, total
+    strides: list[Any]  # (sample, row) of y, residual, total
     sizes: tuple[int, int, int]
 
-    def at(self, distance: int) -> tuple[list[Any], ...]:
+    def at(self, distance: int) -> tuple[Any, ...]:
         """(ALIGN, tails of the sources, after the plan, after y, after the residual, after the total) where sources
         lie a multiple of `distance` apart."""
         align = alignment([distance, *self.steps])

@@ -131,18 +131,18 @@ def _factors(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], sha
 
 @planned
 def affine(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> Callable[..., Tensor]:
-    factors, shape = _factors(x, axes, sizes, steps, shape), tuple(shape)
-    if math.prod(shape) == 0:
-        return lambda x, *_: x.new_empty(shape)
+    factors, made = _factors(x, axes, sizes, steps, shape), tuple(shape)
+    if math.prod(made) == 0:
+        return lambda x, *_: x.new_empty(made)
     require(len(factors) <= OUTER + 1, OP, "axes", f"have at most {OUTER + 1} factors that do not run on", len(factors))
     bits = BITS[x.element_size()]
     if not factors or factors[-1][1] == 1:
-        kernel, grid, numbers, meta = _copy_runs(x, math.prod(shape), factors or [(1, 1, 1)])
+        kernel, grid, numbers, meta = _copy_runs(x, math.prod(made), factors or [(1, 1, 1)])
     else:
         kernel, grid, numbers, meta = _turn(x, factors)
 
     def run(x: Tensor, *_: Any) -> Tensor:
-        y = x.new_empty(shape)
+        y = x.new_empty(made)
         launch(kernel, grid, x.view(bits), y.view(bits), *numbers, **meta)
         return y
 
