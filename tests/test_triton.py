@@ -130,18 +130,6 @@ def test_an_axis_that_is_not_there_does_not_turn():
     assert torch.equal(out, q)
 
 
-def test_the_host_is_done_before_the_gpu_waits():
-    """What a call of apply_rope costs before its launch: 25 us on the machine of docs/benchmarking.md. The bound is for
-    a slow and busy one."""
-    code = """
-from benchmarks.launch import calls, cost_us
-from vkernels.spec import all_specs
-spec = next(s for s in all_specs() if s.name == "apply_rope")
-print(min(cost_us(calls(spec)["plain"]) for _ in range(3)))
-"""
-    assert float(python("-c", code)) < 100
-
-
 def test_the_dispatcher_is_passed_only_where_nobody_listens():
     """The operator is seen by whoever watches operators, and asked where a gradient is; else it is called directly."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -20,6 +20,7 @@ import torch
 import vkernels as vk
 from tests.ops.test_divided_attention import by_hand, make
 from tests.test_triton import python
+from vkernels.remember import forget
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)"),
