@@ -91,7 +91,9 @@ def test_the_first_row_of_every_table_is_pinned():
         ("apply_rope", "_apply_rope_kernel"): {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4, "maxnreg": 160},
         ("kv_append", "_append_rows_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "num_warps": 4},
         ("kv_append", "_append_codes_kernel"): {"d": 64, "BLOCK_C": 64, "BLOCK_T": 64, "num_warps": 4},
-        ("qkv_prologue", "_qkv_prologue_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 528, "num_warps": 4},
+        ("qkv_prologue", "_qkv_prologue_kernel"): {
+            "d": 80, "bytes": 2, "BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 528, "num_warps": 4,
+        },
         ("qkv_prologue", "_norm_stats_kernel"): {"BLOCK_S": 2, "BLOCK_H": 4, "num_warps": 4},
         ("qkv_prologue", "_qkv_prologue_bwd_kernel"): {
             "bytes": 2, "BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 1056, "num_warps": 4, "maxnreg": 128,
