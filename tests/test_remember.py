@@ -173,10 +173,8 @@ def _outcome(spec, kwargs, backend, grad):
     return [(x.detach().nan_to_num(7.0).tolist(), x.dtype, x.requires_grad) for x in results]
 
 
-@settings(max_examples=150)
-@given(sequences())
-def test_calls_do_what_they_do_alone(sequence):
-    if not torch.cuda.is_available() and remember.library.find_spec("triton") is None:
+def _hold_against_alone(sequence):
+    if remember.library.find_spec("triton") is None:
         sequence = [call for call in sequence if call[2] != "triton"]
     forget()
     for call in sequence:
@@ -188,6 +186,22 @@ def test_calls_do_what_they_do_alone(sequence):
         remember._known.update(kept)
         assert got == [alone] * 3
     assert not _tensors(list(remember._known.values()), set())
+
+
+@settings(max_examples=150)
+@given(sequences())
+def test_calls_do_what_they_do_alone(sequence):
+    _hold_against_alone(sequence)
+
+
+@pytest.mark.parametrize("name", ["attention", "decode_attention", "kv_append", "rearrange"])
+def test_masks_caches_and_plans_are_told_apart(name):
+    """The tensors of every case, with the mask, the cache or the plan of every other."""
+    made = [case.make(Maker(torch.float32)) for case in SPECS[name].cases]
+    objects = [(key, x) for kwargs in made for key, x in kwargs.items() if key in ("mask", "cache", "plan")]
+    for kwargs in made:
+        others = [(SPECS[name], {**kwargs, key: x}, "triton", False) for key, x in objects]
+        _hold_against_alone(others[:: len(others) // 6 or 1] if name == "rearrange" else others)
 
 
 def _tensors(x, past):
