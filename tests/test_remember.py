@@ -188,7 +188,7 @@ def _hold_against_alone(sequence):
     assert not _tensors(list(remember._known.values()), set())
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(sequences())
 def test_calls_do_what_they_do_alone(sequence):
     _hold_against_alone(sequence)
