@@ -91,7 +91,9 @@ def test_the_first_row_of_every_table_is_pinned():
         ("apply_rope", "_apply_rope_kernel"): {"BLOCK_S": 4, "BLOCK_H": 8, "num_warps": 4, "maxnreg": 160},
         ("kv_append", "_append_rows_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "num_warps": 4},
         ("kv_append", "_append_codes_kernel"): {"d": 64, "BLOCK_C": 64, "BLOCK_T": 64, "num_warps": 4},
-        ("qkv_prologue", "_qkv_prologue_kernel"): {"BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 528, "num_warps": 4},
+        ("qkv_prologue", "_qkv_prologue_kernel"): {
+            "d": 80, "bytes": 2, "BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 528, "num_warps": 4,
+        },
         ("qkv_prologue", "_norm_stats_kernel"): {"BLOCK_S": 2, "BLOCK_H": 4, "num_warps": 4},
         ("qkv_prologue", "_qkv_prologue_bwd_kernel"): {
             "bytes": 2, "BLOCK_S": 4, "BLOCK_H": 4, "PROGRAMS": 1056, "num_warps": 4, "maxnreg": 128,
@@ -128,18 +130,6 @@ def test_an_axis_that_is_not_there_does_not_turn():
         q, None, torch.ones(1, 1, 4), axis, freq, None, None, 1.0, False, [1, 0]
     )
     assert torch.equal(out, q)
-
-
-def test_the_host_is_done_before_the_gpu_waits():
-    """What a call of apply_rope costs before its launch: 25 us on the machine of docs/benchmarking.md. The bound is for
-    a slow and busy one."""
-    code = """
-from benchmarks.launch import calls, cost_us
-from vkernels.spec import all_specs
-spec = next(s for s in all_specs() if s.name == "apply_rope")
-print(min(cost_us(calls(spec)["plain"]) for _ in range(3)))
-"""
-    assert float(python("-c", code)) < 100
 
 
 def test_the_dispatcher_is_passed_only_where_nobody_listens():

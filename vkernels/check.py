@@ -53,26 +53,6 @@ def bind(op: str, *tensors: tuple[str, torch.Tensor | None, str]) -> dict[str, i
     A shape is axis letters and literal sizes separated by spaces; ``b|1`` accepts 1 in place of ``b``. None is skipped.
     All tensors must be on one device.
     """
-    if torch.compiler.is_compiling():
-        return _bind(op, tensors)
-    try:
-        key = tuple([None if x is None else (shape, x.shape, x.device) for _, x, shape in tensors])
-        known = _bound.get(key)
-    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
-        return _bind(op, tensors)
-    if known is None:
-        known = _bind(op, tensors)
-        if len(_bound) >= MOST_BOUND:
-            _bound.clear()
-        _bound[key] = known
-    return known.copy()
-
-
-MOST_BOUND = 4096
-_bound: dict[tuple[Any, ...], dict[str, int]] = {}  # what was found good before; a refusal is never kept
-
-
-def _bind(op: str, tensors: tuple[tuple[str, torch.Tensor | None, str], ...]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     first: tuple[str, torch.Tensor] | None = None
     for argument, tensor, shape in tensors:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vkernels.check import FLOATS, require
+from vkernels.check import FLOATS, refusal, require
+from vkernels.remember import Form
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 FULL = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,6 +42,9 @@ class Layout:
 
     def slot(self, index: int) -> int:
         return index % self.ring if self.ring else index
+
+
+_FORMED = frozenset((*STORAGE, "table", "layout"))  # what makes the form of a cache, the last of it set at the end
 
 
 def words(count: int, bits: int) -> int:
@@ -96,6 +100,8 @@ class KVCache:
     v_recent: torch.Tensor | None
     k_sink: torch.Tensor | None  # b m sinks d
     v_sink: torch.Tensor | None
+    _form: Form | None = None
+    _counted: tuple[list[int], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -176,6 +182,11 @@ class KVCache:
         if self.sinks:
             self.k_sink, self.v_sink = (empty(b, m, self.sinks, d) for _ in "kv")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _FORMED:
+            object.__setattr__(self, "_form", None)
+
     def __repr__(self) -> str:
         kind = "paged" if self.paged else "ring" if self.ring else "contiguous"
         return (
@@ -203,6 +214,14 @@ class KVCache:
     def tensors(self) -> list[torch.Tensor | None]:
         """The storage in the order of STORAGE, which is the order of the registered operators."""
         return [getattr(self, name) for name in STORAGE]
+
+    @property
+    def form(self) -> Form:
+        """What the storage looks like, for `remembered` decisions."""
+        if self._form is None:
+            sizes = (self.b, self.m, self.d, self.dtype, self.device, self.paged)
+            self._form = Form(*sizes, self.layout.ints(), self.table, self.tensors())
+        return self._form
 
     def place(self, sequence: int, index: int) -> tuple[int, int]:
         """Page, and row in it, of a history index."""
@@ -238,9 +257,9 @@ class KVCache:
     def refuse_overflow(self, op: str, counts: list[int]) -> None:
         """Raise where `counts` more tokens do not fit."""
         if not self.ring:
-            for i, count in enumerate(counts):
-                end = self._lengths[i] + count
-                require(end <= self.capacity, op, "k", f"fit the capacity ({self.capacity} tokens)", f"{end} tokens")
+            end = max([length + count for length, count in zip(self._lengths, counts, strict=True)])
+            if end > self.capacity:
+                raise ValueError(refusal(op, "k", f"fit the capacity ({self.capacity} tokens)", f"{end} tokens"))
         if self.paged:
             need = [self._pages_needed(i, count) for i, count in enumerate(counts)]
             rule = f"fit the {len(self._free)} free pages of the pool"
@@ -254,13 +273,24 @@ class KVCache:
         """Give `count` more tokens their pages; appending does this itself."""
         counts = [count] * self.b if isinstance(count, int) else count
         self.refuse_overflow("KVCache.reserve", counts)
-        if not self.paged:
-            return
+        if self.paged:
+            self._take_pages(counts)
+
+    def _take_pages(self, counts: list[int]) -> None:
         for i, c in enumerate(counts):
             for _ in range(self._pages_needed(i, c)):
                 page = self._free.pop()
                 self.table[i, len(self._pages[i])] = page
                 self._pages[i].append(page)
+
+    def counts_on_device(self, counts: list[int]) -> torch.Tensor:
+        """int32 tensor of `counts`. Those of the last call are kept, because a decoder appends one token at a time."""
+        if self._counted is not None and self._counted[0] == counts:
+            return self._counted[1]
+        made = on_device(counts, self.device)
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else filled by replays only
+            self._counted = list(counts), made
+        return made
 
     def advance(self, count: int | list[int]) -> None:
         """Say that `count` tokens were written: for kernels that write rows of the storage themselves."""
@@ -283,8 +313,14 @@ class KVCache:
         require(at >= 0, op, "cache", f"hold its {self.sinks} sinks already", f"length {self._lengths[0]}")
         at = self.layout.slot(at)
         require(at + count <= self.page, op, "count", "stay before the end of the ring", count)
-        k, v = self.storage("k_rows"), self.storage("v_rows")
-        return k[:, :, at : at + count].transpose(1, 2), v[:, :, at : at + count].transpose(1, 2)
+        k, v = (self._part(self.storage(name), at, count) for name in ("k_rows", "v_rows"))
+        return k, v
+
+    def _part(self, x: torch.Tensor, at: int, count: int) -> torch.Tensor:
+        """x[:, :, at : at + count] as (b count m d), in one step: decoders ask for it at every layer."""
+        sample, head, token, channel = x.stride()
+        shape, strides = (x.shape[0], count, self.m, self.d), (sample, token, head, channel)
+        return x.as_strided(shape, strides, x.storage_offset() + at * token)
 
     def reset(self) -> KVCache:
         """Forget every token; the storage stays."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,13 +144,15 @@ def run_cuda(name: str, tensors: Sequence[torch.Tensor | None], *rest: Any) -> N
 
 def lazily(module: str, function: str) -> Callable[..., Any]:
     """`module.function`, imported when it is first called: Triton takes a second to import."""
-    found: list[Callable[..., Any]] = []
+
+    @cache
+    def load() -> Callable[..., Any]:
+        return getattr(import_module(module), function)
 
     def run(*args: Any) -> Any:
-        if not found:
-            found.append(getattr(import_module(module), function))
-        return found[0](*args)
+        return load()(*args)
 
+    run.load = load  # type: ignore[attr-defined]
     return run
 
 
@@ -233,24 +236,33 @@ def _bound_backward(backward: Callable[..., Any], backend: str) -> Callable[...,
 
 
 _direct: dict[tuple[str, str], Callable[..., Any]] = {}
-_doors: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def op(name: str, backend: str) -> Any:
+def op(name: str, backend: str, doors: dict[str, Callable[..., Any]] | None = None) -> Any:
     """The registered overload `torch.ops.vkernels.<name>.<backend>`, called past the dispatcher where it would only
-    pass the arguments on: that costs more than everything else the host does for a call (docs/benchmarking.md)."""
+    pass the arguments on: that costs more than everything else the host does for a call (docs/benchmarking.md).
+
+    `doors` are those of a remembered decision (vkernels/remember.py): what was found to run such calls is put there.
+    """
     if torch.compiler.is_compiling():
-        return getattr(getattr(torch.ops.vkernels, name), backend)
-    if (name, backend) not in _doors:
-        _doors[name, backend] = _door(getattr(getattr(torch.ops.vkernels, name), backend), _direct[name, backend])
-    return _doors[name, backend]
+        return _overload(name, backend)
+    if doors is not None and (run := doors.get(name)) is not None and _nobody_listens():
+        return run
 
-
-def _door(overload: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        return (function if _nobody_listens() and _plain(args, torch.is_grad_enabled()) else overload)(*args)
+        if not (_nobody_listens() and _plain(args, torch.is_grad_enabled())):
+            return _overload(name, backend)(*args)
+        run = _direct[name, backend]
+        if doors is not None:
+            run = run.load() if hasattr(run, "load") else run
+            run = doors[name] = run.plan(*args) if hasattr(run, "plan") else run
+        return run(*args)
 
     return call
+
+
+def _overload(name: str, backend: str) -> Any:
+    return getattr(getattr(torch.ops.vkernels, name), backend)
 
 
 def _nobody_listens() -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vkernels.check import require
+from vkernels.remember import Form
 
 INFINITY = 2**30  # an unbounded side of a box relation
 
@@ -47,7 +49,7 @@ class MaskPlan:
         None  # int32 [p, len_q, 2*R]: R half-open key intervals, disjoint, ascending; None: every live key
     )
     box: Box | None = None
-    _cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +58,29 @@ class MaskPlan:
             if tensor is not None:
                 return tensor.device
         return torch.device("cpu")
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The plan as attention's operators take it: layout, tensors, bounds. layout = groups, len_q, len_k, then the
+        (group, token) strides of q and of k."""
+        if (known := self._cache.get("arguments")) is not None:
+            return known
+        layout = [self.groups, self.len_q, self.len_k, *self.q_stride, *self.k_stride]
+        box = self.box
+        rest: tuple[Any, ...] = (None, None, [], None, None)
+        if box is not None:
+            rest = (box.q_attr, box.k_attr, [x for pair in box.bounds for x in pair], box.q_global, box.k_global)
+        found = (layout, self.q_rows, self.k_rows, self.q_count, self.k_count, self.ranges, *rest)
+        if not torch.compiler.is_compiling():
+            self._cache["arguments"] = found
+        return found
+
+    def form(self, q: Tensor) -> Any:
+        """What the plan looks like, for `remembered` decisions."""
+        if torch.compiler.is_compiling():
+            return None
+        if (known := self._cache.get("form")) is None:
+            known = self._cache["form"] = Form(self.s_q, self.s_k, *self.arguments())
+        return known
 
     def tiles(self, block: int) -> Tensor | None:
         """int32 [p, ceil(len_q/block), R, 4]: min_start, max_start, min_end, max_end of each tile of `block` queries.

@@ -14,6 +14,7 @@ from vkernels.check import refusal, require
 from vkernels.masks.attributes import Axis, Blocks, Ids, Position, Relation, Segment, within
 from vkernels.masks.grid import Grid
 from vkernels.masks.plan import INFINITY, MaskPlan
+from vkernels.remember import Form
 
 if TYPE_CHECKING:
     from vkernels.masks.stats import MaskStats
@@ -59,13 +60,14 @@ class VideoMask:
         VideoMask.frame_causal(Grid(t=8, h=16, w=16))
     """
 
-    __slots__ = ("__weakref__", "_expression", "_plans", "keep_k", "keep_q", "segments")
+    __slots__ = ("__weakref__", "_expression", "_forms", "_plans", "keep_k", "keep_q", "segments")
 
     segments: tuple[Segment, ...]
     keep_k: Tensor | None  # bool [p, s]; None: every key is kept
     keep_q: Tensor | None
     _expression: str
     _plans: dict[tuple[torch.device, str | None], MaskPlan]
+    _forms: dict[torch.device, Form]
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class VideoMask:
             ("keep_q", keep_q),
             ("_expression", expression),
             ("_plans", {}),
+            ("_forms", {}),
         ):
             object.__setattr__(self, name, value)
 
@@ -289,10 +292,22 @@ class VideoMask:
         """
         from vkernels.masks.lower import lower
 
-        place = torch.device(device or "cpu"), backend
+        place = device if isinstance(device, torch.device) else torch.device(device or "cpu"), backend
         if place not in self._plans:
             self._plans[place] = lower(self, *place)
         return self._plans[place]
+
+    def form(self, q: Tensor) -> Any:
+        """What the mask and its plan for the device of `q` look like, for `remembered` decisions; NotImplemented until
+        there is that plan."""
+        if torch.compiler.is_compiling() or not isinstance(q, Tensor):
+            return NotImplemented
+        if (known := self._forms.get(q.device)) is None:
+            plan = self._plans.get((q.device, None))
+            if plan is None:
+                return NotImplemented
+            known = self._forms[q.device] = Form(self.tokens, self.samples, plan.form(q))
+        return known
 
     def stats(self, block: int = 128) -> MaskStats:
         """Visible pairs, and tiles of `block` x `block` that are empty, partial or full. Not for hot paths."""

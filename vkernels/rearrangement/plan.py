@@ -14,6 +14,7 @@ import torch
 
 from vkernels.check import ShapeError
 from vkernels.rearrangement.pattern import Pattern
+from vkernels.remember import Form
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -94,6 +95,16 @@ class RearrangePlan:
 
     def __hash__(self) -> int:
         return hash((self.sources, self.n_out, self.fills, self.reduce, self.pattern))
+
+    @property
+    def form(self) -> Any:
+        """What the plan looks like, for `remembered` decisions."""
+        if torch.compiler.is_compiling():
+            return NotImplemented
+        if "form" not in self._memo:
+            plain = (self.sources, self.n_out, self.fills, self.reduce, self.in_groups, self.out_groups, self.whole)
+            self._memo["form"] = Form(*plain, self.pattern, self.idx, self.ptr, self.weight)
+        return self._memo["form"]
 
     def to(self, device: torch.device | str) -> RearrangePlan:
         """The same plan with its index tensors on `device`; copied once, then remembered."""

@@ -45,6 +45,7 @@ class RopeSpec:
     axis_rows: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     n_axes: int = field(init=False, repr=False, compare=False)
     turns: tuple[int, ...] = field(init=False, repr=False, compare=False)  # freq / 2 pi * 2^64, as signed bits
+    _hash: int = field(init=False, repr=False, compare=False)  # counted once: a spec is looked up at every call
 
     def __post_init__(self) -> None:
         op = "RopeSpec"
@@ -65,6 +66,12 @@ class RopeSpec:
         object.__setattr__(self, "turns", tuple(x - 2**64 if x >= 2**63 else x for x in bits))
         even = self.layout != "axial" or len(self.freq) % 2 == 0
         require(even, op, "freq", "have an even number of pairs with layout 'axial'", len(self.freq))
+        object.__setattr__(
+            self, "_hash", hash((self.freq, self.axis, self.scale, self.offset))
+        )  # same in every process
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def pairs(self) -> int:
@@ -84,6 +91,12 @@ class RopeSpec:
         if torch.compiler.is_compiling():
             return _make_tables(self, device)
         return _cached_tables(self, device)
+
+    def float32_tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(axis int32 [r], freq float32 [r]) as Hugging Face multiplies them; a pair that no axis turns has freq 0."""
+        if torch.compiler.is_compiling():
+            return _make_float32_tables(self, self.freq_fp32 or self.freq, device)
+        return _cached_float32_tables(self, self.freq_fp32 or self.freq, device)
 
     def replace(self, **changes: Any) -> RopeSpec:
         if "freq" in changes and "freq_fp32" not in changes:
@@ -224,3 +237,19 @@ def _make_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, to
 def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
         return _make_tables(spec, device)
+
+
+def _make_float32_tables(
+    spec: RopeSpec, freq: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = torch.tensor(spec.axis_rows[0], dtype=torch.int32, device=device)
+    turned = torch.where(axis < 0, 0.0, torch.tensor(freq, dtype=torch.float32, device=device))
+    return axis.clamp(min=0), turned
+
+
+@lru_cache(maxsize=256)
+def _cached_float32_tables(
+    spec: RopeSpec, freq: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        return _make_float32_tables(spec, freq, device)

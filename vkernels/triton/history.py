@@ -7,7 +7,6 @@ the storage, so that a wrong value gives wrong numbers and no access outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -78,28 +77,10 @@ def page_of(table_ptr, sample, slot, live, page, table_pages, pages, PAGED: tl.c
     return tl.minimum(tl.maximum(entry, 0), pages - 1).to(tl.int64), row
 
 
-_checked: dict[tuple[Any, ...], Layout] = {}
-
-
 def checked_cache(
     op: str, length: Tensor, table: Tensor, storage: Sequence[Tensor | None], layout: list[int], m: int, d: int
 ) -> Layout:
-    """What keeps kernels inside a cache's storage, for callers who come past the public function.
-
-    Checked once per set of shapes: a decoder calls with the same ones at every token of every layer.
-    """
-    shapes = [None if x is None else (x.shape, x.dtype, x.device, x.is_contiguous()) for x in (length, table, *storage)]
-    key = (op, m, d, *layout, *shapes)
-    if key not in _checked:
-        if len(_checked) >= 1024:
-            _checked.clear()
-        _checked[key] = _check_cache(op, length, table, storage, layout, m, d)
-    return _checked[key]
-
-
-def _check_cache(
-    op: str, length: Tensor, table: Tensor, storage: Sequence[Tensor | None], layout: list[int], m: int, d: int
-) -> Layout:
+    """What keeps kernels inside a cache's storage, for callers who come past the public function."""
     require(len(layout) == 6 and len(storage) == len(STORAGE), op, "layout", "be that of a KVCache", layout)
     require(all(0 <= x < 2**31 for x in layout), op, "layout", "hold numbers below 2^31", layout)
     shape = Layout(*layout)

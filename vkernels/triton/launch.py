@@ -106,6 +106,11 @@ def alignment(strides: Iterable[int]) -> int:
     return math.gcd(8, *strides)
 
 
+def blueprint(x: torch.Tensor) -> torch.Tensor:
+    """What a new tensor like `x` will look like, without its memory: for plans of launches."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format, device="meta")
+
+
 def cdiv(n: int, size: int) -> int:
     """Tiles of `size` that cover `n`. Triton's own takes microseconds on the host, as its next_power_of_2 does."""
     return -(-n // size)

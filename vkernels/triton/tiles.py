@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vkernels
+from vkernels.remember import forget
 
 ROOT = Path(vkernels.__file__).parent
 LIMITS = ("d", "bytes")
@@ -71,6 +72,7 @@ def asking() -> Iterator[list[tuple[str, str, int, int]]]:
     """The (op, kernel, d, bytes) of every row that is asked for inside: what tuning has to find rows for."""
     global _asked
     before, _asked = _asked, []
+    forget()
     try:
         yield _asked
     finally:
@@ -81,7 +83,9 @@ def asking() -> Iterator[list[tuple[str, str, int, int]]]:
 def overridden(kernel: str, row: dict[str, int]) -> Iterator[None]:
     """`kernel` runs with `row` inside: how tuning tries a candidate."""
     _override[kernel] = row
+    forget()
     try:
         yield
     finally:
         del _override[kernel]
+        forget()

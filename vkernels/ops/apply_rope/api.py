@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +10,7 @@ from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.apply_rope import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.remember import remembered
 from vkernels.rope import RopeSpec
 
 POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     inverse: bool
     scale: float
     inplace: bool
+    doors: dict[str, Any] | None = None
 
 
 def canonical_positions(name: str, spec: RopeSpec, pos: torch.Tensor, b: int, s: int) -> torch.Tensor:
@@ -48,8 +50,9 @@ def refuse_unusable_positions(name: str, pos: torch.Tensor) -> None:
     at values elsewhere, or while tracing, would wait for the device."""
     if pos.device.type != "cpu" or torch.compiler.is_compiling() or not pos.numel():
         return
-    bad = ~(pos.double().abs() < 2**31)
-    if bool(bad.any()):
+    least, most = pos.aminmax()
+    if not -(2**31) < least.item() <= most.item() < 2**31:
+        bad = ~(pos.double().abs() < 2**31)
         require(False, name, "pos", "be finite and below 2^31 in magnitude", pos[bad][0].item())
 
 
@@ -66,10 +69,9 @@ def tables_of(
             return pos, None, None
         require(len(spec.axis_rows) == 1, name, "angle", "be exact where heads follow different axes", angle)
         refuse_unusable_positions(name, pos)
-        freq = torch.tensor(spec.freq_fp32 or spec.freq, dtype=torch.float32, device=pos.device)
-        axis = spec.tables(pos.device)[0][0]
-        table = pos.float()[axis.clamp(min=0).long()].permute(1, 2, 0) * torch.where(axis < 0, 0.0, freq)
-        return None, table.cos().contiguous(), table.sin().contiguous()
+        axis, freq = spec.float32_tables(pos.device)
+        table = pos.float().permute(1, 2, 0).index_select(2, axis) * freq
+        return None, table.cos(), table.sin()
     require(len(angle) == 2, name, "angle", "be exact, hf_fp32 or (cos, sin)", angle)
     tables = []
     for argument, table in zip(("cos", "sin"), angle, strict=True):
@@ -125,6 +127,15 @@ def prepare(
     return Call(q, k, spec, pos, cos, sin, inverse, scale, inplace)
 
 
+@remembered
+def _decide(
+    q, k, spec, pos, inverse, inplace, angle, backend
+) -> tuple[Backend, tuple[int, ...] | None, dict[str, Any]]:
+    """(backend, shape of the positions it takes, doors)."""
+    call = prepare(q, k, spec, pos, inverse=inverse, inplace=inplace, angle=angle)
+    return choose("apply_rope", BACKENDS, backend, call), None if call.pos is None else call.pos.shape, {}
+
+
 def apply_rope(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -163,9 +174,15 @@ def apply_rope(
 
     Source: RoFormer, arXiv:2104.09864.
     """
-    call = prepare(q, k, spec, pos, inverse=inverse, inplace=inplace, angle=angle)
-    q_out, k_out = choose("apply_rope", BACKENDS, backend, call).run(call)
-    if call.k is None:
+    chosen, shape, doors = _decide(q, k, spec, pos, inverse, inplace, angle, backend)
+    cos = sin = None
+    if shape is None or pos is None:
+        pos, cos, sin = tables_of("apply_rope", spec, pos, angle, *q.shape[:2])
+    elif pos.shape != shape:
+        pos = pos.view(shape)
+    scale = 1.0 / spec.scale if inverse else spec.scale
+    q_out, k_out = chosen.run(Call(q, k, spec, pos, cos, sin, inverse, scale, inplace, doors))
+    if k is None:
         return q_out
     return q_out, k_out
 
@@ -175,9 +192,9 @@ def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor | 
     layout = [call.spec.blocks, call.spec.offset]
     rest = (call.pos, axis, freq, call.cos, call.sin, call.scale, call.inverse, layout)
     if call.inplace:
-        op("apply_rope_", backend)(call.q, call.k, *rest)
+        op("apply_rope_", backend, call.doors)(call.q, call.k, *rest)
         return call.q, call.k
-    return op("apply_rope", backend)(call.q, call.k, *rest)
+    return op("apply_rope", backend, call.doors)(call.q, call.k, *rest)
 
 
 def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
-from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
+from vkernels.remember import planned
+from vkernels.triton.launch import alignment, arch, blueprint, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
 from vkernels.triton.tiles import tiles
 
@@ -110,40 +112,63 @@ def _by_sample(x: Tensor | None, axis: int) -> tuple[int, ...]:
     return strides if x.shape[axis] > 1 else (*strides[:axis], 0, *strides[axis + 1 :])
 
 
-def _run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+def _plan(q, k, pos, axis, freq, cos, sin, layout: list[int], in_place: bool) -> Callable[..., None]:
+    """What rotates tensors that look like these, given also where to and by how much."""
     _check(q, k, pos, axis, freq, cos, sin, layout)
     b, s, n, d = q.shape
     m = 0 if k is None else k.shape[2]
     blocks, offset = layout
     pairs = freq.shape[0] if cos is None else cos.shape[2]
-    rows = 1 if axis is None else axis.shape[0]
     here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
-    copies_rest = d > 2 * pairs and q_out.data_ptr() != q.data_ptr()
-
-    k_in, k_to = (q, q_out) if k is None else (k, k_out)
-    strides = (*q.stride()[:3], *k_in.stride()[:3], *q_out.stride()[:3], *k_to.stride()[:3])
+    both = (q, q if k is None else k)
+    written = both if in_place else map(blueprint, both)
+    strides = [stride for x in (*both, *written) for stride in x.stride()[:3]]
     align = alignment(strides)
-    launch(
-        _apply_rope_kernel, (cdiv(b * s, here["BLOCK_S"]),),
-        q, k_in, q_out, k_to, pos, axis, freq, cos, sin,
+    grid = (cdiv(b * s, here["BLOCK_S"]),)
+    numbers = (
         *[stride // align for stride in strides],
         *_by_sample(pos, 1), 0 if pos is None else pos.shape[0], *_by_sample(cos, 0)[:2], *_by_sample(sin, 0)[:2],
-        b * s, s, n, m, scale, -scale if inverse else scale,
-        ROWS=rows, D=d, OFFSET=offset, PAIRS=pairs, BLOCKS=blocks, TABLE=cos is not None, HAS_K=k is not None,
-        HAS_REST=copies_rest, R=power_of_2(pairs), BLOCK_D=power_of_2(d), ALIGN=align,
-        **here,
+        b * s, s, n, m,
     )  # fmt: skip
+    meta = {
+        "ROWS": 1 if axis is None else axis.shape[0], "D": d, "OFFSET": offset, "PAIRS": pairs, "BLOCKS": blocks,
+        "TABLE": cos is not None, "HAS_K": k is not None, "HAS_REST": d > 2 * pairs and not in_place,
+        "R": power_of_2(pairs), "BLOCK_D": power_of_2(d), "ALIGN": align, **here,
+    }  # fmt: skip
+
+    def run(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse) -> None:
+        k_in, k_to = (q, q_out) if k is None else (k, k_out)
+        launch(
+            _apply_rope_kernel, grid, q, k_in, q_out, k_to, pos, axis, freq, cos, sin, *numbers,
+            scale, -scale if inverse else scale, **meta,
+        )  # fmt: skip
+
+    return run
 
 
-def out_of_place(
-    q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, scale, inverse, layout
-) -> tuple[Tensor, Tensor]:
-    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    k_out = q.new_empty(0) if k is None else torch.empty_like(k, memory_format=torch.contiguous_format)
-    k, cos, sin = (None if x is None else unit_stride(x) for x in (k, cos, sin))
-    _run(unit_stride(q), k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse, layout)
-    return q_out, k_out
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else unit_stride(x)
 
 
-def in_place(q: Tensor, k: Tensor | None, *rest: Any) -> None:
-    _run(q, k, q, k, *rest)
+@planned
+def out_of_place(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, scale, inverse, layout) -> Callable[..., Any]:
+    turn_into = _plan(_rows(q), _rows(k), pos, axis, freq, _rows(cos), _rows(sin), layout, in_place=False)
+
+    def run(q, k, pos, axis, freq, cos, sin, scale, inverse, layout) -> tuple[Tensor, Tensor]:
+        q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        k_out = q.new_empty(0) if k is None else torch.empty_like(k, memory_format=torch.contiguous_format)
+        q, k, cos, sin = _rows(q), _rows(k), _rows(cos), _rows(sin)
+        turn_into(q, k, q_out, k_out, pos, axis, freq, cos, sin, scale, inverse)
+        return q_out, k_out
+
+    return run
+
+
+@planned
+def in_place(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, scale, inverse, layout) -> Callable[..., Any]:
+    turn_into = _plan(q, k, pos, axis, freq, cos, sin, layout, in_place=True)
+
+    def run(q, k, pos, axis, freq, cos, sin, scale, inverse, layout) -> None:
+        turn_into(q, k, q, k, pos, axis, freq, cos, sin, scale, inverse)
+
+    return run

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,10 +13,10 @@ from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import reference, torch_op
+from vkernels.remember import remembered
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
@@ -25,6 +24,7 @@ class Call:
     scale: float
     rope: Any
     return_lse: bool
+    doors: dict[str, Any] | None = None
 
 
 def prepare(
@@ -67,6 +67,13 @@ def _check_mask(mask: VideoMask | MaskPlan, axes: dict[str, int]) -> None:
     require(p in (1, axes["b"]), "attention", "mask", f"be given for 1 or {axes['b']} samples", p)
 
 
+@remembered
+def _decide(q, k, v, form, scale, pair, return_lse, backend, *, mask, rope) -> tuple[Backend, float, dict[str, Any]]:
+    """(backend, scale, doors). `form` is what the mask looks like."""
+    call = prepare(q, k, v, mask=mask, scale=scale, rope=rope, return_lse=return_lse)
+    return choose("attention", BACKENDS, backend, call), call.scale, {}
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -105,8 +112,10 @@ def attention(
         torch.Size([1, 2048, 16, 64])
     Source: online softmax in tiles after FlashAttention, arXiv:2205.14135.
     """
-    call = prepare(q, k, v, mask=mask, scale=scale, rope=rope, return_lse=return_lse)
-    return choose("attention", BACKENDS, backend, call).run(call)
+    form = mask.form(q) if isinstance(mask, (VideoMask, MaskPlan)) else mask
+    pair = rope is None or (isinstance(rope, tuple) and len(rope) == 2)  # apply_rope looks at what is in it
+    chosen, scale, doors = _decide(q, k, v, form, scale, pair, return_lse, backend, mask=mask, rope=rope)
+    return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, doors))
 
 
 def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
     else:
         plan = mask.plan(q.device) if isinstance(mask, VideoMask) else mask
         arguments = torch_op.mask_arguments(plan, q.shape[1], k.shape[1])
-        out, lse = op("attention_fwd", backend)(q, k, call.v, call.scale, *arguments)
+        out, lse = op("attention_fwd", backend, call.doors)(q, k, call.v, call.scale, *arguments)
     return (out, lse) if call.return_lse else out
 
 

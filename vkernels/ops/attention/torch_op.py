@@ -17,15 +17,10 @@ _MASK = (
 
 
 def mask_arguments(plan: MaskPlan | None, s_q: int, s_k: int) -> tuple[Any, ...]:
-    """A plan as the schema takes it; layout = groups, len_q, len_k, then the (group, token) strides of q and of k."""
+    """A plan as the schema takes it."""
     if plan is None:
         return [1, s_q, s_k, 0, 1, 0, 1], None, None, None, None, None, None, None, [], None, None
-    layout = [plan.groups, plan.len_q, plan.len_k, *plan.q_stride, *plan.k_stride]
-    box = plan.box
-    rest: tuple[Any, ...] = (None, None, [], None, None)
-    if box is not None:
-        rest = (box.q_attr, box.k_attr, [x for pair in box.bounds for x in pair], box.q_global, box.k_global)
-    return layout, plan.q_rows, plan.k_rows, plan.q_count, plan.k_count, plan.ranges, *rest
+    return plan.arguments()
 
 
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[Tensor, Tensor]:

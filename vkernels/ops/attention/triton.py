@@ -5,6 +5,7 @@ Kernels: triton_forward.py, triton_backward.py. Pieces: vkernels/triton/{rows,vi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.ops.attention.triton_backward import _attention_bounds_kernel, _attention_dkv_kernel, _attention_dq_kernel
 from vkernels.ops.attention.triton_forward import _attention_fwd_kernel
+from vkernels.remember import planned
 from vkernels.triton.head import parts
 from vkernels.triton.launch import alignment, arch, cdiv, launch
 from vkernels.triton.rows import PACKED, TENSORS
@@ -87,29 +89,28 @@ def _check(
 
 
 class _Problem:
-    """One call as both directions see it: checked inputs, and the arguments every kernel starts with."""
+    """One call as both directions see it: checked inputs, and the arguments every kernel starts with. It keeps what
+    they look like, and gives `tensors` of such calls back in the order kernels take them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int], *mask: Any):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: list[int], *mask: Any):
         *rows, bounds, q_global, k_global = mask
         tensors = dict(zip(TENSORS, (*rows, q_global, k_global), strict=True))
         _check(q, k, v, layout, tensors, bounds)
-        self.q, self.k, self.v = (unit_stride(x) for x in (q, k, v))
-        self.scale = scale
+        self.b, self.s_q, self.n, d = q.shape
+        self.s_k, self.m = k.shape[1:3]
         self.groups, self.len_q, self.len_k, *self.strides = layout
         given = list(enumerate(tensors.values()))
         self.form = sum(1 << bit for bit, x in given if x is not None)
         self.per_sample = sum(1 << bit for bit, x in given if x is not None and x.shape[0] > 1)
-        self.tensors = [q if x is None else x.contiguous() for _, x in given]  # q stands where nothing is read
         ranges = tensors["ranges"]
         self.intervals = 0 if ranges is None else ranges.shape[-1] // 2
         self.bounds = [*bounds, *[0] * (2 * MAX_RELATIONS - len(bounds))]
-        d = q.shape[-1]
+        self.row: dict[str, Any] = {"arch": arch(q.device), "d": d, "bytes": q.element_size()}
         a, b = parts(d)
         self.meta: dict[str, Any] = {"R": self.intervals, "RELATIONS": len(bounds) // 2, "D": d, "A": a, "B": b}
 
     def tiles(self, kernel: str) -> dict[str, int]:
-        q = self.q
-        return tiles("attention", kernel, arch(q.device), d=q.shape[-1], bytes=q.element_size())
+        return tiles("attention", kernel, **self.row)
 
     def cut(self, block: int, keys: bool = False) -> tuple[int, int, int, int]:
         """(form, groups, tiles of a group, rows of a tile) with tiles of `block` queries, or keys. Groups that fit a
@@ -120,15 +121,19 @@ class _Problem:
             return self.form + PACKED.value, 1, cdiv(self.groups * length, step), step
         return self.form, self.groups, cdiv(length, block), block
 
-    def arguments(self, groups: int) -> list[Any]:
-        """From q_rows to scale, for kernels that see `groups` groups: packed ones are 1."""
-        s_q, n = self.q.shape[1:3]
-        s_k, m = self.k.shape[1:3]
+    def numbers(self, groups: int) -> list[Any]:
+        """What follows the mask's tensors, up to the scale, for kernels that see `groups` groups: packed ones are 1."""
         times = self.groups // max(groups, 1)
         return [
-            *self.tensors, self.per_sample, n, n // max(m, 1), s_q, s_k, self.len_q, self.len_k,
-            times * self.len_q, times * self.len_k, groups, *self.strides, *self.bounds, self.scale,
+            self.per_sample, self.n, self.n // max(self.m, 1), self.s_q, self.s_k, self.len_q, self.len_k,
+            times * self.len_q, times * self.len_k, groups, *self.strides, *self.bounds,
         ]  # fmt: skip
+
+
+def _tensors(q: Tensor, q_rows, k_rows, q_count, k_count, ranges, q_attr, k_attr, bounds, *globals_) -> list[Tensor]:
+    """The mask's tensors in the order of TENSORS; q stands where nothing is read."""
+    given = (q_rows, k_rows, q_count, k_count, ranges, q_attr, k_attr, *globals_)
+    return [q if x is None else x.contiguous() for x in given]
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
@@ -138,72 +143,104 @@ def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     return [stride // align for stride in strides], align
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[Tensor, Tensor]:
-    p = _Problem(q, k, v, scale, *mask)
-    b, s_q, n, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, n, s_q), dtype=torch.float32, device=q.device)
+@planned
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int], *mask: Any) -> Callable[..., Any]:
+    p = _Problem(q, k, v, layout, *mask)
     here = p.tiles("_attention_fwd_kernel")
     form, groups, count, step = p.cut(here["BLOCK_M"])
-    strides, align = _strides(p.q, p.k, p.v)
-    launch(
-        _attention_fwd_kernel, (b * n * groups * count,),
-        p.q, p.k, p.v, out, lse, *strides, *p.arguments(groups), count, step,
-        **p.meta, FORM=form, ALIGN=align, **here,
-    )  # fmt: skip
-    return out, lse
+    strides, align = _strides(*map(unit_stride, (q, k, v)))
+    grid = (p.b * p.n * groups * count,)
+    numbers, lse_shape = p.numbers(groups), (p.b, p.n, p.s_q)
+    meta = {**p.meta, "FORM": form, "ALIGN": align, **here}
+
+    def run(q, k, v, scale, layout, *mask) -> tuple[Tensor, Tensor]:
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        launch(
+            _attention_fwd_kernel, grid, q, k, v, out, lse, *strides, *_tensors(q, *mask), *numbers, scale,
+            count, step, **meta,
+        )  # fmt: skip
+        return out, lse
+
+    return run
 
 
+@planned
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    *mask: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = _Problem(q, k, v, scale, *mask)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    layout: list[int], *mask: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    p = _Problem(q, k, v, layout, *mask)
     bind("attention", ("q", q, "b s n d"), ("dout", dout, "b s n d"), ("out", out, "b s n d"))
     bind("attention", ("q", q.transpose(1, 2), "b n s d"), ("lse", lse, "b n s"), ("dlse", dlse, "b n s"))
     same_dtype("attention", ("q", q), ("dout", dout), ("out", out))
     for name, x in (("lse", lse), ("dlse", dlse)):
         good = x is None or x.dtype == torch.float32
         require(good, "attention", name, "have dtype float32", None if x is None else x.dtype, TypeError)
-    b, n, m = q.shape[0], q.shape[2], k.shape[2]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dout, out, lse = unit_stride(dout), out.contiguous(), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
-    strides, align = _strides(p.q, p.k, p.v, dout)
+    strides, align = _strides(*map(unit_stride, (q, k, v, dout)))
+    by_queries = _by_queries(p, strides, align)
+    by_keys = _by_keys(p, strides, align)
 
+    def run(dout, dlse, q, k, v, out, lse, scale, layout, *mask) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        q, k, v, dout = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(dout)
+        out, lse = out.contiguous(), lse.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        delta = torch.empty_like(lse)
+        tensors = _tensors(q, *mask)
+        by_queries(q, k, v, dout, out, lse, dlse, delta, dq, tensors, scale)
+        by_keys(q, k, v, dout, lse, delta, dk, dv, tensors, scale)
+        return dq, dk, dv
+
+    return run
+
+
+def _by_queries(p: _Problem, strides: list[int], align: int) -> Callable[..., None]:
+    """The launch that leaves dq, and delta for the one over keys."""
     here = p.tiles("_attention_dq_kernel")
     form, groups, count, step = p.cut(here["BLOCK_M"])
-    launch(
-        _attention_dq_kernel, (b * n * groups * count,),
-        p.q, p.k, p.v, dout, out, lse, dlse, delta, dq, *strides, *p.arguments(groups), count, step,
-        **p.meta, FORM=form, ALIGN=align, **here,
-    )  # fmt: skip
+    grid, numbers = (p.b * p.n * groups * count,), p.numbers(groups)
+    meta = {**p.meta, "FORM": form, "ALIGN": align, **here}
 
+    def run(q, k, v, dout, out, lse, dlse, delta, dq, tensors, scale) -> None:
+        launch(
+            _attention_dq_kernel, grid, q, k, v, dout, out, lse, dlse, delta, dq, *strides, *tensors, *numbers, scale,
+            count, step, **meta,
+        )  # fmt: skip
+
+    return run
+
+
+def _by_keys(p: _Problem, strides: list[int], align: int) -> Callable[..., None]:
+    """The launch that leaves dk and dv; where there are ranges, one before it that bounds them tile by tile."""
     here = p.tiles("_attention_dkv_kernel")
     form, groups, count, step = p.cut(here["BLOCK_N"], keys=True)
-    q_tiles, bounds = cdiv(p.len_q, here["BLOCK_M"]), delta
-    if p.intervals and form < PACKED.value:
-        each = p.per_sample & 0b11100 != 0  # q_count, k_count or ranges
-        samples = b if each else 1
-        p.per_sample |= each << 9
-        bounds = torch.empty((samples, p.intervals, 4, q_tiles), dtype=torch.int32, device=q.device)
-        ranges, q_count, k_count = (p.tensors[TENSORS.index(name)] for name in ("ranges", "q_count", "k_count"))
+    q_tiles, bounded = cdiv(p.len_q, here["BLOCK_M"]), p.intervals > 0 and form < PACKED.value
+    per_sample = p.per_sample
+    each = bounded and per_sample & 0b11100 != 0  # q_count, k_count or ranges
+    samples = p.b if each else 1
+    grid, numbers = (p.b * p.m * groups * count,), p.numbers(groups)
+    numbers[0] = per_sample | each << 9
+    meta = {**p.meta, "FORM": form, "ALIGN": align, **here}
+    m, intervals = p.m, p.intervals
+    bounds_shape, bounds_grid = (samples, intervals, 4, q_tiles), (samples * intervals * q_tiles,)
+    bounds_numbers = (numbers[0], p.len_q, p.len_k, q_tiles)
+    bounds_meta = {"R": intervals, "FORM": form, "BLOCK_M": here["BLOCK_M"]}
+    if bounded:
+        bounds_meta |= p.tiles("_attention_bounds_kernel")
+
+    def run(q, k, v, dout, lse, delta, dk, dv, tensors, scale) -> None:
+        bounds = delta
+        if bounded:
+            bounds = q.new_empty(bounds_shape, dtype=torch.int32)
+            ranges, q_count, k_count = tensors[4], tensors[2], tensors[3]
+            launch(
+                _attention_bounds_kernel, bounds_grid, ranges, q_count, k_count, bounds, *bounds_numbers, **bounds_meta
+            )
         launch(
-            _attention_bounds_kernel, (samples * p.intervals * q_tiles,),
-            ranges, q_count, k_count, bounds, p.per_sample, p.len_q, p.len_k, q_tiles,
-            R=p.intervals, FORM=form, BLOCK_M=here["BLOCK_M"], **p.tiles("_attention_bounds_kernel"),
+            _attention_dkv_kernel, grid, q, k, v, dout, lse, delta, bounds, dk, dv, m, q_tiles, *strides, *tensors,
+            *numbers, scale, count, step, **meta,
         )  # fmt: skip
-    launch(
-        _attention_dkv_kernel, (b * m * groups * count,),
-        p.q, p.k, p.v, dout, lse, delta, bounds, dk, dv, m, q_tiles, *strides, *p.arguments(groups), count, step,
-        **p.meta, FORM=form, ALIGN=align, **here,
-    )  # fmt: skip
-    return dq, dk, dv
+
+    return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,17 +12,18 @@ from vkernels.dispatch import Backend, choose
 from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
+from vkernels.remember import remembered
 
 MOST_QUERIES = 8
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     q: torch.Tensor
     cache: KVCache
     scale: float
     window: int | None
     return_lse: bool
+    doors: dict[str, Any] | None = None
 
 
 def prepare(
@@ -48,6 +49,13 @@ def prepare(
     require(math.isfinite(scale), name, "scale", "be finite", scale)
     require(window is None or (isinstance(window, int) and window >= 1), name, "window", "be at least 1", window)
     return Call(q, cache, scale, window, return_lse)
+
+
+@remembered
+def _decide(q, form, lengths, scale, window, return_lse, backend, *, cache) -> tuple[Backend, float, dict[str, Any]]:
+    """(backend, scale, doors). `form` is what the cache looks like."""
+    call = prepare(q, cache, scale=scale, window=window, return_lse=return_lse)
+    return choose("decode_attention", BACKENDS, backend, call), call.scale, {}
 
 
 def decode_attention(
@@ -81,15 +89,16 @@ def decode_attention(
         torch.Size([1, 1, 32, 128])
     Source: KIVI, arXiv:2402.02750 (the scheme); Flash-Decoding (the split over keys).
     """
-    call = prepare(q, cache, scale=scale, window=window, return_lse=return_lse)
-    o, lse = choose("decode_attention", BACKENDS, backend, call).run(call)
+    form, lengths = (cache.form, cache.lengths) if isinstance(cache, KVCache) else (None, None)
+    chosen, scale, doors = _decide(q, form, lengths, scale, window, return_lse, backend, cache=cache)
+    o, lse = chosen.run(Call(q, cache, scale, window, return_lse, doors))
     return (o, lse) if return_lse else o
 
 
 def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     c = call.cache
     window = 0 if call.window is None else call.window
-    return op("decode_attention", backend)(
+    return op("decode_attention", backend, call.doors)(
         unit_stride(call.q), c.lengths, c.table, *c.tensors(), call.scale, window, c.layout.ints()
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vkernels.check import bind, require, same_dtype
-from vkernels.kv_cache import STORAGE, Layout
+from vkernels.kv_cache import Layout
 from vkernels.library import unit_stride
+from vkernels.remember import planned
 from vkernels.triton.codes import add_codes, load_words, planes, unit_rows
 from vkernels.triton.counters import counters
 from vkernels.triton.head import load_head
@@ -238,7 +241,8 @@ def _splits(device: torch.device, steps: int, programs: int, per_sm: int, split_
     return max(1, min(chip * per_sm // programs, cdiv(steps, split_steps)))
 
 
-def decode_attention(q: Tensor, length: Tensor, table: Tensor, *rest) -> tuple[Tensor, Tensor]:
+@planned
+def decode_attention(q: Tensor, length: Tensor, table: Tensor, *rest: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     *storage, scale, window, layout = rest
     sizes = bind(NAME, ("q", q, "b s n d"), ("length", length, "b"))
     b, s, n, d = (sizes[axis] for axis in "bsnd")
@@ -250,38 +254,50 @@ def decode_attention(q: Tensor, length: Tensor, table: Tensor, *rest) -> tuple[T
     require(window >= 0, NAME, "window", "be at least 0", window)
     require(math.isfinite(scale), NAME, "scale", "be finite", scale)
     shape = checked_cache(NAME, length, table, storage, layout, m, d)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(b, n, s, dtype=torch.float32)
-    if b:
-        at = dict(zip(STORAGE, storage, strict=True))
-        _run(unit_stride(q), o, lse, length, table, at, scale * LOG2E.value, min(window, 2**31 - 1), shape)
-    return o, lse
+    attend = _plan(unit_stride(q), table, storage, shape) if b else None
+    lse_shape, window = (b, n, s), min(window, 2**31 - 1)
+
+    def run(q, length, table, *rest) -> tuple[Tensor, Tensor]:
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        if attend is not None:
+            attend(unit_stride(q), o, lse, length, table, rest, rest[-3] * LOG2E.value, window)
+        return o, lse
+
+    return run
 
 
-def _run(
-    q: Tensor, o: Tensor, lse: Tensor, length: Tensor, table: Tensor, at: dict[str, Tensor],
-    scale: float, window: int, shape: Layout,
-) -> None:  # fmt: skip
+ROWS, CODES = (0, 1, 8, 9), (2, 3, 4, 5, 6, 7, 8, 9)  # of STORAGE, what either kernel takes
+
+
+def _plan(q: Tensor, table: Tensor, storage: Sequence[Tensor], shape: Layout) -> Callable[..., None]:
     b, s, n, d = q.shape
-    names = STORAGE[2:] if shape.bits else STORAGE[:2] + STORAGE[8:]
-    kept = at["k_recent"] if shape.bits else at["k_rows"]
-    pool = at["k_codes"] if shape.bits else at["k_rows"]
+    kept, pool = (storage[6], storage[2]) if shape.bits else (storage[0], storage[0])
     m, wide = pool.shape[1], q.dtype != kept.dtype or q.dtype == torch.float32
-    kernel = _decode_codes_kernel if shape.bits else _decode_rows_kernel
+    kernel, taken = (_decode_codes_kernel, CODES) if shape.bits else (_decode_rows_kernel, ROWS)
     here = dict(tiles(NAME, kernel.fn.__name__, arch(q.device), d=d, bytes=4 if wide else 2))
     rows, most = n // m * s, here.pop("BLOCK_R")
     r = min(most, max(16, power_of_2(rows)))
     programs, room = b * m * cdiv(rows, r), table.shape[1] * shape.page
     steps = cdiv(shape.ring or room, shape.group if shape.bits else here["BLOCK_N"])
     splits = _splits(q.device, steps, programs, here.pop("PER_SM"), here.pop("SPLIT_STEPS")) + (shape.bits > 0)
-    part = torch.empty(programs * splits * r * (d + 2), dtype=torch.float32, device=q.device)
     align = alignment(q.stride()[:3])
-    launch(
-        kernel, (programs, splits),
-        q, o, lse, part, counters(programs, q.device), length, table, *(at[name] for name in names),
-        *(stride // align for stride in q.stride()[:3]), m, n // m, s, pool.shape[0], table.shape[1],
-        shape.page, shape.ring, shape.sinks, shape.residual, room, splits, scale, window,
-        D=d, A=max(16, power_of_2(d)), R=r, G=shape.group, WIDE=wide,
-        PAGED=table.shape[1] > 1, RING=shape.ring > 0, SINKS=shape.sinks > 0, ALIGN=align,
-        **here, **({"BITS": shape.bits} if shape.bits else {}),
+    numbers = (
+        *[stride // align for stride in q.stride()[:3]], m, n // m, s, pool.shape[0], table.shape[1],
+        shape.page, shape.ring, shape.sinks, shape.residual, room, splits,
     )  # fmt: skip
+    meta = {
+        "D": d, "A": max(16, power_of_2(d)), "R": r, "G": shape.group, "WIDE": wide, "PAGED": table.shape[1] > 1,
+        "RING": shape.ring > 0, "SINKS": shape.sinks > 0, "ALIGN": align, **here,
+        **({"BITS": shape.bits} if shape.bits else {}),
+    }  # fmt: skip
+    parts, grid = programs * splits * r * (d + 2), (programs, splits)
+
+    def run(q, o, lse, length, table, storage, scale: float, window: int) -> None:
+        part = q.new_empty(parts, dtype=torch.float32)
+        launch(
+            kernel, grid, q, o, lse, part, counters(programs, q.device), length, table, *[storage[i] for i in taken],
+            *numbers, scale, window, **meta,
+        )  # fmt: skip
+
+    return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,14 +11,14 @@ from vkernels.dispatch import Backend, choose
 from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.remember import remembered
 
 AXES = ("temporal", "spatial")
 ORDERS = ("frame", "patch")
 NAME = "divided_attention"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -29,11 +29,8 @@ class Call:
     order: str
     scale: float
     frames_per_group: int
-
-    @property
-    def layout(self) -> list[int]:
-        spatial, patch_major = int(self.axis == "spatial"), int(self.order == "patch")
-        return [self.t, self.l, self.cls, spatial, patch_major, self.frames_per_group]
+    layout: list[int]  # as the operators take what of this is a number
+    doors: dict[str, Any] | None = None
 
 
 def prepare(
@@ -64,7 +61,15 @@ def prepare(
     whole = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
     require(whole and grid.t % frames == 0, NAME, "frames_per_group", f"divide the {grid.t} frames", repr(frames))
     scale = float(scale) if scale is not None else max(sizes["d"], 1) ** -0.5
-    return Call(q, k, v, grid.t, grid.h * grid.w, axis, int(cls), order, scale, frames)
+    layout = [grid.t, grid.h * grid.w, int(cls), int(axis == "spatial"), int(order == "patch"), frames]
+    return Call(q, k, v, grid.t, grid.h * grid.w, axis, int(cls), order, scale, frames, layout)
+
+
+@remembered
+def _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, backend) -> tuple[Backend, tuple[Any, ...]]:
+    """(backend, all of a Call but its tensors)."""
+    call = prepare(q, k, v, grid, axis=axis, cls=cls, order=order, scale=scale, frames_per_group=frames_per_group)
+    return choose(NAME, BACKENDS, backend, call), (*call[3:-1], {})
 
 
 def divided_attention(
@@ -113,8 +118,8 @@ def divided_attention(
         torch.Size([2, 2049, 12, 64])
     Source: TimeSformer, arXiv:2102.05095 (divided space-time attention); BT-Adapter, arXiv:2309.15785 (shared CLS).
     """
-    call = prepare(q, k, v, grid, axis=axis, cls=cls, order=order, scale=scale, frames_per_group=frames_per_group)
-    return choose(NAME, BACKENDS, backend, call).run(call)
+    chosen, rest = _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, backend)
+    return chosen.run(Call(q, k, v, *rest))
 
 
 def _run_reference(c: Call) -> torch.Tensor:
@@ -135,12 +140,12 @@ BACKENDS = (
     Backend(
         "cpu",
         lambda c: cpu_why_not(c.q),
-        lambda c: op("divided_attention_fwd", "cpu")(c.q, c.k, c.v, c.scale, c.layout),
+        lambda c: op("divided_attention_fwd", "cpu", c.doors)(c.q, c.k, c.v, c.scale, c.layout),
     ),
     Backend(
         "triton",
         _triton_why_not,
-        lambda c: op("divided_attention_fwd", "triton")(c.q, c.k, c.v, c.scale, c.layout),
+        lambda c: op("divided_attention_fwd", "triton", c.doors)(c.q, c.k, c.v, c.scale, c.layout),
     ),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -6,7 +6,7 @@ queries over tiles of keys (triton_long.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from vkernels.check import bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.ops.divided_attention import triton_cls, triton_long, triton_short
+from vkernels.remember import planned
 from vkernels.triton.head import parts
-from vkernels.triton.launch import alignment, arch, cdiv, launch
+from vkernels.triton.launch import alignment, arch, blueprint, cdiv, launch
 from vkernels.triton.sequences import Sequences
 from vkernels.triton.tiles import tiles
 
 NAME = "divided_attention"
+Run = Callable[..., Any]
 
 
 def sequences(layout: list[int]) -> Sequences:
@@ -71,14 +73,14 @@ def _tiles(kernel: str, q: Tensor) -> dict[str, int]:
     return tiles(NAME, kernel, arch(q.device), d=q.shape[3], bytes=q.element_size())
 
 
-class _Call:
-    """What the launches of one call have in common."""
+class _Plan:
+    """What the launches of a call have in common, and those launches, planned: given the scale and the tensors that
+    have come to be, each runs."""
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, layout: list[int]):
+    def __init__(self, q: Tensor, k: Tensor, layout: list[int]):
         self.b, self.s, self.n, self.d = q.shape
         self.m = k.shape[2]
-        self.like = q
-        self.scale = scale
+        self.chip = arch(q.device)
         self.where = sequences(layout)
         self.cls = bool(layout[2])
         self.shared = bool(layout[2] and layout[3])
@@ -92,79 +94,116 @@ class _Call:
 
     def fits(self, here: dict[str, int]) -> bool:
         """Whether whole sequences go into a tile, packed."""
-        return not self.shared and self.where.length <= here["ROWS"]
+        return self.sequences > 0 and not self.shared and self.where.length <= here["ROWS"]
 
-    def scratch(self, heads: int, size: int) -> Tensor:
-        """What every sequence leaves for the CLS, float32; next to nothing where it is not shared."""
-        outer = self.where.outer if self.shared else 0
-        return self.like.new_empty((self.b, heads, outer, size), dtype=torch.float32)
+    def scratch(self, heads: int, size: int) -> tuple[int, ...]:
+        """The shape of what every sequence leaves for the CLS, float32; next to nothing where it is not shared."""
+        return self.b, heads, self.where.outer if self.shared else 0, size
 
-    def short(self, kernel: Any, heads: int, here: dict[str, int], *tensors: Tensor) -> None:
+    def short(self, kernel: Any, heads: int, here: dict[str, int], *tensors: Tensor) -> Run:
         strides, align = _strides(*tensors)
-        where, wide = self.where, _extent(range(3), *tensors) >= 2**31
-        packed = here["ROWS"] // max(where.length, 1)
-        launch(
-            kernel, (cdiv(self.sequences, packed) * heads,), *tensors, *strides,
-            self.scale, heads, self.sequences, where.count, where.inner, where.length, *where.strides,
-            WIDE=wide, CLS=self.cls, ALIGN=align, **self.meta, **here,
-        )  # fmt: skip
+        where = self.where
+        grid = (cdiv(self.sequences, here["ROWS"] // max(where.length, 1)) * heads,)
+        numbers = (heads, self.sequences, where.count, where.inner, where.length, *where.strides)
+        wide = _extent(range(3), *tensors) >= 2**31
+        meta = {"WIDE": wide, "CLS": self.cls, "ALIGN": align, **self.meta, **here}
 
-    def long(self, kernel: Any, heads: int, slots: int, here: dict[str, int], tensors, *scratch: Tensor) -> None:
+        def run(scale: float, *tensors: Tensor) -> None:
+            launch(kernel, grid, *tensors, *strides, scale, *numbers, **meta)
+
+        return run
+
+    def long(self, kernel: Any, heads: int, block: str, here: dict[str, int], *tensors: Tensor) -> Run:
+        """`tensors` are those with tokens; the launch takes scratch after them."""
         strides, align = _strides(*tensors)
-        where, wide = self.where, _extent((1,), *tensors) >= 2**31
-        launch(
-            kernel, (slots * heads * self.sequences,), *tensors, *scratch, *strides,
-            self.scale, heads, slots, where.outer, where.inner, where.length, *where.strides,
-            WIDE=wide, CLS=self.shared, ALIGN=align, **self.meta, **here,
-        )  # fmt: skip
+        where = self.where
+        slots = cdiv(where.length, here[block]) + self.shared
+        grid = (slots * heads * self.sequences,)
+        numbers = (heads, slots, where.outer, where.inner, where.length, *where.strides)
+        wide = _extent((1,), *tensors) >= 2**31
+        meta = {"WIDE": wide, "CLS": self.shared, "ALIGN": align, **self.meta, **here}
 
-    def cls_rows(self, out: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> None:
-        """The CLS rows of `out`: the sums of what the sequences left in `part`, or 0 where they leave nothing."""
-        here = tiles(NAME, "_cls_sum_kernel", arch(out[0].device))
-        count = self.where.outer * self.shared
-        three = (0, len(out) - 2, -1)
-        launch(
-            triton_cls._cls_sum_kernel, (self.b * self.n, len(out)),
-            *(part[i] for i in three), *(out[i] for i in three), self.s, self.b, self.n, self.m, count,
-            **self.head, **here,
-        )  # fmt: skip
+        def run(scale: float, *tensors: Tensor) -> None:
+            launch(kernel, grid, *tensors, *strides, scale, *numbers, **meta)
+
+        return run
+
+    def cls_rows(self, outputs: int) -> Callable[[Sequence[Tensor], Sequence[Tensor]], None]:
+        """The CLS rows of outputs: the sums of what the sequences left in `part`, or 0 where they leave nothing."""
+        if not self.cls:
+            return lambda out, part: None
+        numbers = self.s, self.b, self.n, self.m, self.where.outer * self.shared
+        meta = {**self.head, **tiles(NAME, "_cls_sum_kernel", self.chip)}
+        grid, three = (self.b * self.n, outputs), (0, outputs - 2, -1)
+
+        def run(out: Sequence[Tensor], part: Sequence[Tensor]) -> None:
+            launch(
+                triton_cls._cls_sum_kernel, grid, *[part[i] for i in three], *[out[i] for i in three], *numbers, **meta
+            )
+
+        return run
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Tensor:
+@planned
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Run:
     q, k, v = (unit_stride(x) for x in (q, k, v))
     _check(q, k, v, layout)
-    call, o = _Call(q, k, scale, layout), _like(q)
-    if call.sequences and call.fits(here := _tiles("_short_fwd_kernel", q)):
-        call.short(triton_short._short_fwd_kernel, call.n, here, q, k, v, o)
-        return o
+    plan, here = _Plan(q, k, layout), _tiles("_short_fwd_kernel", q)
+    if plan.fits(here):
+        short = plan.short(triton_short._short_fwd_kernel, plan.n, here, q, k, v, blueprint(q))
+
+        def run_short(q, k, v, scale, layout) -> Tensor:
+            o = _like(q)
+            short(scale, unit_stride(q), unit_stride(k), unit_stride(v), o)
+            return o
+
+        return run_short
     here = _tiles("_long_fwd_kernel", q)
-    slots = cdiv(call.where.length, here["BLOCK_M"]) + call.shared
-    part = call.scratch(call.n, call.d)
-    call.long(triton_long._long_fwd_kernel, call.n, slots, here, (q, k, v, o), part)
-    if call.cls:
-        call.cls_rows((o,), (part,))
-    return o
+    long = plan.long(triton_long._long_fwd_kernel, plan.n, "BLOCK_M", here, q, k, v, blueprint(q))
+    cls_rows, scratch = plan.cls_rows(1), plan.scratch(plan.n, plan.d)
+
+    def run(q, k, v, scale, layout) -> Tensor:
+        o, part = _like(q), q.new_empty(scratch, dtype=torch.float32)
+        long(scale, unit_stride(q), unit_stride(k), unit_stride(v), o, part)
+        cls_rows((o,), (part,))
+        return o
+
+    return run
 
 
-def backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+@planned
+def backward(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Run:
     grad_o, q, k, v = inputs = tuple(unit_stride(x) for x in (grad_o, q, k, v))
     _check(q, k, v, layout, grad_o)
-    call, dq, dk, dv = _Call(q, k, scale, layout), _like(q), _like(k), _like(v)
-    if call.sequences and call.fits(here := _tiles("_short_bwd_kernel", q)):
-        call.short(triton_short._short_bwd_kernel, call.m, here, *inputs, dq, dk, dv)
-        return dq, dk, dv
+    plan, here = _Plan(q, k, layout), _tiles("_short_bwd_kernel", q)
+    dq, dk, dv = map(blueprint, (q, k, v))
+    if plan.fits(here):
+        short = plan.short(triton_short._short_bwd_kernel, plan.m, here, *inputs, dq, dk, dv)
 
-    n, m, d, length = call.n, call.m, call.d, call.where.length
-    stats = q.new_empty((call.sequences, n, length, 2), dtype=torch.float32)
-    cls_stats, *part = (call.scratch(*shape) for shape in ((n, 2), (n, d), (m, d), (m, d)))
+        def run_short(grad_o, q, k, v, scale, layout) -> tuple[Tensor, ...]:
+            grads = _like(q), _like(k), _like(v)
+            short(scale, *map(unit_stride, (grad_o, q, k, v)), *grads)
+            return grads
+
+        return run_short
+
+    n, m, d = plan.n, plan.m, plan.d
+    stats_shape = (plan.sequences, n, plan.where.length, 2)
+    scratch = [plan.scratch(*shape) for shape in ((n, 2), (n, d), (m, d), (m, d))]
     here = _tiles("_long_dq_kernel", q)
-    slots = cdiv(length, here["BLOCK_M"]) + call.shared
-    call.long(triton_long._long_dq_kernel, n, slots, here, (*inputs, dq), stats, cls_stats, part[0])
+    by_queries = plan.long(triton_long._long_dq_kernel, n, "BLOCK_M", here, *inputs, dq)
     here = _tiles("_long_dkv_kernel", q)
-    slots = cdiv(length, here["BLOCK_N"]) + call.shared
-    call.long(triton_long._long_dkv_kernel, m, slots, here, (*inputs, dk, dv), stats, cls_stats, *part[1:])
-    if call.cls:
-        call.cls_rows((dq, dk, dv), tuple(part))
-    return dq, dk, dv
+    by_keys = plan.long(triton_long._long_dkv_kernel, m, "BLOCK_N", here, *inputs, dk, dv)
+    cls_rows = plan.cls_rows(3)
+
+    def run(grad_o, q, k, v, scale, layout) -> tuple[Tensor, ...]:
+        dq, dk, dv = grads = _like(q), _like(k), _like(v)
+        inputs = [unit_stride(x) for x in (grad_o, q, k, v)]
+        stats = q.new_empty(stats_shape, dtype=torch.float32)
+        cls_stats, *part = [q.new_empty(shape, dtype=torch.float32) for shape in scratch]
+        by_queries(scale, *inputs, dq, stats, cls_stats, part[0])
+        by_keys(scale, *inputs, dk, dv, stats, cls_stats, *part[1:])
+        cls_rows(grads, part)
+        return grads
+
+    return run

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from vkernels.check import bind, refusal, require
 from vkernels.dispatch import Backend, choose
-from vkernels.kv_cache import KVCache, on_device
+from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.kv_append import reference, torch_op  # noqa: F401  (registers the overload)
+from vkernels.remember import remembered
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     cache: KVCache
     k: torch.Tensor
     v: torch.Tensor
     counts: list[int]
+    doors: dict[str, Any] | None = None
 
 
-def prepare(
-    cache: KVCache, k: torch.Tensor, v: torch.Tensor, *, count: Sequence[int] | torch.Tensor | None = None
-) -> Call:
+def _check(cache: KVCache, k: torch.Tensor, v: torch.Tensor) -> int:
+    """The tokens of a call to the cache."""
     name = "kv_append"
     if not isinstance(cache, KVCache):
         raise TypeError(refusal(name, "cache", "be a KVCache", type(cache).__name__))
@@ -35,15 +35,31 @@ def prepare(
         require(x.device == cache.device, name, argument, f"be on {cache.device}", x.device, TypeError)
         rule = "not require a gradient, a cache is for inference"
         require(not (x.requires_grad and torch.is_grad_enabled()), name, argument, rule, "requires_grad=True")
-    s = sizes["s"]
-    if count is None:
-        counts = [s] * cache.b
-    else:
+    return sizes["s"]
+
+
+def prepare(
+    cache: KVCache, k: torch.Tensor, v: torch.Tensor, *, count: Sequence[int] | torch.Tensor | None = None
+) -> Call:
+    return Call(cache, k, v, _counts(cache, _check(cache, k, v), count))
+
+
+def _counts(cache: KVCache, s: int, count: Sequence[int] | torch.Tensor | None) -> list[int]:
+    """Tokens of each sequence; there is room for them."""
+    counts = [s] * cache.b
+    if count is not None:
         counts = [int(c) for c in (count.tolist() if isinstance(count, torch.Tensor) else count)]
         ok = len(counts) == cache.b and all(0 <= c <= s for c in counts)
-        require(ok, name, "count", f"be {cache.b} numbers of tokens up to {s}", counts)
-    cache.refuse_overflow(name, counts)
-    return Call(cache, k, v, counts)
+        require(ok, "kv_append", "count", f"be {cache.b} numbers of tokens up to {s}", counts)
+    cache.refuse_overflow("kv_append", counts)
+    return counts
+
+
+@remembered
+def _decide(form, lengths, k, v, backend, *, cache) -> tuple[Backend, dict[str, Any]]:
+    """(backend, doors). `form` is what the cache looks like; who runs the call does not depend on the counts."""
+    _check(cache, k, v)
+    return choose("kv_append", BACKENDS, backend, Call(cache, k, v, [])), {}
 
 
 def kv_append(
@@ -76,19 +92,20 @@ def kv_append(
         257
     Source: KIVI, arXiv:2402.02750.
     """
-    call = prepare(cache, k, v, count=count)
-    chosen = choose("kv_append", BACKENDS, backend, call)
-    cache.reserve(call.counts)
-    chosen.run(call)
-    cache.advance(call.counts)
+    form, lengths = (cache.form, cache.lengths) if isinstance(cache, KVCache) else (None, None)
+    chosen, doors = _decide(form, lengths, k, v, backend, cache=cache)
+    counts = _counts(cache, k.shape[1], count)
+    cache.reserve(counts)
+    chosen.run(Call(cache, k, v, counts, doors))
+    cache.advance(counts)
     return cache
 
 
 def _registered(call: Call, backend: str) -> None:
     c = call.cache
-    counts = on_device(call.counts, c.device)
+    counts = c.counts_on_device(call.counts)
     k, v = unit_stride(call.k), unit_stride(call.v)
-    op("kv_append", backend)(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
+    op("kv_append", backend, call.doors)(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
 
 
 BACKENDS = (

@@ -7,6 +7,7 @@ program reads or writes that slot, and a bulk append still has a program per gro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vkernels.check import bind, require, same_dtype
+from vkernels.kv_cache import Layout
 from vkernels.library import unit_stride
+from vkernels.remember import planned
 from vkernels.triton.history import checked_cache
 from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.quantize import pack_columns, pack_rows, quantise
@@ -208,41 +211,71 @@ def _append_codes_kernel(
         )  # fmt: skip
 
 
-def kv_append(k: Tensor, v: Tensor, count: Tensor, length: Tensor, table: Tensor, *storage_and_layout: Any) -> None:
+@planned
+def kv_append(
+    k: Tensor, v: Tensor, count: Tensor, length: Tensor, table: Tensor, *storage_and_layout: Any
+) -> Callable[..., None]:
     *storage, layout = storage_and_layout
     sizes = bind(NAME, ("k", k, "b s m d"), ("v", v, "b s m d"), ("count", count, "b"), ("length", length, "b"))
-    b, s, m, d = (sizes[axis] for axis in "bsmd")
+    m, d = sizes["m"], sizes["d"]
     require(count.dtype == torch.int32, NAME, "count", "have dtype int32", count.dtype, TypeError)
     cache = checked_cache(NAME, length, table, storage, layout, m, d)
-    k_rows, v_rows, k_codes, k_scale, v_codes, v_scale, k_recent, v_recent, k_sink, v_sink = storage
-    pool, kept = (k_codes, k_recent) if cache.bits else (k_rows, k_rows)
+    kept = storage[6] if cache.bits else storage[0]
     same_dtype(NAME, ("cache", kept), ("k", k), ("v", v))
-    k, v = unit_stride(k), unit_stride(v)
-    strides = [*k.stride()[:3], *v.stride()[:3]]
+    strides = [stride for x in (k, v) for stride in unit_stride(x).stride()[:3]]
     align = alignment(strides)
-    strides = [stride // align for stride in strides]
-    sinks = (k_sink, v_sink) if cache.sinks else (kept, kept)
     fixed = {"D": d, "RING": cache.ring > 0, "SINKS": cache.sinks > 0, "ALIGN": align}
-    if cache.bits == 0:
-        here = tiles(NAME, "_append_rows_kernel", arch(k.device), d=d)
+    append = _append_codes if cache.bits else _append_rows
+    return append(k, table, storage, cache, [stride // align for stride in strides], fixed)
+
+
+def _append_rows(
+    k: Tensor, table: Tensor, storage: Sequence[Tensor], cache: Layout, strides: list[int], fixed: dict[str, Any]
+) -> Callable[..., None]:
+    b, s, m, d = k.shape
+    here = tiles(NAME, "_append_rows_kernel", arch(k.device), d=d)
+    grid = cdiv(b * s, here["BLOCK_S"]), cdiv(m, here["BLOCK_H"])
+    numbers = b * s, s, m, cache.page, cache.ring, cache.sinks, storage[0].shape[0], table.shape[1]
+    meta = {**fixed, "BLOCK_D": power_of_2(d), **here}
+
+    def run(k, v, count, length, table, *storage_and_layout) -> None:
+        k_rows, v_rows, *_, k_sink, v_sink, _ = storage_and_layout
+        if not cache.sinks:
+            k_sink = v_sink = k_rows
         launch(
-            _append_rows_kernel, (cdiv(b * s, here["BLOCK_S"]), cdiv(m, here["BLOCK_H"])),
-            k, v, count.contiguous(), length, table, k_rows, v_rows, *sinks, *strides,
-            b * s, s, m, cache.page, cache.ring, cache.sinks, pool.shape[0], table.shape[1],
-            **fixed, BLOCK_D=power_of_2(d), **here,
+            _append_rows_kernel, grid, unit_stride(k), unit_stride(v), count.contiguous(), length, table,
+            k_rows, v_rows, k_sink, v_sink, *strides, *numbers, **meta,
         )  # fmt: skip
-        return
-    here = dict(tiles(NAME, "_append_codes_kernel", arch(k.device), d=cache.group))
+
+    return run
+
+
+def _append_codes(
+    k: Tensor, table: Tensor, storage: Sequence[Tensor], cache: Layout, strides: list[int], fixed: dict[str, Any]
+) -> Callable[..., None]:
+    b, s, m, d = k.shape
     g, per = cache.group, 32 // cache.bits
+    here = dict(tiles(NAME, "_append_codes_kernel", arch(k.device), d=g))
     key_c = max(per, min(here.pop("BLOCK_C"), power_of_2(d)))
     value_t, value_c = max(per, min(here.pop("BLOCK_T"), g)), max(key_c, g)
     parts = cdiv(d, key_c) + g // value_t * cdiv(d, value_c)
     # Groups that s tokens can complete, and those of the window; then the sinks they can fill.
     tasks = max(cdiv(s, g), cache.residual // g + 1)
     all_tasks = tasks + cdiv(min(s, cache.sinks), g)
-    launch(
-        _append_codes_kernel, (b * m * all_tasks * parts if s else 0,),
-        k, v, count.contiguous(), length, table, k_codes, k_scale, v_codes, v_scale, k_recent, v_recent, *sinks,
-        *strides, s, m, tasks, all_tasks, cache.residual, cache.sinks, cache.page, cache.ring, pool.shape[0],
-        table.shape[1], **fixed, GROUP=g, BITS=cache.bits, KEY_C=key_c, VALUE_T=value_t, VALUE_C=value_c, **here,
+    grid = (b * m * all_tasks * parts if s else 0,)
+    numbers = (
+        s, m, tasks, all_tasks, cache.residual, cache.sinks, cache.page, cache.ring, storage[2].shape[0],
+        table.shape[1],
     )  # fmt: skip
+    meta = {**fixed, "GROUP": g, "BITS": cache.bits, "KEY_C": key_c, "VALUE_T": value_t, "VALUE_C": value_c, **here}
+
+    def run(k, v, count, length, table, *storage_and_layout) -> None:
+        _, _, *codes, k_recent, v_recent, k_sink, v_sink, _ = storage_and_layout
+        if not cache.sinks:
+            k_sink = v_sink = k_recent
+        launch(
+            _append_codes_kernel, grid, unit_stride(k), unit_stride(v), count.contiguous(), length, table, *codes,
+            k_recent, v_recent, k_sink, v_sink, *strides, *numbers, **meta,
+        )  # fmt: skip
+
+    return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,11 +12,11 @@ from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, op, triton_why_not
 from vkernels.ops.apply_rope.api import canonical_positions
 from vkernels.ops.qkv_prologue import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.remember import remembered
 from vkernels.rope import RopeSpec
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     qkv: torch.Tensor
     heads: tuple[int, int, int]  # n m d
     bias: torch.Tensor | None  # float32 (float64 for a float64 qkv), as the norms
@@ -27,10 +27,29 @@ class Call:
     post: bool
     all_heads: bool
     rows: tuple[torch.Tensor, torch.Tensor] | None  # b s m d: where k and v go
+    doors: dict[str, Any] | None = None
 
 
 def _direct(cache: KVCache) -> bool:
     return cache.bits == 0 and not cache.paged and not cache.ring and len(set(cache._lengths)) == 1
+
+
+def _weights(
+    dtype: torch.dtype, offset: float, bias, q_norm, k_norm
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """bias and norms as kernels take them: contiguous, of `dtype`, the norms with `offset` added."""
+    bias, q_norm, k_norm = (None if x is None else x.to(dtype).contiguous() for x in (bias, q_norm, k_norm))
+    if offset:
+        q_norm, k_norm = (None if x is None else x + offset for x in (q_norm, k_norm))
+    return bias, (q_norm, k_norm)
+
+
+def _rows(cache: KVCache | None, s: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where the keys and values of s more tokens go, if the kernel itself may put them there."""
+    if cache is None:
+        return None
+    cache.refuse_overflow("qkv_prologue", [s] * cache.b)
+    return cache.rows(s) if _direct(cache) else None
 
 
 def prepare(
@@ -63,16 +82,9 @@ def prepare(
     require(norm_eps >= 0, name, "norm_eps", "be at least 0", norm_eps)
     all_heads = norm_scope == "all"
     columns = {"bias": c, "q_norm": n * d if all_heads else d, "k_norm": m * d if all_heads else d}
-    inner = torch.promote_types(qkv.dtype, torch.float32)
-    weights: dict[str, torch.Tensor | None] = {}
     for argument, x in (("bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)):
         bind(name, ("qkv", qkv, "b s c"), (argument, x, str(columns[argument])))
         same_dtype(name, (argument, x))
-        weights[argument] = None if x is None else x.to(inner).contiguous()
-    if norm_offset:
-        for argument in ("q_norm", "k_norm"):
-            x = weights[argument]
-            weights[argument] = None if x is None else x + norm_offset
     require((spec is None) == (pos is None), name, "pos", "be given exactly where spec is", pos is not None)
     if spec is not None and pos is not None:
         require(isinstance(spec, RopeSpec), name, "spec", "be a RopeSpec", type(spec).__name__, TypeError)
@@ -83,21 +95,34 @@ def prepare(
             require(count % heads == 0, name, argument, f"be a multiple of the {heads} heads of spec", count)
         pos = canonical_positions(name, spec, pos, b, s)
         require(pos.device == qkv.device, name, "pos", f"be on the device of qkv ({qkv.device})", pos.device, TypeError)
-    rows = None
     if cache is not None:
         require(isinstance(cache, KVCache), name, "cache", "be a KVCache", type(cache).__name__, TypeError)
         require((cache.b, cache.m, cache.d) == (b, m, d), name, "cache", f"have b={b}, m={m}, d={d}", cache)
         require(cache.dtype == qkv.dtype, name, "cache", f"hold the dtype of qkv ({qkv.dtype})", cache.dtype, TypeError)
         same = cache.device.type == qkv.device.type
         require(same, name, "cache", f"be on the device of qkv ({qkv.device})", cache.device, TypeError)
-        tracked = any(x is not None and x.requires_grad for x in (qkv, *weights.values()))
+        tracked = any(x is not None and x.requires_grad for x in (qkv, bias, q_norm, k_norm))
         require(not (tracked and torch.is_grad_enabled()), name, "cache", "be None where a gradient is needed", cache)
-        cache.refuse_overflow(name, [s] * b)
-        rows = cache.rows(s) if _direct(cache) else None
-    norms = (weights["q_norm"], weights["k_norm"])
-    return Call(
-        qkv, (n, m, d), weights["bias"], norms, spec, pos, float(norm_eps), norm_order == "post", all_heads, rows
-    )
+    inner = torch.promote_types(qkv.dtype, torch.float32)
+    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
+    post = norm_order == "post"
+    return Call(qkv, (n, m, d), bias, norms, spec, pos, float(norm_eps), post, all_heads, _rows(cache, s))
+
+
+@remembered
+def _decide(
+    qkv, n, m, spec, pos, bias, q_norm, k_norm, eps, order, scope, offset, form, direct, backend, *, cache
+) -> tuple[Backend, tuple[Any, ...], tuple[int, ...] | None, dict[str, Any]]:
+    """(backend, what of a Call is no tensor, the shape of its positions, doors). `form` is what the cache looks like,
+    `direct` whether the kernel writes to it."""
+    call = prepare(
+        qkv, n=n, m=m, spec=spec, pos=pos, bias=bias, q_norm=q_norm, k_norm=k_norm, norm_eps=eps, norm_order=order,
+        norm_scope=scope, norm_offset=offset, cache=cache,
+    )  # fmt: skip
+    chosen = choose("qkv_prologue", BACKENDS, backend, call)
+    shape = None if call.pos is None else tuple(call.pos.shape)
+    inner = torch.promote_types(qkv.dtype, torch.float32)
+    return chosen, (call.heads, inner, call.eps, call.post, call.all_heads), shape, {}
 
 
 def qkv_prologue(
@@ -148,14 +173,19 @@ def qkv_prologue(
 
     Source: QK-norm, arXiv:2302.05442; M-RoPE, arXiv:2409.12191.
     """
-    call = prepare(
-        qkv, n=n, m=m, spec=spec, pos=pos, bias=bias, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps,
-        norm_order=norm_order, norm_scope=norm_scope, norm_offset=norm_offset, cache=cache,
+    form, direct = (cache.form, _direct(cache)) if isinstance(cache, KVCache) else (None, False)
+    chosen, (heads, inner, eps, post, all_heads), shape, doors = _decide(
+        qkv, n, m, spec, pos, bias, q_norm, k_norm, norm_eps, norm_order, norm_scope, norm_offset, form, direct,
+        backend, cache=cache,
     )  # fmt: skip
-    q, k, v = choose("qkv_prologue", BACKENDS, backend, call).run(call)
+    if pos is not None and shape is not None and pos.shape != shape:
+        pos = pos.view(shape)
+    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
+    rows = _rows(cache, qkv.shape[1])
+    q, k, v = chosen.run(Call(qkv, heads, bias, norms, spec, pos, eps, post, all_heads, rows, doors))
     if cache is None:
         return q, k, v
-    if call.rows is None:
+    if rows is None:
         cache.append(k, v, backend=backend)
     else:
         cache.advance(qkv.shape[1])
@@ -169,8 +199,8 @@ def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor, t
     layout = [*call.heads, blocks, offset, int(call.post), int(call.all_heads)]
     rest = (call.bias, *call.norms, call.pos, axis, freq, scale, call.eps, layout)
     if call.rows is None:
-        return op("qkv_prologue", backend)(call.qkv, *rest)
-    return op("qkv_prologue_", backend)(call.qkv, *call.rows, *rest), *call.rows
+        return op("qkv_prologue", backend, call.doors)(call.qkv, *rest)
+    return op("qkv_prologue_", backend, call.doors)(call.qkv, *call.rows, *rest), *call.rows
 
 
 def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,9 @@ anything is left over, whether anything turns); NORM is (whether there is a norm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from vkernels.check import bind, require
 from vkernels.library import unit_stride
+from vkernels.remember import planned
 from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, turn
 from vkernels.triton.tiles import tiles
@@ -394,8 +398,8 @@ def _qkv_prologue_bwd_kernel(
         )  # fmt: skip
 
 
-def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> tuple[dict, dict]:
-    """What every kernel here takes: arguments of the launch, and what is compiled in. For callers who come past the
+def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout) -> tuple[dict, dict]:
+    """What every kernel here takes: numbers of the launch, and what is compiled in. For callers who come past the
     public function, what keeps the kernels inside their tensors is checked."""
     require(len(layout) == 7, NAME, "layout", "have 7 numbers", layout)
     n, m, d, blocks, offset, post, over_all = layout
@@ -437,7 +441,6 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
     b, s = sizes["b"], sizes["s"]
     numbers = {
         "strides": [stride // align for stride in strides],
-        "pos": [pos, axis, freq],
         "pos_strides": pos_strides,
         "sizes": [b * s, max(s, 1), n, m],
     }
@@ -445,11 +448,12 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
     return numbers, fixed | {"ALIGN": align}
 
 
-def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Tensor:
-    """q [b, s, n, d]; k and v go where they are told to."""
-    q = qkv.new_empty(*qkv.shape[:2], layout[0], layout[2])
+def _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout) -> Callable[..., Tensor]:
+    """What gives q [b, s, n, d] and writes k and v, for such tensors."""
     qkv = unit_stride(qkv)
-    given, fixed = _prepared(qkv, q, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout)
+    shape = (*qkv.shape[:2], layout[0], layout[2])
+    q = qkv.new_empty(shape)
+    given, fixed = _prepared(qkv, q, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout)
     here = dict(tiles(NAME, "_qkv_prologue_kernel", arch(qkv.device), d=layout[2], bytes=qkv.element_size()))
     tokens, _, n, m = given["sizes"]
     rows, wide = fixed["ROWS"], here["BLOCK_H"]
@@ -459,50 +463,79 @@ def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, l
     )
     # Few tokens share their heads among programs, which costs angles once more each; many keep them in one.
     splits = min(chunks, max(here.pop("PROGRAMS") // max(blocks, 1), 1))
-    launch(
-        _qkv_prologue_kernel, (blocks, splits),
-        qkv, q, k_out, v_out, bias, q_norm, k_norm, *given["pos"], *given["strides"], *given["pos_strides"],
-        *given["sizes"], splits, scale, eps, **fixed, **here,
-    )  # fmt: skip
-    return q
+    numbers = (*given["strides"], *given["pos_strides"], *given["sizes"], splits)
+    meta = {**fixed, **here}
+
+    def run(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps) -> Tensor:
+        q = qkv.new_empty(shape)
+        launch(
+            _qkv_prologue_kernel, (blocks, splits), unit_stride(qkv), q, k_out, v_out, bias, q_norm, k_norm,
+            pos, axis, freq, *numbers, scale, eps, **meta,
+        )  # fmt: skip
+        return q
+
+    return run
 
 
-def out_of_place(qkv, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    _, m, d = rest[-1][:3]
-    k, v = qkv.new_empty(*qkv.shape[:2], m, d), qkv.new_empty(*qkv.shape[:2], m, d)
-    return into(qkv, k, v, *rest), k, v
+@planned
+def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., Tensor]:
+    run = _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout)
+    return lambda *args: run(*args[:-1])
 
 
-def backward(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+@planned
+def out_of_place(qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., tuple[Tensor, ...]]:
+    require(len(layout) == 7, NAME, "layout", "have 7 numbers", layout)
+    shape = (*qkv.shape[:2], layout[1], layout[2])
+    made = qkv.new_empty(shape)
+    into = _plan(qkv, made, made, bias, q_norm, k_norm, pos, axis, freq, layout)
+
+    def run(qkv, *rest) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = qkv.new_empty(shape), qkv.new_empty(shape)
+        return into(qkv, k, v, *rest[:-1]), k, v
+
+    return run
+
+
+@planned
+def backward(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., Any]:
     """Gradients of qkv, bias, q_norm, k_norm. Sums over tokens are made of partial ones over fixed shares of the
     tokens, added in order: the same bits whatever the timing."""
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     qkv, dq, dk, dv = map(unit_stride, (qkv, dq, dk, dv))
-    given, fixed = _prepared(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout)
+    given, fixed = _prepared(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, layout)
     tokens, s, n, m = given["sizes"]
     d, over_all = layout[2], bool(layout[6])
     chip, size = arch(qkv.device), qkv.element_size()
-    stats = None
-    if over_all and (q_norm is not None or k_norm is not None):
-        here = tiles(NAME, "_norm_stats_kernel", chip, d=d, bytes=size)
-        stats = torch.empty(tokens, 4, dtype=torch.float32, device=qkv.device)
-        launch(
-            _norm_stats_kernel, (cdiv(tokens, here["BLOCK_S"]),),
-            qkv, dq, dk, bias, q_norm, k_norm, *given["pos"], stats, *given["strides"][:8], *given["pos_strides"],
-            tokens, s, n, m, scale, eps, **fixed, **here,
-        )  # fmt: skip
+    whole = over_all and (q_norm is not None or k_norm is not None)
+    stats_here = tiles(NAME, "_norm_stats_kernel", chip, d=d, bytes=size) if whole else {"BLOCK_S": 1}
+    stats_grid, stats_meta = (cdiv(tokens, stats_here["BLOCK_S"]),), {**fixed, **stats_here}
+    stats_numbers = (*given["strides"][:8], *given["pos_strides"], tokens, s, n, m)
     here = dict(tiles(NAME, "_qkv_prologue_bwd_kernel", chip, d=d, bytes=size))
     rows, wide = fixed["ROWS"], here["BLOCK_H"]
     chunks = rows * (cdiv(n // rows, wide) + cdiv(m // rows, wide)) + cdiv(m, wide)
     parts = min(cdiv(tokens, here["BLOCK_S"]), max(here.pop("PROGRAMS") // chunks, 1))
     columns = [0 if x is None else heads * d for x, heads in ((bias, n + 2 * m), (q_norm, n), (k_norm, m))]
-    partial = torch.empty(parts, sum(columns), dtype=torch.float32, device=qkv.device)
-    launch(
-        _qkv_prologue_bwd_kernel, (parts, chunks),
-        qkv, dq, dk, dv, dqkv, bias, q_norm, k_norm, stats, *given["pos"], partial, *given["strides"],
-        *given["pos_strides"], tokens, s, n, m, sum(columns), scale, eps, **fixed, **here,
-    )  # fmt: skip
-    sums = [x.sum(0) for x in partial.split(columns, 1)]
-    if not over_all:
-        sums[1:] = [x.view(-1, d).sum(0) if x.numel() else x for x in sums[1:]]
-    return dqkv, *sums
+    numbers = (*given["strides"], *given["pos_strides"], tokens, s, n, m, sum(columns))
+    meta = {**fixed, **here}
+
+    def run(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> tuple[Tensor, ...]:
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        qkv, dq, dk, dv = map(unit_stride, (qkv, dq, dk, dv))
+        stats = None
+        if whole:
+            stats = qkv.new_empty((tokens, 4), dtype=torch.float32)
+            launch(
+                _norm_stats_kernel, stats_grid, qkv, dq, dk, bias, q_norm, k_norm, pos, axis, freq, stats,
+                *stats_numbers, scale, eps, **stats_meta,
+            )  # fmt: skip
+        partial = qkv.new_empty((parts, sum(columns)), dtype=torch.float32)
+        launch(
+            _qkv_prologue_bwd_kernel, (parts, chunks), qkv, dq, dk, dv, dqkv, bias, q_norm, k_norm, stats, pos, axis,
+            freq, partial, *numbers, scale, eps, **meta,
+        )  # fmt: skip
+        sums = [x.sum(0) for x in partial.split(columns, 1)]
+        if not over_all:
+            sums[1:] = [x.view(-1, d).sum(0) if x.numel() else x for x in sums[1:]]
+        return dqkv, *sums
+
+    return run

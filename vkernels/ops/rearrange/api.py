@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,12 +13,12 @@ from vkernels.library import DTYPE_CODE, cpu_why_not, op, triton_why_not
 from vkernels.ops.rearrange import reference, torch_op
 from vkernels.rearrangement.pattern import Affine
 from vkernels.rearrangement.plan import RearrangePlan
+from vkernels.remember import remembered
 
 OP = "rearrange"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     x: list[torch.Tensor]  # b|1 rows.. c, the fill vectors last; one tensor of any rank for an affine move
     plan: RearrangePlan
     affine: Affine | None
@@ -36,6 +36,7 @@ class Call:
     accumulate: bool
     dtype: torch.dtype
     shape: tuple[int, ...]  # of the result
+    doors: dict[str, Any] | None = None
 
 
 def _sources(x: Sequence[torch.Tensor], plan: RearrangePlan) -> list[torch.Tensor]:
@@ -207,6 +208,80 @@ def _target(
     return target, rows.to(torch.int32).contiguous()
 
 
+class _Recipe(NamedTuple):
+    """How calls that look alike become Calls: what `prepare` found, and the shapes it saw their tensors in."""
+
+    chosen: Backend
+    affine: Affine | None
+    rows_of: tuple[int, ...] | None  # the shape of x, where the plan is affine and its rows are taken
+    sources: list[torch.Size]
+    gate: int | None  # channels
+    residual: torch.Size | None
+    out: torch.Size | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    doors: dict[str, Any]
+
+
+@remembered
+def _decide(
+    x, form, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out, rows, accumulate,
+    dtype, backend, *, plan,
+) -> _Recipe:  # fmt: skip
+    call = prepare(
+        x, plan, fill=fill, bias=bias, scale=scale, gate=gate, residual=residual, norm=norm, norm_weight=norm_weight,
+        norm_bias=norm_bias, eps=eps, return_sum=return_sum, out=out, rows=rows, accumulate=accumulate, dtype=dtype,
+    )  # fmt: skip
+    first = x if isinstance(x, torch.Tensor) else x[0]
+    return _Recipe(
+        choose(OP, BACKENDS, backend, call),
+        call.affine,
+        tuple(first.shape) if plan.pattern is not None and call.affine is None else None,
+        [source.shape for source in call.x],
+        None if call.gate is None else call.gate.shape[0],
+        None if call.residual is None else call.residual.shape,
+        None if call.out is None else call.out.shape,
+        call.dtype,
+        call.shape,
+        {},
+    )
+
+
+def _seen(x: torch.Tensor | None, shape: torch.Size | None) -> torch.Tensor | None:
+    return x if x is None or shape is None or x.shape == shape else x.reshape(shape)
+
+
+def _again(
+    recipe: _Recipe, x, plan, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out,
+    rows, accumulate,
+) -> Call:  # fmt: skip
+    """The Call that `prepare` makes of these."""
+    tensors = [x] if isinstance(x, torch.Tensor) else list(x)
+    if recipe.affine is None:
+        device = tensors[0].device
+        if recipe.rows_of is not None:
+            plan = plan.rows(recipe.rows_of, device)
+        if plan.index.device != device:
+            plan = plan.to(device)
+        if fill is not None:
+            tensors.append(fill)
+        tensors = [
+            t if t.shape == shape else t.reshape(shape) for t, shape in zip(tensors, recipe.sources, strict=True)
+        ]
+    if gate is not None and gate.shape != (recipe.gate,):
+        gate = gate.reshape(-1).expand(recipe.gate)
+    if residual is not None and residual.shape != recipe.residual:
+        residual = residual.reshape(recipe.residual)
+    if out is not None and out.shape != recipe.out:
+        out = out.view(recipe.out)
+    if rows is not None:
+        rows = (rows if rows.dim() == 2 else rows[None]).to(torch.int32).contiguous()
+    return Call(
+        tensors, plan, recipe.affine, bias, float(scale), gate, residual, norm, norm_weight, norm_bias, float(eps),
+        return_sum, out, rows, accumulate, recipe.dtype, recipe.shape, recipe.doors,
+    )  # fmt: skip
+
+
 def rearrange(
     x: torch.Tensor | Sequence[torch.Tensor],
     plan: RearrangePlan,
@@ -261,11 +336,16 @@ def rearrange(
         torch.Size([2, 4, 64])
     Source: the token moves of BT-Adapter, ST-LLM, INTP-Video-LLMs, LLaVA-OneVision and Qwen2.5-VL.
     """
-    call = prepare(
-        x, plan, fill=fill, bias=bias, scale=scale, gate=gate, residual=residual, norm=norm, norm_weight=norm_weight,
-        norm_bias=norm_bias, eps=eps, return_sum=return_sum, out=out, rows=rows, accumulate=accumulate, dtype=dtype,
+    form = plan.form if isinstance(plan, RearrangePlan) else plan
+    recipe = _decide(
+        x, form, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out, rows,
+        accumulate, dtype, backend, plan=plan,
     )  # fmt: skip
-    result = choose(OP, BACKENDS, backend, call).run(call)
+    call = _again(
+        recipe, x, plan, fill, bias, scale, gate, residual, norm, norm_weight, norm_bias, eps, return_sum, out, rows,
+        accumulate,
+    )  # fmt: skip
+    result = recipe.chosen.run(call)
     if out is not None:
         return out
     return result if return_sum else result[0]
@@ -300,14 +380,14 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def _run_native(call: Call, backend: str) -> tuple[torch.Tensor, ...]:
     if call.affine is not None:
         a = call.affine
-        return (op("rearrange_affine", backend)(call.x[0], a.axes, a.sizes, a.steps, a.out_shape),)
+        return (op("rearrange_affine", backend, call.doors)(call.x[0], a.axes, a.sizes, a.steps, a.out_shape),)
     plan = call.plan
     vectors = call.bias, call.gate, call.norm_weight, call.norm_bias
     bias, gate, norm_weight, norm_bias = map(_float, vectors) if backend == "cpu" else vectors
     plain = (bias, gate, call.residual, norm_weight, norm_bias)
     how = (torch_op.REDUCES[plan.reduce], torch_op.NORMS[call.norm], call.scale, call.eps)
     if call.out is not None:
-        op("rearrange_rows_into", backend)(
+        op("rearrange_rows_into", backend, call.doors)(
             call.out, call.x, plan.ptr, plan.idx, plan.weight, *plain, call.rows, *how, call.accumulate
         )
         return ()
@@ -315,10 +395,10 @@ def _run_native(call: Call, backend: str) -> tuple[torch.Tensor, ...]:
     linear = plan.reduce == "sum" or backend != "cpu"  # the CPU finds a maximum's winners without the transpose
     if linear and torch.is_grad_enabled() and any(s.requires_grad for s in call.x):
         back = plan.transposed()
-    y, u = op("rearrange_rows", backend)(
+    y, u = op("rearrange_rows", backend, call.doors)(
         call.x, plan.ptr, plan.idx, plan.weight, *back, *plain, *how, call.return_sum, call.dtype
     )
-    return y.view(call.shape), u.view(call.shape) if call.return_sum else u
+    return (y if y.shape == call.shape else y.view(call.shape)), u.view(call.shape) if call.return_sum else u
 
 
 def _cpu_why_not(call: Call) -> str | None:

@@ -6,7 +6,9 @@ needs the row whole. Affine moves are in triton_affine.py, the backward in trito
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,14 +23,19 @@ from vkernels.ops.rearrange.triton_gather import (
     OP,
     PLAN_SIZES,
     SOURCE_SIZES,
+    apart,
     check_shape,
     checked,
     move_taps,
-    plan_arguments,
+    over,
+    plan_numbers,
     reduce_taps,
+    row_steps,
     source_arguments,
-    source_steps,
+    source_numbers,
+    source_tails,
 )
+from vkernels.remember import planned
 from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2
 from vkernels.triton.norm import row_statistics
 from vkernels.triton.tiles import tiles
@@ -176,10 +183,10 @@ def check_how(reduce: int, norm: int, c: int) -> None:
     require(norm == 0 or c <= WIDEST_NORM, OP, "x", f"have at most {WIDEST_NORM} channels under a norm", c)
 
 
-def _run(
-    x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, eps, accumulate,
+def _plan(
+    x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, accumulate,
     y: Tensor, total: Tensor | None,
-) -> None:  # fmt: skip
+) -> Callable[..., None]:  # fmt: skip
     x, b, n_out, c, n_rows = checked(x, ptr, idx, weight)
     check_how(reduce, norm, c)
     device = x[0].device
@@ -194,56 +201,135 @@ def _run(
         good = rows.dtype == torch.int32 and rows.is_contiguous()
         require(good, OP, "rows", "have dtype int32 and be contiguous", rows.dtype)
     if y.numel() == 0 or n_out == 0:
-        return
+        return lambda *args: None
     plain = bias is gate is residual is total is ptr is weight is None and not (norm or accumulate) and scale == 1.0
     residual = None if residual is None else unit_stride(residual)
     moves = plain and y.dtype == x[0].dtype
     for name, tensor in (("x", x[0]), ("y", y)):
         good = tensor.dtype in FLOATS or moves
         require(good, OP, name, "have a float dtype unless single rows are moved as they are", tensor.dtype)
-    dense = [t for t in (y, residual, total) if t is not None]
-    align = alignment([*source_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
-    if moves:
-        bits = BITS[y.element_size()]
-        x, y = [source.view(bits) for source in x], y.view(bits)
     here = blocks("_move_rows_kernel" if moves else _kind(norm, idx, n_out), x[0], whole=norm > 0)
-    grid = (cdiv(b * n_out, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),)
-
-    def by_row(t: Tensor | None) -> list[int | None]:
-        return [None, None] if t is None else [t.stride(0) // align, t.stride(1) // align]
-
-    shared: list[Any] = [
-        *source_arguments(x, align), *plan_arguments(ptr, idx, weight, n_rows),
-        rows, y, 0 if rows is None or rows.shape[0] == 1 else rows.stride(0), *by_row(y),
-        b * n_out, n_out, y.shape[1],
-    ]  # fmt: skip
-    if moves:
-        launch(_move_rows_kernel, grid, *shared, COUNT=len(x), C=c, ALIGN=align, **here)
-        return
-    launch(
-        _rows_kernel, grid, *shared,
-        bias, gate, residual, *by_row(residual), norm_weight, norm_bias, total, *by_row(total), scale, eps,
-        COUNT=len(x), C=c, ALIGN=align, MAX=reduce == REDUCES["max"], NORM=norm, ACCUMULATE=accumulate,
-        GATE_STEP=1 if gate is None else gate.stride(0), **here,
+    meta = {"COUNT": len(x), "C": c, **here}
+    if not moves:
+        step = 1 if gate is None else gate.stride(0)
+        meta |= {"MAX": reduce == REDUCES["max"], "NORM": norm, "ACCUMULATE": accumulate, "GATE_STEP": step}
+    strides: list[Any] = [(None, None) if t is None else t.stride()[:2] for t in (y, residual, total)]
+    over_samples = 0 if rows is None or rows.shape[0] == 1 else rows.stride(0)
+    numbers = _Numbers(
+        source_numbers(x), [*row_steps(x), *(s for pair in strides for s in pair if s is not None)],
+        plan_numbers(ptr, idx, weight, n_rows), over_samples, strides, (b * n_out, n_out, y.shape[1]),
     )  # fmt: skip
+    grid = (cdiv(b * n_out, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),)
+    run = _moving(BITS[y.element_size()]) if moves else _finishing(bias is gate is norm_weight is norm_bias is None)
+    at = cache(numbers.at)  # one of four alignments
+
+    def start(x: list[Tensor], *rest: Any) -> None:
+        x = [unit_stride(source) for source in x]
+        run(grid, meta, at(apart(x)), x, *rest)
+
+    return start
 
 
+class _Numbers(NamedTuple):
+    """The numbers of a launch, strides in elements."""
+
+    sources: list[tuple[list[int | None], list[int | None]]]
+    steps: list[int]  # what ALIGN must divide
+    plan: list[int]
+    over_samples: int
+    strides: list[Any]  # (sample, row) of y, residual, total
+    sizes: tuple[int, int, int]
+
+    def at(self, distance: int) -> tuple[Any, ...]:
+        """(ALIGN, tails of the sources, after the plan, after y, after the residual, after the total) where sources
+        lie a multiple of `distance` apart."""
+        align = alignment([distance, *self.steps])
+        y, residual, total = (over(pair, align) for pair in self.strides)
+        return (
+            align,
+            source_tails(self.sources, align),
+            self.plan,
+            [self.over_samples, *y, *self.sizes],
+            residual,
+            total,
+        )
+
+
+def _moving(bits: torch.dtype) -> Callable[..., None]:
+    def run(grid, meta, numbers, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, scale, eps,
+            y, total) -> None:  # fmt: skip
+        align, tails, plan, after_y, _, _ = numbers
+        x = [source.view(bits) for source in x]
+        launch(
+            _move_rows_kernel, grid, *source_arguments(x, tails), ptr, idx, weight, *plan, rows, y.view(bits),
+            *after_y, ALIGN=align, **meta,
+        )  # fmt: skip
+
+    return run
+
+
+def _finishing(bare: bool) -> Callable[..., None]:
+    """`bare`: there are no parameters to look at."""
+
+    def run(grid, meta, numbers, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, scale, eps,
+            y, total) -> None:  # fmt: skip
+        align, tails, plan, after_y, after_residual, after_total = numbers
+        if not bare:
+            bias, norm_weight, norm_bias = map(_row, (bias, norm_weight, norm_bias))
+            gate = gate if gate is None or gate.stride(0) == 0 else unit_stride(gate)
+        launch(
+            _rows_kernel, grid, *source_arguments(x, tails), ptr, idx, weight, *plan, rows, y, *after_y,
+            bias, gate, _row(residual), *after_residual, norm_weight, norm_bias, total, *after_total, scale, eps,
+            ALIGN=align, **meta,
+        )  # fmt: skip
+
+    return run
+
+
+def _row(x: Tensor | None) -> Tensor | None:
+    return None if x is None else unit_stride(x)
+
+
+@planned
 def rows(
     x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
     reduce, norm, scale, eps, with_sum, dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     y, total = rows_results(x, ptr, idx, with_sum, dtype)
-    _run(
-        x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, None, reduce, norm, scale, eps, False,
+    shape, rest_shape = y.shape, total.shape
+    finish = _plan(
+        x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, None, reduce, norm, scale, False,
         y, total if with_sum else None,
     )  # fmt: skip
-    return y, total
+
+    def run(
+        x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
+        reduce, norm, scale, eps, with_sum, dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        like = x[0]
+        y = like.new_empty(shape) if dtype == like.dtype else like.new_empty(shape, dtype=dtype)
+        total = like.new_empty(rest_shape)
+        finish(
+            x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, None, scale, eps,
+            y, total if with_sum else None,
+        )  # fmt: skip
+        return y, total
+
+    return run
 
 
+@planned
 def rows_into(
     out, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, eps, accumulate
-) -> None:
-    _run(
-        x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, eps, accumulate,
+) -> Callable[..., None]:
+    finish = _plan(
+        x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, accumulate,
         out, None,
     )  # fmt: skip
+
+    def run(
+        out, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, eps, add
+    ) -> None:
+        finish(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, scale, eps, out, None)
+
+    return run

@@ -8,6 +8,8 @@ the one, turned in shared memory and written along the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -16,12 +18,14 @@ from torch import Tensor
 from vkernels.check import require
 from vkernels.ops.rearrange.triton import BITS
 from vkernels.ops.rearrange.triton_gather import OP
+from vkernels.remember import planned
 from vkernels.triton.launch import arch, cdiv, launch, power_of_2
 from vkernels.triton.tiles import tiles
 
 OUTER = 7  # factors beside the run; with two of them in the tile, 5 remain
 SHORT = 8  # a factor no longer than this is the narrow side of a tile
 Factor = tuple[int, int, int]  # size, stride in x, stride in y
+Move = tuple[Any, tuple[int, ...], tuple[int | None, ...], dict[str, Any]]  # kernel, grid, numbers, meta
 
 
 @triton.jit
@@ -125,25 +129,31 @@ def _factors(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], sha
     return factors
 
 
-def affine(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> Tensor:
-    factors = _factors(x, axes, sizes, steps, shape)
-    y = x.new_empty(shape)
-    if y.numel() == 0:
-        return y
+@planned
+def affine(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> Callable[..., Tensor]:
+    factors, made = _factors(x, axes, sizes, steps, shape), tuple(shape)
+    if math.prod(made) == 0:
+        return lambda x, *_: x.new_empty(made)
     require(len(factors) <= OUTER + 1, OP, "axes", f"have at most {OUTER + 1} factors that do not run on", len(factors))
     bits = BITS[x.element_size()]
     if not factors or factors[-1][1] == 1:
-        _copy_runs(x.view(bits), y.view(bits), factors or [(1, 1, 1)])
+        kernel, grid, numbers, meta = _copy_runs(x, math.prod(made), factors or [(1, 1, 1)])
     else:
-        _turn(x.view(bits), y.view(bits), factors)
-    return y
+        kernel, grid, numbers, meta = _turn(x, factors)
+
+    def run(x: Tensor, *_: Any) -> Tensor:
+        y = x.new_empty(made)
+        launch(kernel, grid, x.view(bits), y.view(bits), *numbers, **meta)
+        return y
+
+    return run
 
 
 def _padded(values: list[int], n: int) -> list[int | None]:
     return [*values, *[None] * (n - len(values))]
 
 
-def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
+def _copy_runs(x: Tensor, elements: int, factors: list[Factor]) -> Move:
     *outer, (run, _, _) = factors
     outer.reverse()
     here = dict(tiles(OP, "_copy_runs_kernel", arch(x.device), bytes=x.element_size()))
@@ -151,13 +161,13 @@ def _copy_runs(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     columns, block = min(power_of_2(run), here.pop("BLOCK_C")), here.pop("BLOCK")
     # An element that is loaded alone has an address of its own, and so many do not fit into registers.
     block_r = max(1, (block if align * run_align > 1 else block // 4) // columns)
-    rows = y.numel() // run
-    launch(
-        _copy_runs_kernel, (cdiv(rows, block_r) * cdiv(run, columns),), x, y,
-        *_padded([size for size, _, _ in outer], OUTER),
-        *_padded([stride // align for _, stride, _ in outer], OUTER), rows, run // run_align,
-        ALIGN=align, RUN_ALIGN=run_align, BLOCK_R=block_r, BLOCK_C=columns, **here,
+    rows = elements // run
+    numbers = (
+        *_padded([size for size, _, _ in outer], OUTER), *_padded([stride // align for _, stride, _ in outer], OUTER),
+        rows, run // run_align,
     )  # fmt: skip
+    meta = {"ALIGN": align, "RUN_ALIGN": run_align, "BLOCK_R": block_r, "BLOCK_C": columns, **here}
+    return _copy_runs_kernel, (cdiv(rows, block_r) * cdiv(run, columns),), numbers, meta
 
 
 def _sides(size_i: int, size_j: int, block: int, side: int) -> tuple[int, int]:
@@ -174,7 +184,7 @@ def _wide(x: Tensor, numbers: list[int]) -> int:
     return elements if all(number % elements == 0 for number in numbers) else 1
 
 
-def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
+def _turn(x: Tensor, factors: list[Factor]) -> Move:
     """Tiles of the factor x is fastest along and the one y is fastest along, which is the last."""
     j = factors[-1]
     rest = factors[:-1] or [(1, 0, 1)]
@@ -186,12 +196,14 @@ def _turn(x: Tensor, y: Tensor, factors: list[Factor]) -> None:
     x_align = _wide(x, [f[1] for f in (*rest, j)] + ([] if i[1] == 1 else [i[1]]))
     y_align = _wide(x, [f[2] for f in (*rest, i)])
     i_align, j_align = _wide(x, [i[0]]), _wide(x, [j[0]])
-    tiles_i, tiles_j = cdiv(i[0], block_i), cdiv(j[0], block_j)
-    launch(
-        _turn_kernel, (tiles_i * tiles_j * math.prod(f[0] for f in rest),), x, y,
+    numbers = (
         *_padded([f[0] for f in rest], OUTER - 1), *_padded([f[1] // x_align for f in rest], OUTER - 1),
         *_padded([f[2] // y_align for f in rest], OUTER - 1),
         i[0] // i_align, j[0] // j_align, i[1] // x_align, j[1] // x_align, i[2] // y_align,
-        X_UNIT=i[1] == 1, X_ALIGN=x_align, Y_ALIGN=y_align, I_ALIGN=i_align, J_ALIGN=j_align,
-        BLOCK_I=block_i, BLOCK_J=block_j, **here,
     )  # fmt: skip
+    meta = {
+        "X_UNIT": i[1] == 1, "X_ALIGN": x_align, "Y_ALIGN": y_align, "I_ALIGN": i_align, "J_ALIGN": j_align,
+        "BLOCK_I": block_i, "BLOCK_J": block_j, **here,
+    }  # fmt: skip
+    count = cdiv(i[0], block_i) * cdiv(j[0], block_j) * math.prod(f[0] for f in rest)
+    return _turn_kernel, (count,), numbers, meta

@@ -20,13 +20,16 @@ from vkernels.ops.rearrange.triton_gather import (
     OP,
     PLAN_SIZES,
     SOURCE_SIZES,
+    apart,
     check_shape,
     checked,
     load_rows,
-    plan_arguments,
+    plan_numbers,
     reduce_taps,
+    row_steps,
     source_arguments,
-    source_steps,
+    source_numbers,
+    source_tails,
     tap_range,
 )
 from vkernels.rearrangement.plan import transpose_csr
@@ -134,7 +137,7 @@ def rows_bwd(
         return du, dv, partial.zero_()
     dy, dsum, residual = (None if t is None else unit_stride(t) for t in (dy, dsum, residual))
     dense = [t for t in (dy, dsum, residual) if t is not None]
-    align = alignment([*source_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
+    align = alignment([apart(x), *row_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
     here = blocks("_rows_bwd_kernel", x[0], whole=norm > 0)
 
     def by_row(t: Tensor | None) -> list[int | None]:
@@ -142,7 +145,8 @@ def rows_bwd(
 
     launch(
         _rows_bwd_kernel, (partial.shape[0] * cdiv(c, here["BLOCK_C"]),),
-        *source_arguments(x, align), *plan_arguments(ptr, idx, weight, n_rows),
+        *source_arguments(x, source_tails(source_numbers(x), align)), ptr, idx, weight,
+        *plan_numbers(ptr, idx, weight, n_rows),
         bias, gate, residual, *by_row(residual), norm_weight, norm_bias,
         dy, *by_row(dy), dsum, *by_row(dsum), du, dv if dv.dim() == 3 else None, partial,
         b * n_out, n_out, partial.shape[0], scale, eps,
@@ -236,13 +240,13 @@ def max_bwd(dy: Tensor, x: Tensor, ptr: Tensor, idx: Tensor, t_ptr: Tensor | Non
     here = blocks("_max_shares_kernel", x, whole=False)
     launch(
         _max_shares_kernel, (cdiv(b * n_out, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),),
-        *source_arguments([x], align)[:8], *plan_arguments(ptr, idx, None, n_in),
+        x, *source_tails(source_numbers([x]), align)[0], ptr, idx, None, *plan_numbers(ptr, idx, None, n_in),
         dy, dy.stride(0) // align, dy.stride(1) // align, best, share, b * n_out, n_out, C=c, ALIGN=align, **here,
     )  # fmt: skip
     here = blocks("_max_bwd_kernel", x, whole=False)
     launch(
         _max_bwd_kernel, (cdiv(b * n_in, here["BLOCK_R"]) * cdiv(c, here["BLOCK_C"]),),
-        x, x.stride(0) // align, x.stride(1) // align, *plan_arguments(t_ptr, t_idx, None, n_out),
+        x, x.stride(0) // align, x.stride(1) // align, t_ptr, t_idx, None, *plan_numbers(t_ptr, t_idx, None, n_out),
         best, share, dx, b * n_in, n_in, C=c, ALIGN=align, **here,
     )  # fmt: skip
     return dx

@@ -8,6 +8,7 @@ one that names no row reads as 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from vkernels.check import ShapeError, bind, refusal, require
 from vkernels.library import unit_stride
 from vkernels.ops.rearrange.torch_op import SOURCES, batch, row_axes
+from vkernels.triton.launch import alignment
 
 OP = "rearrange"
 SOURCE_SIZES = [f"x{i}_{field}" for i in range(SOURCES) for field in ("first", "n1", "n2", "b", "s0", "s1", "s2")]
@@ -107,34 +109,57 @@ def reduce_taps(
         return v
 
 
-def source_arguments(x: list[Tensor], align: int) -> list[Any]:
-    """x0_ptr .. x3_s2 of the kernels."""
-    arguments: list[Any] = []
+def source_numbers(x: list[Tensor]) -> list[tuple[list[int | None], list[int | None]]]:
+    """Per source (first, n1, n2) and (strides of b, n0, n1, n2) in elements."""
+    numbers = []
     first = 0
     for source in x:
         axes = row_axes(source)
         axes = [axes[0] if axes else (1, 0), *axes[1:]]
-        sizes = [size for size, _ in axes[1:]] + [None] * (3 - len(axes))
-        strides = [stride // align for _, stride in axes] + [None] * (3 - len(axes))
-        batch = 0 if source.shape[0] == 1 else source.stride(0) // align
-        arguments += [source, first, *sizes, batch, *strides]
+        sizes = [first, *(size for size, _ in axes[1:])] + [None] * (3 - len(axes))
+        batch = 0 if source.shape[0] == 1 else source.stride(0)
+        numbers.append((sizes, [batch, *(stride for _, stride in axes)] + [None] * (3 - len(axes))))
         first += source.shape[1:-1].numel()
+    return numbers
+
+
+def over(strides: Iterable[int | None], align: int) -> list[int | None]:
+    return [None if stride is None else stride // align for stride in strides]
+
+
+def source_arguments(x: list[Tensor], tails: list[list[int | None]]) -> list[Any]:
+    """x0_ptr .. x3_s2 of the kernels; a tail is what follows the address of a source."""
+    arguments: list[Any] = []
+    for source, tail in zip(x, tails, strict=True):
+        arguments.append(source)
+        arguments += tail
     return arguments + [None] * (8 * (SOURCES - len(x)))
 
 
-def source_steps(x: list[Tensor]) -> list[int]:
-    """Every distance in elements that ALIGN must divide."""
-    apart = [(source.data_ptr() - x[0].data_ptr()) // source.element_size() for source in x[1:]]
-    return [*apart, *(stride for source in x for stride in source.stride()[:-1])]
+def source_tails(numbers: list[tuple[list[int | None], list[int | None]]], align: int) -> list[list[int | None]]:
+    return [[*sizes, *over(strides, align)] for sizes, strides in numbers]
 
 
-def plan_arguments(ptr: Tensor | None, idx: Tensor, weight: Tensor | None, n_rows: int) -> list[Any]:
-    """ptr_ptr .. n_rows of the kernels."""
+def apart(x: list[Tensor]) -> int:
+    """What of 8 divides the distances in elements between sources: the one thing that no look at them tells."""
+    if len(x) == 1:
+        return 8
+    here, size = x[0].data_ptr(), x[0].element_size()
+    return alignment([(source.data_ptr() - here) // size for source in x[1:]])
+
+
+def row_steps(x: list[Tensor]) -> list[int]:
+    """Every distance in elements inside sources that ALIGN must divide."""
+    return [stride for source in x for stride in source.stride()[:-1]]
+
+
+def plan_numbers(ptr: Tensor | None, idx: Tensor, weight: Tensor | None, n_rows: int) -> list[int]:
+    """stride_ptr .. n_rows of the kernels, which follow (ptr, idx, weight)."""
 
     def over_samples(x: Tensor | None) -> int:
         return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
-    return [ptr, idx, weight, over_samples(ptr), over_samples(idx), over_samples(weight), idx.shape[1], n_rows]
+    return [over_samples(ptr), over_samples(idx), over_samples(weight), idx.shape[1], n_rows]
 
 
 def checked(
