@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -60,6 +61,14 @@ def kernels(op: str) -> tuple[Kernel, ...]:
     return tuple(kernel for path in sorted(OBJECTS.glob(f"{op}-*_cuda.cu.o")) for kernel in _kernels(path))
 
 
+def _counts(code: str) -> dict[str, int]:
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(?:@\S+ +)?(\S+)", code, flags=re.MULTILINE))
+    return {
+        name: sum(count for opcode, count in opcodes.items() if re.search(pattern, opcode))
+        for name, pattern in INSTRUCTIONS.items()
+    }
+
+
 def _kernels(path: Path) -> list[Kernel]:
     run = [cuobjdump(), "--dump-resource-usage", "--dump-sass", str(path)]
     text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
@@ -70,8 +79,7 @@ def _kernels(path: Path) -> list[Kernel]:
         elif match := re.match(r" Function (\w+):\s+REG:(\d+) STACK:(\d+)", part):
             usage[arch, match[1]] = int(match[2]), int(match[3])
         elif match := re.match(r"\t\tFunction : (\w+)", part):
-            counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
-            found.append((arch, match[1], counts))
+            found.append((arch, match[1], _counts(part)))
     return [Kernel(_short(name), arch, *usage[arch, name], counts) for arch, name, counts in found]
 
 

@@ -188,8 +188,8 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_vectors(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself, or a copy where its rows do not all begin at 16-byte addresses: CUDA kernels copy rows in vectors
-    of 16 bytes, and honour every stride that keeps to them."""
+    """`tensor` itself, or a copy where its rows do not all begin at 16-byte addresses: CUDA kernels that copy rows in
+    vectors honour every stride that keeps to them."""
     lanes = 16 // tensor.element_size()
     strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     whole = tensor.data_ptr() % 16 == 0 and all(stride % lanes == 0 for size, stride in strides if size > 1)
