@@ -90,28 +90,6 @@ VK_DEVICE void complete_rows(const ForwardParams& p, const Rooms<Traits>& room, 
   rescale(acc, by);
 }
 
-// Writes the rows of this warp, through its rows of the query tile.
-template <class Traits>
-VK_DEVICE void store_output(const ForwardParams& p, const Rooms<Traits>& room,
-                            const FragmentC (&acc)[Traits::kM][Traits::kD / 8]) {
-  using T = typename Traits::Element;
-  const int first = warp() * Traits::kM * 16;
-#pragma unroll
-  for (int m = 0; m < Traits::kM; ++m)
-#pragma unroll
-    for (int n = 0; n < Traits::kD / 8; ++n) put(room.q, first + 16 * m, 8 * n, acc[m][n]);
-  sync_warp();
-  const Problem& problem = p.problem;
-  const Place at = load_shared(room.notes.place);
-  const int64_t heads = problem.schedule.heads;
-  T* o = static_cast<T*>(p.o) + (at.sample * problem.mask.q.tokens * heads + at.head) * problem.d;
-  const auto row_at = [&](int r) {
-    const int row = load_shared(room.notes.rows + r);
-    return row >= 0 ? o + row * heads * problem.d : nullptr;
-  };
-  store_rows<Traits::kM * 16, kWarp>(room.q, first, problem.d, row_at, lane());
-}
-
 template <class Traits>
 VK_KERNEL(Traits::kThreads, 2)
 attend(const ForwardParams params) {
@@ -136,7 +114,7 @@ attend(const ForwardParams params) {
     FragmentA weights[kM][kN / 2];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      if (block.masked) hide(s[m], counting<kN>(p.mask, room.notes, block, first + 16 * m), kNothing);
+      if (block.masked) hide(s[m], counting<kN>(room.notes, block, first + 16 * m), kNothing);
       float keep[2];
       softmax_step(softmax[m], s[m], p.scale, keep);
       round_weights<T>(weights[m], s[m]);
@@ -150,13 +128,13 @@ attend(const ForwardParams params) {
 
 #pragma unroll
   for (int m = 0; m < kM; ++m) complete_rows(params, room, first + 16 * m, acc[m], softmax[m]);
-  store_output(params, room, acc);
+  store_queries<T>(p, params.o, room.notes, room.q, first, acc);
 }
 
 template <class Traits>
 void run(const AttentionParams& a, const Stream& stream) {
   if (a.o.numel() == 0) return;
-  ForwardParams p{problem_of(a, Traits::kQueries, false), 1.0f, a.o.data, a.lse.ptr<float>()};
+  ForwardParams p{problem_of(a, Traits::kQueries, Traits::kQueries, false), 1.0f, a.o.data, a.lse.ptr<float>()};
   p.sign = a.scale > 0 ? 1.0f : a.scale < 0 ? -1.0f : 0.0f;
   p.problem.scale = a.scale == 0 ? 1.0f : std::fabs(p.problem.scale);
   launch("attention, attend", attend<Traits>,

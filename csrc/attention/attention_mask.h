@@ -162,7 +162,7 @@ inline Mask mask_on_device(const AttentionParams& a, int tile) {
   m.q = side_on_device(x.q_rows, x.q_count, l.q_group, l.q_token, a.q.size(1), l.len_q);
   m.k = side_on_device(x.k_rows, x.k_count, l.k_group, l.k_token, a.k.size(1), l.len_k);
   const int64_t longest = l.len_q > l.len_k ? l.len_q : l.len_k;
-  m.packed = l.groups > 1 && l.len_q > 0 && 2 * longest <= tile;
+  m.packed = l.groups > 1 && l.len_q > 0 && l.len_k > 0 && 2 * longest <= tile;
   if (m.packed) m.q.all = int(l.groups * l.len_q), m.k.all = int(l.groups * l.len_k);
   m.ranges = x.ranges.ptr<const int32_t>();
   m.ranges_b = sample_stride(x.ranges);

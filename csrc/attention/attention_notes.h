@@ -125,10 +125,30 @@ VK_DEVICE void copy_keys(const Rows& x, int d, int share, const Notes<kQueries, 
       anew(thread_index()));
 }
 
+// Writes 16-row tiles from `first` on, the rows of this warp, into `to` (b s_q n d), through its rows of `tile`, which
+// nobody else reads any more.
+template <class T, int kM, int N, int R, int C, int kKeys>
+VK_DEVICE void store_queries(const Problem& p, void* to, const Notes<R, kKeys>& notes, const Tile<T, R, C>& tile,
+                             int first, const FragmentC (&acc)[kM][N]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n) put(tile, first + 16 * m, 8 * n, acc[m][n]);
+  sync_warp();
+  const Place at = load_shared(notes.place);
+  const int64_t stride = int64_t(p.schedule.heads) * p.d;
+  T* head = static_cast<T*>(to) + at.sample * p.mask.q.tokens * stride + at.head * p.d;
+  const auto row_at = [&](int r) {
+    const int row = load_shared(notes.rows + r);
+    return row >= 0 ? head + row * stride : nullptr;
+  };
+  store_rows<16 * kM, kWarp>(tile, first, p.d, row_at, lane());
+}
+
 // Bit 4 n + e: element e of fragment n counts, in a product of queries (rows, the first is `row` of the tile) and the
 // keys of a block.
 template <int N, int kQueries, int kKeys>
-VK_DEVICE uint32_t counting(const Mask& m, const Notes<kQueries, kKeys>& notes, const KeyBlock& block, int row) {
+VK_DEVICE uint32_t counting(const Notes<kQueries, kKeys>& notes, const KeyBlock& block, int row) {
   static_assert(N <= 8, "32 bits");
   const int j = block.first + lane() % 4 * 2;
   uint32_t bits = 0;

@@ -29,11 +29,11 @@ VK_DEVICE const T* head_of(const Rows& x, const Place& at, int head) {
 
 inline Rows rows_of(const TensorRef& t) { return {t.data, t.stride(0), t.stride(1), t.stride(2)}; }
 
-// Blocks own tiles of `tile` queries, or of keys.
-inline Problem problem_of(const AttentionParams& a, int tile, bool keys) {
+// Blocks own tiles of `tile` queries, or of keys; groups are packed where two fit `pack` tokens.
+inline Problem problem_of(const AttentionParams& a, int tile, int pack, bool keys) {
   Problem p{};
   p.q = rows_of(a.q), p.k = rows_of(a.k), p.v = rows_of(a.v);
-  p.mask = mask_on_device(a, tile);
+  p.mask = mask_on_device(a, pack);
   p.d = int(a.q.size(3));
   p.share = a.k.size(2) > 0 ? int(a.q.size(2) / a.k.size(2)) : 1;
   p.scale = float(a.scale * double(kLog2e));

@@ -9,7 +9,7 @@ namespace vk::device {
 // within a section the tiles with the most work of all its lines go first.
 struct Schedule {
   int tiles, step;  // of a group; tokens of a tile
-  int heads, groups;
+  int heads, query_heads, groups, samples;
   uint32_t lines, section;
   bool backward;  // the last tile has the most work
 };
@@ -39,6 +39,8 @@ inline Schedule schedule_of(const AttentionParams& a, const Mask& m, int tile, b
   s.step = m.packed ? tile / mine.length * mine.length : tile;
   s.tiles = (mine.all + s.step - 1) / s.step;
   s.heads = int(keys ? key_heads : heads);
+  s.query_heads = int(heads);
+  s.samples = int(a.q.size(0));
   s.groups = m.packed ? 1 : int(a.mask.layout.groups);
   const int64_t lines = s.heads * a.q.size(0) * s.groups;
   // What a key head's lines read: two tensors, of one head or of all its query heads.

@@ -140,8 +140,6 @@ def _cuda_why_not(call: Call) -> str | None:
         return reason
     if call.q.dtype == torch.float32:
         return "dtype float32 has no tensor cores of its precision, this backend serves bfloat16 and float16"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-        return "gradients are not served yet"
     d = call.q.shape[3]
     if d > 128 or d % 8:
         return f"the head size is {d}, this backend serves multiples of 8 up to 128"

@@ -101,6 +101,36 @@ def _cuda_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tupl
     return out, lse
 
 
+def _cuda_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *mask: Any,
+) -> tuple[Tensor, ...]:
+    grads = _fake_bwd(dout, dlse, q, k, v)
+    tensors, numbers = _for_cuda(mask)
+    (groups, length), ranges = mask[0][:2], mask[5]
+    lines = q.shape[0] * q.shape[2] * groups
+    stats = torch.empty(2 * lines * ((length + 3) // 4 * 4), dtype=torch.float32, device=q.device)
+    spans = None
+    if ranges is not None:
+        blocks = q.shape[0] * ranges.shape[2] // 2 * ((length + 31) // 32)
+        spans = torch.empty(4 * blocks, dtype=torch.int32, device=q.device)
+    rows = [*map(whole_vectors, (q, k, v, out.contiguous()))]
+    run_cuda(
+        "attention_backward_cuda",
+        [whole_vectors(dout), dlse, *rows, lse.contiguous(), *grads, stats, spans, *tensors],
+        scale,
+        *numbers,
+    )
+    return grads
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, scale, layout, *mask = inputs
     ctx.scale, ctx.layout, ctx.bounds = scale, layout, mask.pop(7)
@@ -126,7 +156,7 @@ register(
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, {_MASK}) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    backends={"cpu": _cpu_bwd, "triton": lazily(_TRITON, "backward")},
+    backends={"cpu": _cpu_bwd, "cuda": _cuda_bwd, "triton": lazily(_TRITON, "backward")},
 )
 register(
     "attention_fwd",
