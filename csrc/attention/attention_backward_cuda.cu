@@ -29,7 +29,8 @@ template <class T, int kHeadSize>
 struct KeyTraits {
   using Element = T;
   static constexpr int kD = kHeadSize, kWarps = 4, kThreads = kWarps * kWarp;
-  static constexpr int kM = kHeadSize == 64 ? 2 : 1, kKeys = kWarps * kM * 16, kQueries = 64 / kM;
+  static constexpr int kM = kHeadSize == 64 ? 2 : 1, kKeys = kWarps * kM * 16, kQueries = 64;
+  static constexpr int kPart = kHeadSize == 64 ? 16 : kHeadSize == 128 ? 32 : 64;  // queries of a product: registers
   using Keys = Tile<T, kKeys, kD>;
   using Queries = Tile<T, kQueries, kD>;
   using Loads = Ring<Tile<T, 2 * kQueries, kD>, 2>;  // queries, then dout
@@ -268,29 +269,28 @@ VK_DEVICE void differentiate_columns(FragmentC (&dp)[N], const FragmentC (&p)[N]
     }
 }
 
-// Queries of one step, with scores as keys times queries: weights meet dout and q unturned.
+// kPart queries of a step, from `part` on, with scores as keys times queries: weights meet dout and q unturned.
 template <class Traits>
-VK_DEVICE void add_step(const BackwardParams& params, const KeyRooms<Traits>& room, int step, int count,
+VK_DEVICE void add_part(const BackwardParams& params, const KeyRooms<Traits>& room, int step, bool masked, int part,
                         FragmentC (&dk)[Traits::kM][Traits::kD / 8], FragmentC (&dv)[Traits::kM][Traits::kD / 8]) {
   using T = typename Traits::Element;
-  constexpr int kM = Traits::kM, kN = Traits::kQueries / 8;
+  constexpr int kM = Traits::kM, kN = Traits::kPart / 8;
   const Problem& p = params.problem;
   const int first = warp() * kM * 16;
-  const auto pair = slot_of(room.ring, step);
-  const typename Traits::Queries q{pair.data}, dout{pair.data + Traits::kQueries * Traits::kD};
-  const float* lse = room.notes.stats + step % 2 * 2 * Traits::kQueries;
+  T* pair = slot_of(room.ring, step).data + part * Traits::kD;
+  const Tile<T, Traits::kPart, Traits::kD> q{pair}, dout{pair + Traits::kQueries * Traits::kD};
+  const float* lse = room.notes.stats + step % 2 * 2 * Traits::kQueries + part;
   FragmentC s[kM][kN] = {}, ds[kM][kN] = {};
   FragmentA weights[kM][kN / 2];
   multiply_rows<T>(s, room.k, first, q);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     turn_columns(s[m], lse, p.scale);
-    if (load_shared(room.notes.list + step % count).masked)
-      hide(s[m], counted<kN>(p.schedule, room.notes, step, first + 16 * m), 0.0f);
+    if (masked) hide(s[m], counted<kN>(p.schedule, room.notes, step, part, first + 16 * m), 0.0f);
     round_weights<T>(weights[m], s[m]);
   }
-  mix_rows<T>(dv, weights, dout, p.d);
   multiply_rows<T>(ds, room.v, first, dout);
+  mix_rows<T>(dv, weights, dout, p.d);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     differentiate_columns(ds[m], s[m], lse + Traits::kQueries);
@@ -319,7 +319,10 @@ key_gradients(const BackwardParams params) {
       for (int step = 0; step < count * p.share; ++step) {
         wait_for(room.ring, step);
         start_queries(params, room, interval, step + 1, count);
-        add_step(params, room, step, count, dk, dv);
+        const bool masked = load_shared(room.notes.list + step % count).masked;
+#pragma unroll 1
+        for (int part = 0; part < Traits::kQueries; part += Traits::kPart)
+          add_part(params, room, step, masked, part, dk, dv);
       }
     }
   wait_for_copies<0>();

@@ -81,14 +81,16 @@ VK_DEVICE void copy_own_keys(const Problem& p, const Rows& x, const KeyNotes<R, 
   });
 }
 
-// Whether queries [first, end) meet the keys, and whether not all of them see all; packed groups meet from the start.
-VK_DEVICE bool meets(const Mask& m, const KeyRange& keys, const Span* span, int first, int end, bool& masked) {
-  masked = m.packed;
-  if (keys.begin >= keys.end || first >= end) return false;
-  if (m.packed || !m.ranges) return true;
+// How queries [first, end), which span `span`, meet a tile of keys: not at all, some of them some, all of them all.
+enum Meeting : int { kNone, kMasked, kWhole };
+
+VK_DEVICE Meeting meeting_of(const Mask& m, const KeyRange& keys, const Span* span, int first, int end) {
+  if (keys.begin >= keys.end || first >= end) return kNone;
+  if (m.packed) return kMasked;
+  if (!m.ranges) return kWhole;
   const Span s = load(span);
-  masked = s.core_first > keys.begin || s.core_last < keys.end;
-  return s.first < s.last && s.first < keys.end && s.last > keys.begin;
+  if (s.first >= s.last || s.first >= keys.end || s.last <= keys.begin) return kNone;
+  return s.core_first > keys.begin || s.core_last < keys.end ? kMasked : kWhole;
 }
 
 // Lists the blocks of queries, 128 from `chunk` on, that meet the tile of keys; how many.
@@ -106,10 +108,9 @@ VK_DEVICE int list_blocks(const Problem& p, const Span* spans, int blocks, int i
   }
   const int block = chunk + thread_index();
   first += block * kQueries;
-  bool masked;
   const int64_t index = (at.sample * m.intervals + interval) * blocks + block;
-  const bool here = block < blocks && meets(m, keys, spans + index, first, end, masked);
-  const uint32_t votes = ballot(here);
+  const Meeting meeting = block < blocks ? meeting_of(m, keys, spans + index, first, end) : kNone;
+  const uint32_t votes = ballot(meeting != kNone);
   if (lane() == 0) store_shared(notes.counts + warp(), popcount(votes));
   sync_block();  // and nobody reads the list of before
   int before = popcount(votes & ((1u << lane()) - 1u)), all = 0;
@@ -119,7 +120,7 @@ VK_DEVICE int list_blocks(const Problem& p, const Span* spans, int blocks, int i
     before += w < warp() ? count : 0;
     all += count;
   }
-  if (here) store_shared(notes.list + before, QueryBlock{first, masked});
+  if (meeting != kNone) store_shared(notes.list + before, QueryBlock{first, meeting == kMasked});
   sync_block();
   return all;
 }
@@ -167,9 +168,9 @@ VK_DEVICE void copy_stats(const Stats& stats, const Schedule& s, int head, const
 }
 
 // Bit 4 n + e: element e of fragment n counts, in a product of keys (rows, the first is `row` of the tile) and the
-// queries of a step.
+// queries of a step, from `part` on.
 template <int N, int kKeys, int kQueries>
-VK_DEVICE uint32_t counted(const Schedule& s, const KeyNotes<kKeys, kQueries>& notes, int step, int row) {
+VK_DEVICE uint32_t counted(const Schedule& s, const KeyNotes<kKeys, kQueries>& notes, int step, int part, int row) {
   static_assert(N <= 8, "32 bits");
   const int j = load_shared(notes.place).tile * s.step + row + lane() / 4;
   uint32_t bits = 0;
@@ -177,7 +178,7 @@ VK_DEVICE uint32_t counted(const Schedule& s, const KeyNotes<kKeys, kQueries>& n
   for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const KeyRange r = load_shared(notes.ranges + step % 3 * kQueries + 8 * n + lane() % 4 * 2 + e);
+      const KeyRange r = load_shared(notes.ranges + step % 3 * kQueries + part + 8 * n + lane() % 4 * 2 + e);
       if (in_range(r, j)) bits |= 1u << (4 * n + e);
       if (in_range(r, j + 8)) bits |= 1u << (4 * n + 2 + e);
     }

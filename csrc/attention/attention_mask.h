@@ -64,7 +64,8 @@ VK_DEVICE KeyRange interval_of(const Mask& m, const Place& at, int i, int index)
   const int group = m.packed ? i / m.q.length : 0, inner = i - group * m.q.length, base = group * m.k.length;
   KeyRange r{0, m.packed ? m.k.length : at.live_k};
   if (m.ranges) {
-    const int32_t* row = m.ranges + at.sample * m.ranges_b + (int64_t(inner) * m.intervals + index) * 2;
+    const uint32_t entry = unsigned(inner) * unsigned(m.intervals) + unsigned(index);
+    const int32_t* row = m.ranges + at.sample * m.ranges_b + int64_t(entry) * 2;
     r = {max_of(load(row), 0), min_of(load(row + 1), r.end)};
     if (r.begin >= r.end) r = {0, 0};
   }
