@@ -1,4 +1,5 @@
 // The rooms of csrc/include/vkernels/device/ that are more than one instruction, for tests/test_cuda_rooms.py.
+#include "attention/attention_schedule.h"
 #include "bind.h"
 #include "vkernels/device/launch.h"
 #include "vkernels/device/softmax.h"
@@ -140,6 +141,12 @@ void bind_rooms(py::module_& m) {
   m.def("soften", [](TensorRef scores, TensorRef lse, TensorRef inverse, float scale) {
     launch("soften", soften, {1, 1, 32}, kNowhere,
            Scores{scores.ptr<float>(), lse.ptr<float>(), inverse.ptr<float>(), int(scores.size(1) / 16), scale});
+  });
+  m.def("place_of", [](int tiles, uint32_t lines, int heads, int groups, uint32_t section, bool backward, int block) {
+    Schedule s{};
+    s.tiles = tiles, s.lines = lines, s.heads = heads, s.groups = groups, s.section = section, s.backward = backward;
+    const Place at = place_of(s, Mask{}, block);
+    return std::tuple(at.tile, at.head, at.group, at.sample);
   });
   m.def("lse_to_subtract", [](float lse) { return lse_to_subtract(lse); });
 }

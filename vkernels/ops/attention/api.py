@@ -145,7 +145,8 @@ def _cuda_why_not(call: Call) -> str | None:
         return f"the head size is {d}, this backend serves multiples of 8 up to 128"
     plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
     if plan is not None and plan.box is not None:
-        return "the mask compares attributes beyond its intervals"
+        relations = len(plan.box.bounds)
+        return f"the mask compares {relations} attributes beyond its intervals, this backend serves none"
     return None
 
 
