@@ -1,4 +1,4 @@
-// Approximate functions of the hardware, and rounding to the 16-bit floats two at a time.
+// Approximate functions of the hardware, bits counted, and rounding to the 16-bit floats two at a time.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,14 @@ VK_DEVICE float log2_fast(float x) {
   return y;
 #else
   return log2f(x);
+#endif
+}
+
+VK_DEVICE int popcount(uint32_t x) {
+#if defined(__CUDACC__)
+  return __popc(x);
+#else
+  return __builtin_popcount(x);
 #endif
 }
 

@@ -1,0 +1,319 @@
+"""What only the CUDA kernels of attention can get wrong, emulated: tile borders, runs of key blocks, lists of query
+blocks, packed groups, row maps, hostile indices. Expectations come pair by pair from the words of a mask plan
+(test_attention.py), in float64, or are worked by hand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import pairs_of, plans
+
+import vkernels
+from vkernels import Grid, MaskPlan, NoBackend, VideoMask, attention, library
+from vkernels.ops.attention.torch_op import mask_arguments
+from vkernels.testing import guarded_memory, poisoned_memory
+
+if library.emulator is None:
+    pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)", allow_module_level=True)
+
+FWD, BWD = torch.ops.vkernels.attention_fwd.cuda, torch.ops.vkernels.attention_bwd.cuda
+ERROR = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}  # of values of about 1
+
+
+def inputs(plan, b, n, m, d, dtype=torch.float16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (
+        torch.randn(b, s, heads, d, generator=g).to(dtype)
+        for s, heads in ((plan.s_q, n), (plan.s_k, m), (plan.s_k, m), (plan.s_q, n))
+    )
+    return q, k, v, dout, torch.randn(b, n, plan.s_q, generator=g)
+
+
+def dense(plan, b):
+    visible, seen = pairs_of(plan), torch.zeros(b, plan.s_q, plan.s_k, dtype=torch.bool)
+    for sample in range(b):
+        for i in range(plan.s_q):
+            seen[sample, i, visible(sample, i)] = True
+    return seen
+
+
+def truth(q, k, v, seen, scale):
+    share = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
+    hidden = ~seen[:, None]
+    scores = torch.einsum("bsnd,btnd->bnst", q, k).mul(scale).masked_fill(hidden, -math.inf)
+    blind = hidden.all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(hidden, 0.0)
+    lse = torch.logsumexp(scores.masked_fill(blind, 0.0), -1).masked_fill(blind[..., 0], -math.inf)
+    return torch.einsum("bnst,btnd->bsnd", weights, v), lse
+
+
+def run(q, k, v, dout, dlse, plan, scale, backend="cuda"):
+    x = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = attention(*x, mask=plan, scale=scale, return_lse=True, backend=backend)
+    through = torch.where(torch.isfinite(lse), lse, torch.zeros_like(lse))
+    return out, lse, *torch.autograd.grad([out, through], x, [dout, dlse.to(lse.dtype)])
+
+
+def check(plan, b=1, n=2, m=1, d=64, dtype=torch.float16, scale=0.2, seed=0):
+    q, k, v, dout, dlse = inputs(plan, b, n, m, d, dtype, seed)
+    got = run(q, k, v, dout, dlse, plan, scale)
+    x = [t.double().requires_grad_() for t in (q, k, v)]
+    out, lse = truth(*x, dense(plan, b), scale)
+    through = torch.where(torch.isfinite(lse), lse, torch.zeros_like(lse))
+    want = out, lse, *torch.autograd.grad([out, through], x, [dout.double(), dlse.double()])
+    torch.testing.assert_close(got[1].double(), want[1], rtol=2e-6, atol=2e-6)
+    for name, g, w in zip(("out", "dq", "dk", "dv"), (got[0], *got[2:]), (want[0], *want[2:]), strict=True):
+        bound = ERROR[dtype] * max(1.0, float(w.abs().max()))
+        torch.testing.assert_close(g.double(), w, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
+    return got
+
+
+def whole(s_q, s_k):
+    return MaskPlan(s_q, s_k, 1, s_q, s_k)
+
+
+def test_two_keys_worked_by_hand():
+    """Scores ln 3 and 0, so probabilities 3/4 and 1/4; 1.0986 in float16 is ln 3 to 5e-4."""
+    q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
+    q[..., 0], k[0, 0, 0, 0], v[0, 0, 0, 0], v[0, 1, 0, 1] = 1.0, math.log(3.0), 4.0, 8.0
+    q, k, v = (x.half().requires_grad_() for x in (q, k, v))
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend="cuda")
+    near = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(out[0, 0, 0, :3].float(), torch.tensor([3.0, 2.0, 0.0]), **near)
+    torch.testing.assert_close(lse.flatten(), torch.tensor([math.log(4.0)]), **near)
+    dq, dk, dv = torch.autograd.grad(out[..., 0].sum() + lse.sum(), (q, k, v))
+    torch.testing.assert_close(dq[0, 0, 0, :2].float(), torch.tensor([1.5 * math.log(3.0), 0.0]), **near)
+    torch.testing.assert_close(dk[0, :, 0, 0].float(), torch.tensor([1.5, -0.5]), **near)
+    torch.testing.assert_close(dv[0, :, 0, 0].float(), torch.tensor([0.75, 0.25]), **near)
+
+
+@pytest.mark.parametrize(("s_q", "s_k"), [(1, 64), (63, 1), (64, 65), (127, 63), (129, 129), (65, 257)])
+def test_lengths_around_every_tile(s_q, s_k):
+    check(whole(s_q, s_k))
+
+
+@pytest.mark.parametrize("d", [8, 56, 72, 80, 88, 96, 104, 128])
+def test_head_sizes(d):
+    check(whole(70, 67), n=1, d=d, dtype=torch.float16 if d % 16 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 30.0])
+def test_scales(scale):
+    """The softmax wants a positive one; at 30 a row is one key."""
+    plan = VideoMask.causal(40).plan("cpu")
+    q, k, v, *_ = inputs(plan, 1, 1, 1, 64)
+    out, lse = attention(q, k, v, mask=plan, scale=scale, return_lse=True, backend="cuda")
+    want, want_lse = truth(q.double(), k.double(), v.double(), dense(plan, 1), scale)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=4e-3)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-5)
+    if abs(scale) < 1:
+        check(plan, n=1, scale=scale)
+
+
+@pytest.mark.parametrize("d", [64, 80])
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_intervals_around_every_tile(shift, d):
+    """Starts and ends cross blocks of 64 one key earlier or later; the first tile of queries has edges on both sides of
+    a core, two queries see nothing, the last tile is all core."""
+    i = torch.arange(150)
+    ranges = torch.stack([i // 4 + shift + 2, i // 3 + 127 + shift], -1).clamp(max=200)
+    ranges[20:22] = 7
+    ranges[128:] = torch.tensor([64 + shift, 192])
+    check(MaskPlan(150, 200, 1, 150, 200, ranges=ranges[None].int()), n=1, d=d)
+
+
+@pytest.mark.parametrize("intervals", [2, 3])
+def test_several_intervals(intervals):
+    i = torch.arange(140)[:, None]
+    starts = torch.tensor([0, 70, 150])[:intervals] + i // 8
+    ranges = torch.stack([starts, starts + torch.tensor([3, 66, 20])[:intervals]], -1).flatten(1).clamp(max=180)
+    check(MaskPlan(140, 180, 1, 140, 180, ranges=ranges[None].int()), n=1)
+
+
+@given(drawn=plans(), heads=st.sampled_from([(1, 1), (2, 1)]), d=st.sampled_from([16, 72]))
+@settings(max_examples=8)
+def test_any_plan_equals_the_oracle(drawn, heads, d):
+    b, plan = drawn
+    if plan.box is None and plan.s_q and plan.s_k:
+        check(plan, b, *heads, d)
+
+
+@pytest.mark.parametrize(("frames", "d"), [(1, 64), (3, 64), (63, 64), (65, 64), (31, 80), (33, 80)])
+def test_groups_share_tiles(frames, d):
+    """Up to 64 tokens (forward) and 32 or 64 (backward) groups lie end to end in a tile."""
+    check(VideoMask.temporal(Grid(frames, 1, 5)).plan("cpu"), n=1, d=d)
+
+
+def test_packed_groups_keep_their_intervals():
+    ranges = torch.tensor([[0, 1], [0, 2], [1, 3], [5, 5], [2, 5]], dtype=torch.int32)[None]
+    check(MaskPlan(175, 175, 35, 5, 5, (1, 35), (5, 1), ranges=ranges), n=1)
+    check(MaskPlan(175, 105, 35, 5, 3, (1, 35), (3, 1)), n=1)
+
+
+def test_dropped_tokens_are_not_looked_at():
+    """Their rows hold NaN. Their outputs and gradients are 0, their lse -inf."""
+    keep = torch.rand(2, 150, generator=torch.Generator().manual_seed(5)) < 0.5
+    plan = VideoMask.frame_causal(Grid(6, 5, 5)).keep(keep, queries=True).plan("cpu")
+    want = check(plan, b=2)
+    q, k, v, dout, dlse = inputs(plan, 2, 2, 1, 64)
+    for x in (q, k, v, dout):
+        x[~keep] = math.nan
+    got = run(q, k, v, dout, dlse, plan, 0.2)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+    for x in (got[0], *got[2:]):
+        assert not x[~keep].any()
+    assert torch.isneginf(got[1].transpose(1, 2)[~keep]).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_bits_do_not_depend_on_the_order_of_threads(order):
+    plan = VideoMask.frame_causal(Grid(5, 4, 8)).plan("cpu")
+    call = inputs(plan, 1, 2, 1, 72)
+    want = run(*call, plan, 0.2)
+    library.emulator.module.set_order(order)
+    try:
+        got = run(*call, plan, 0.2)
+    finally:
+        library.emulator.module.set_order(3)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_strides_alignment_and_guards():
+    """Views of a packed tensor as they are, rows at odd addresses through a copy: the same bits."""
+    plan = whole(66, 66)
+    q, k, v, dout, dlse = inputs(plan, 2, 2, 1, 72)
+    want = run(q, k, v, dout, dlse, plan, 0.2)
+    packed = torch.cat([q, k, v], 2)
+    views = packed[:, :, :2], packed[:, :, 2:3], packed[:, :, 3:]
+    odd = torch.zeros(2, 66, 2, 75, dtype=q.dtype)[..., 3:]
+    odd.copy_(dout)
+    with poisoned_memory(), guarded_memory():
+        for grad in (odd, dout.transpose(1, 2).contiguous().transpose(1, 2)):
+            got = run(*views, grad, dlse.transpose(1, 2).contiguous().transpose(1, 2), plan, 0.2)
+            assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    short = dout[..., :1].expand_as(dout)  # an expanded gradient
+    got = run(q, k, v, short, dlse, plan, 0.2)
+    assert all(torch.equal(g, w) for g, w in zip(got, run(q, k, v, short.clone(), dlse, plan, 0.2), strict=True))
+
+
+FAR = 2**31 - 1
+
+
+@pytest.mark.parametrize("value", [-FAR - 1, -1, 3, 2**30, FAR])
+def test_values_nobody_can_look_at_before_the_launch(value):
+    """Whatever row maps, counts and intervals hold: no address outside the call, and no NaN where rows are written."""
+    q, k, v, dout, dlse = inputs(whole(70, 70), 1, 1, 1, 64)
+    rows = torch.full((1, 70), value, dtype=torch.int32)
+    count = torch.full((1,), value, dtype=torch.int32)
+    ranges = torch.full((1, 70, 4), value, dtype=torch.int32)
+    ranges[:, ::2, 1::2] = 70 - value if abs(value) < 70 else -value
+    order = torch.arange(70, dtype=torch.int32)[None]
+    for given_ in (
+        {"q_rows": rows, "k_rows": rows},
+        {"q_rows": order, "k_rows": order, "q_count": count, "k_count": count},
+        {"ranges": ranges},
+    ):
+        plan = MaskPlan(70, 70, 1, 70, 70, **given_)
+        out = run(q, k, v, dout, dlse, plan, 0.2)
+        if "ranges" in given_ or "q_count" in given_:
+            assert all(torch.isfinite(x).all() for x in (out[0], *out[2:]))
+    packed = MaskPlan(70, 70, 14, 5, 5, (5, 1), (5, 1), ranges=ranges[:, :5])
+    assert all(torch.isfinite(x).all() for x in run(q, k, v, dout, dlse, packed, 0.2)[2:])
+
+
+def direct(q, k, v, plan=None):
+    return [q, k, v, 0.3, *mask_arguments(plan, q.shape[1], k.shape[1])]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({0: torch.zeros(1, 4, 2, 64)}, "q must have dtype bfloat16, float16|k must have dtype"),
+        ({1: torch.zeros(1, 4, 1, 72).half()}, "k must have size 64 in dimension 3"),
+        ({4: [1, 4, 5, 0, 1, 0, 1]}, "layout must cover every token row exactly once"),
+        ({4: [4, 1, 4, 1, 1, 1, 1]}, "layout must cover every token row exactly once"),
+        ({5: torch.zeros(1, 3, dtype=torch.int32)}, "q_rows must have size 4 in dimension 1"),
+        ({7: torch.zeros(1, dtype=torch.int32)}, "q_count must come with q_rows"),
+        ({9: torch.zeros(1, 4, 8, dtype=torch.int32)}, "ranges must hold 1 to 3 intervals per query"),
+        ({9: torch.zeros(3, 4, 2, dtype=torch.int32)}, "ranges must have batch 1 or b"),
+        (
+            {
+                10: torch.zeros(1, 1, 4, dtype=torch.int32),
+                11: torch.zeros(1, 1, 4, dtype=torch.int32),
+                12: [0, 0],
+            },
+            "q_attr must be absent from a call of this backend",
+        ),
+    ],
+)
+def test_a_direct_call_is_refused_before_it_could_read_outside(change, match):
+    q, k = torch.zeros(1, 4, 2, 64).half(), torch.zeros(1, 4, 1, 64).half()
+    arguments = direct(q, k, k)
+    for i, value in change.items():
+        arguments[i] = value
+    with pytest.raises(ValueError, match=f"attention: ({match})"):
+        FWD(*arguments)
+    out, lse = torch.zeros_like(arguments[0]), torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match=f"attention: ({match})"):
+        BWD(out, None, *arguments[:3], out, lse, *arguments[3:])
+
+
+def test_rows_in_vectors_and_room_to_work_are_checked():
+    x, lse = torch.zeros(1, 4, 2, 64).half(), torch.zeros(1, 2, 4)
+    layout, nothing = [1, 4, 4, 0, 1, 0, 1], [None] * 9
+    odd = torch.zeros(1, 4, 2, 66).half()[..., 1:65]
+    with pytest.raises(ValueError, match="attention: k must lie at 16-byte addresses, row by row"):
+        library.run_cuda("attention_cuda", [x, odd, x, x, lse, *nothing], 0.3, layout, [])
+    small = torch.zeros(15)
+    tensors = [x, None, x, x, x, x, lse, x, x, x, small, None, *nothing]
+    with pytest.raises(ValueError, match="attention: stats must hold 16 elements, got 15"):
+        library.run_cuda("attention_backward_cuda", tensors, 0.3, layout, [])
+
+
+def test_what_is_left_to_others_in_sentences():
+    def told(d=64, dtype=torch.bfloat16, **how):
+        q = torch.zeros(1, 6, 1, d, dtype=dtype)
+        with pytest.raises(NoBackend) as error:
+            attention(q, q, q, backend="cuda", **how)
+        return str(error.value)
+
+    assert "float32 has no tensor cores of its precision" in told(dtype=torch.float32)
+    assert "the head size is 136, this backend serves multiples of 8 up to 128" in told(d=136)
+    assert "the head size is 60, this backend" in told(d=60)
+    window = VideoMask.window(Grid(1, 2, 3), (0, 1, 1))
+    assert "the mask compares 3 attributes beyond its intervals, this backend serves none" in told(mask=window)
+
+
+def test_compiled_whole_and_registered_well():
+    plan = VideoMask.frame_causal(Grid(3, 2, 2)).plan("cpu")
+    q, k, v, dout, dlse = inputs(plan, 1, 2, 1, 64)
+    want = run(q, k, v, dout, dlse, plan, 0.2)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: run(*x, plan, 0.2), fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(g, w) for g, w in zip(compiled(q, k, v, dout, dlse), want, strict=True))
+    torch.library.opcheck(FWD, tuple(direct(q, k, v, plan)))
+    told = str(vkernels.explain("attention", q, k, v, mask=plan, backend="cuda"))
+    assert told.splitlines()[0] == "attention: backend cuda"
+
+
+@pytest.mark.parametrize(
+    ("tiles", "lines", "heads", "groups", "section"), [(5, 12, 3, 2, 4), (3, 7, 7, 1, 3), (1, 1, 1, 1, 1)]
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_tile_is_computed_once_longest_first(tiles, lines, heads, groups, section, backward):
+    place = library.emulator.module.place_of
+    places = [place(tiles, lines, heads, groups, section, backward, block) for block in range(tiles * lines)]
+    samples = lines // heads // groups
+    everything = [
+        (t, h, g, s) for t in range(tiles) for h in range(heads) for g in range(groups) for s in range(samples)
+    ]
+    assert sorted(places) == sorted(everything)
+    of_section = [t for t, *_ in places[: tiles * section]]
+    assert of_section == sorted(of_section, reverse=backward)
