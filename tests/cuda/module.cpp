@@ -8,6 +8,7 @@ namespace vk {
 #undef VK_OP
 void bind_twins(py::module_& m);
 void bind_faults(py::module_& m);
+void bind_rooms(py::module_& m);
 }  // namespace vk
 
 PYBIND11_MODULE(vkernels_emulated, m) {
@@ -16,6 +17,7 @@ PYBIND11_MODULE(vkernels_emulated, m) {
   m.def("switches", &vk::emulated::switches);
   vk::bind_twins(m);
   vk::bind_faults(m);
+  vk::bind_rooms(m);
 #define VK_OP(name) vk::bind_##name##_cuda(m);
 #include "ops_cuda.inc"
 #undef VK_OP
