@@ -129,11 +129,8 @@ def _cuda_why_not(c: Call) -> str | None:
         return "dtype float32 has no tensor cores to run on"
     if d % 8 or not 8 <= d <= 128:
         return f"head size {d} is not a multiple of 8 up to 128"
-    if c.axis == "spatial" and c.cls:
-        return "a shared CLS token is not served yet"
-    length = c.frames_per_group * (c.l if c.axis == "spatial" else 1)
-    if length > 16:
-        return f"sequences of {length} tokens are longer than 16"
+    if c.scale <= 0:
+        return f"scale {c.scale} is not positive"
     rows = b * n * (s + c.t * c.l + 1)
     return None if rows < 2**30 else f"b*n*s is {rows}, this backend takes less than 2^30"
 
