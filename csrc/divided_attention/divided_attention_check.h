@@ -8,7 +8,7 @@ namespace vk {
 
 // layout = [t, l, cls, spatial, patch-major, frames per group]
 inline DividedAttention lay_out(const char* op, const TensorRef& q, const TensorRef& k, const TensorRef& v, float scale,
-                         const std::vector<int64_t>& layout) {
+                                const std::vector<int64_t>& layout) {
   check_rank(op, "q", q, 4);
   check_rank(op, "k", k, 4);
   check_rank(op, "v", v, 4);

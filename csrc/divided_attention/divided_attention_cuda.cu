@@ -12,7 +12,7 @@ namespace {
 
 Heads heads_of(const TensorRef& x) {
   const auto stride = [&](int dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
-  return {x.data, stride(0), stride(1), stride(2)};
+  return {x.data, stride(0), uint32_t(stride(1)), uint32_t(stride(2))};
 }
 
 Sequences sequences_of(const ShortAttention& a) {
@@ -25,6 +25,7 @@ Sequences sequences_of(const ShortAttention& a) {
   s.stride_run = int(r.run_stride), s.stride_token = int(r.token_stride);
   s.per_sample = Divisor(std::max<int64_t>(a.groups(), 1));
   s.inner = Divisor(std::max<int64_t>(a.inner, 1));
+  s.runs = r.run < s.length;
   s.run = Divisor(std::min<int64_t>(r.run, INT32_MAX));
   return s;
 }
@@ -46,9 +47,7 @@ Packed pack(const DividedAttention& d, int64_t heads) {
   return p;
 }
 
-device::Grid warps(const Packed& p) {
-  return {(p.units + kPackedWarps - 1) / kPackedWarps, 1, kPackedWarps * kWarp};
-}
+device::Grid warps(const Packed& p) { return {(p.units + kPackedWarps - 1) / kPackedWarps, 1, kPackedWarps * kWarp}; }
 
 Tiled tile(const DividedAttention& d) {
   const ShortAttention& a = d.groups;

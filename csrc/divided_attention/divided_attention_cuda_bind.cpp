@@ -12,6 +12,8 @@ void check_vectors(const char* name, const TensorRef& x) {
   for (int dim = 0; dim < 3; ++dim) whole = whole && (x.size(dim) == 1 || x.stride(dim) % 8 == 0);
   VK_CHECK(whole || x.numel() == 0, kOp, name, "lie at a multiple of 16 bytes, as all its strides do",
            reinterpret_cast<uintptr_t>(x.data) % 16);
+  for (int dim = 1; dim < 3; ++dim)
+    VK_CHECK(x.size(dim) == 1 || x.stride(dim) < INT32_MAX, kOp, name, "have strides below 2^31", x.stride(dim));
 }
 
 void check_for_gpu(const DividedAttention& p) {
@@ -68,7 +70,8 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   p.groups.shared_q = scratch("part_q", part_q, shared, row * q.size(2));
   p.groups.shared_k = scratch("part_k", part_k, shared, row * k.size(2));
   p.groups.shared_v = scratch("part_v", part_v, shared, row * k.size(2));
-  float* rows = scratch("stats", stats, shared || a.len_q > kPackedLength, 2 * q.size(0) * a.groups() * q.size(2) * a.len_q);
+  float* rows =
+      scratch("stats", stats, shared || a.len_q > kPackedLength, 2 * q.size(0) * a.groups() * q.size(2) * a.len_q);
   divided_attention_backward_cuda(p, rows, {device, reinterpret_cast<void*>(stream)});
 }
 

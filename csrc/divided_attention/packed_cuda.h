@@ -138,7 +138,7 @@ struct PackedTraits {
 };
 
 template <class Traits>
-VK_KERNEL(kPackedWarps * kWarp)
+VK_KERNEL(kPackedWarps* kWarp)
 packed_forward(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;
@@ -184,7 +184,7 @@ VK_DEVICE Gradients differentiate(const Packed& p, const Rows& rows, const RowTi
 }
 
 template <class Traits>
-VK_KERNEL(kPackedWarps * kWarp)
+VK_KERNEL(kPackedWarps* kWarp)
 packed_backward(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;
@@ -212,7 +212,7 @@ packed_backward(const Packed p) {
 // Several heads share k and v, and their gradients are summed in registers, which hold 32 elements of d at a time: the
 // probabilities are computed again for each.
 template <class Traits>
-VK_KERNEL(kPackedWarps * kWarp)
+VK_KERNEL(kPackedWarps* kWarp)
 packed_backward_grouped(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;

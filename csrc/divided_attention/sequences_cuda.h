@@ -10,6 +10,7 @@ namespace vk {
 struct Sequences {
   int count, length, outer;  // of all samples; tokens of one; groups that share a CLS token
   int first, stride_outer, stride_inner, stride_run, stride_token;
+  bool runs;  // more than one
   device::Divisor per_sample, inner, run;
 };
 
@@ -25,6 +26,7 @@ VK_DEVICE Sequence sequence_at(const Sequences& s, int index) {
 }
 
 VK_DEVICE int token_of(const Sequences& s, int i) {
+  if (!s.runs) return i * s.stride_token;
   const int run = quotient(i, s.run);
   return run * s.stride_run + (i - run * int(s.run.divisor)) * s.stride_token;
 }
@@ -32,13 +34,16 @@ VK_DEVICE int token_of(const Sequences& s, int i) {
 // A tensor b s n d whose rows are whole vectors.
 struct Heads {
   void* data;
-  int64_t b, s, n;  // strides
-
+  int64_t b;  // strides
+  uint32_t s, n;
 };
+
+// 32 by 32 bits: one instruction.
+VK_DEVICE uint64_t wide_product(int x, uint32_t y) { return uint64_t(uint32_t(x)) * y; }
 
 template <class T>
 VK_DEVICE T* row_at(const Heads& x, int sample, int token, int head) {
-  return static_cast<T*>(x.data) + sample * x.b + token * x.s + head * x.n;
+  return static_cast<T*>(x.data) + sample * x.b + wide_product(token, x.s) + wide_product(head, x.n);
 }
 
 }  // namespace vk

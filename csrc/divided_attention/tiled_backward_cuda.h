@@ -49,17 +49,18 @@ VK_DEVICE Stats together(const Seen& row, int half, float scale) {
 }
 
 template <class Traits>
-VK_KERNEL(kMostWarps * kWarp, Traits::kBlocks)
+VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
 tiled_dq(const Tiled p) {
   using T = typename Traits::T;
   constexpr bool kInRegisters = Traits::kSteps <= 6;
   const Block b = block_of(p);
-  const int key = quotient(b.head, p.per_key), heads = int(p.heads.divisor);
+  const int heads = int(p.heads.divisor);
   const auto room = Room<Traits, 2>::at(p, b);
+  const auto kv = others<T>(b, p.k, p.v, quotient(b.head, p.per_key));
   const auto stage_of = [&](int i) { return p.tiles > 1 ? i % 2 : 0; };
   const auto start = [&](int i) {  // a single tile stays for the second walk
     if (i < 2 * p.tiles && (p.tiles > 1 || i == 0))
-      copy_others(p, b, room, stage_of(i), i % p.tiles, p.k, p.v, key);
+      copy_others(p, b, room, stage_of(i), i < p.tiles ? i : i - p.tiles, kv);
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.q, b.head);
@@ -71,7 +72,7 @@ tiled_dq(const Tiled p) {
   float cls_s[2], cls_dp[2], lse[2], delta[2];
   Sums<Traits> dq{};
   for (int i = 0; i < 2 * p.tiles; ++i) {
-    const int stage = stage_of(i), tile = i % p.tiles;
+    const int stage = stage_of(i), tile = i < p.tiles ? i : i - p.tiles;
     const int live = live_rows(p, tile);
     const auto k = others_in(room, stage, 0), v = others_in(room, stage, 1);
     start(i + 1);
@@ -85,8 +86,7 @@ tiled_dq(const Tiled p) {
         multiply_row(cls_dp, g, cls_in(room, stage, 1));
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          if (lane() % 4 == 0)
-            row.top[half] = cls_s[half], row.total[half] = 1, row.mixed[half] = cls_dp[half];
+          if (lane() % 4 == 0) row.top[half] = cls_s[half], row.total[half] = 1, row.mixed[half] = cls_dp[half];
       }
     }
     if (i == p.tiles) {
@@ -133,7 +133,8 @@ tiled_dq(const Tiled p) {
     const float share = 1.0f / float(half == cls ? p.where.outer : 1);
     factor[half] = share * p.scale;
     const int at = lane() / 4 + 8 * half;
-    if (lane() % 4 == 0 && b.first + at < p.where.length + p.cls) store(stats + at, Stats{lse[half], delta[half] * share});
+    if (lane() % 4 == 0 && b.first + at < p.where.length + p.cls)
+      store(stats + at, Stats{lse[half], delta[half] * share});
   }
   store_sums<Traits>(p, b, dq, factor, rows_in(room, 0), p.dq, b.head, part_of(p, b, p.part, heads));
 }
@@ -155,7 +156,7 @@ VK_DEVICE void weigh(FragmentC& s, FragmentC& dp, const Stats* stats, int live, 
 }
 
 template <class Traits>
-VK_KERNEL(kMostWarps * kWarp, Traits::kBlocks)
+VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
 tiled_dkv(const Tiled p) {
   using T = typename Traits::T;
   constexpr bool kInRegisters = Traits::kSteps <= 6;
@@ -164,14 +165,15 @@ tiled_dkv(const Tiled p) {
   const auto room = Room<Traits, 2>::at(p, b);
   const auto head_of = [&](int i) { return b.head * per_key + i / p.tiles; };
   const auto start = [&](int i) {
-    if (i < per_key * p.tiles) copy_others(p, b, room, i % 2, i % p.tiles, p.q, p.o, head_of(i));
+    if (i < per_key * p.tiles) copy_others(p, b, room, i % 2, i % p.tiles, others<T>(b, p.q, p.o, head_of(i)));
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.k, b.head);
   copy_held<Traits>(p, b, rows_in(room, 1), p.v, b.head);
   start(0);
 
-  Held<Traits, kInRegisters> k, v;
+  Held<Traits, kInRegisters> k;
+  Held<Traits, false> v;
   Sums<Traits> dk{}, dv{};
   for (int i = 0; i < per_key * p.tiles; ++i) {
     const int stage = i % 2, tile = i % p.tiles;

@@ -29,7 +29,7 @@ struct Tiled {
   int columns, tile_rows, tiles;
   float scale, scale_log2;
   bool cls;
-  Stats* stats;                  // sequences n length+cls
+  Stats* stats;                   // sequences n length+cls
   float *part, *part_k, *part_v;  // b n|m outer d: what the sequences leave for the CLS
 };
 
@@ -72,9 +72,22 @@ VK_DEVICE int live_rows(const Tiled& p, int tile) {
   return left < p.tile_rows ? left : p.tile_rows;
 }
 
+// The rows of one sequence and head in a tensor: what depends on neither token nor lane is kept.
 template <class T>
-VK_DEVICE T* token_row(const Tiled& p, const Block& b, const Heads& x, int head, int i) {
-  return i < p.where.length ? row_at<T>(x, b.at.sample, b.at.base + token_of(p.where, i), head) : nullptr;
+struct TokenRows {
+  T* first;
+  uint32_t stride;
+};
+
+template <class T>
+VK_DEVICE TokenRows<T> token_rows(const Block& b, const Heads& x, int head) {
+  return {row_at<T>(x, b.at.sample, b.at.base, head), x.s};
+}
+// Behind the last row it comes again: what is made of it counts nowhere.
+template <class T>
+VK_DEVICE T* row_of(const Tiled& p, const TokenRows<T>& rows, int i) {
+  const int last = p.where.length - 1;
+  return rows.first + wide_product(token_of(p.where, i < last ? i : last), rows.stride);
 }
 template <class T>
 VK_DEVICE T* cls_row(const Block& b, const Heads& x, int head) {
@@ -117,43 +130,61 @@ VK_DEVICE typename Traits::T* cls_in(const Room<Traits, kTensors>& room, int sta
   return stage_in(room, stage) + (2 * room.tile_rows + tensor) * Traits::kColumns;
 }
 
-// Starts the copy of the 16 rows a warp holds.
+// Starts the copy of rows `row` to `row + kCount - 1` of a tile, zeros behind the head. A warp calls.
+template <int kCount, class AnyTile, class RowAt>
+VK_DEVICE void copy_strip(const AnyTile& tile, int row, int columns, const RowAt& row_at) {
+  static_assert(kCount * AnyTile::kVectors % kWarp == 0, "every lane copies as much");
+#pragma unroll
+  for (int first = 0; first < kCount * AnyTile::kVectors; first += kWarp) {
+    const int i = first + lane();
+    const int at = row + i / AnyTile::kVectors, vector = i % AnyTile::kVectors;
+    const bool there = 8 * vector < columns;
+    copy_async16(vector_at(tile, at, vector), row_at(at) + (there ? 8 * vector : 0), there ? 16 : 0);
+  }
+}
+
+// The 16 rows a warp holds.
 template <class Traits>
 VK_DEVICE void copy_held(const Tiled& p, const Block& b, const typename Traits::Rows& to, const Heads& x, int head) {
   using T = typename Traits::T;
-  copy_rows<kWarp>(
-      to, p.columns, static_cast<const T*>(x.data),
-      [&](int row) {
-        const int i = b.first + row;
-        return i == p.where.length && p.cls ? cls_row<const T>(b, x, head) : token_row<const T>(p, b, x, head, i);
-      },
-      lane());
+  const auto rows = token_rows<const T>(b, x, head);
+  const T* cls = cls_row<const T>(b, x, head);
+  copy_strip<16>(to, 0, p.columns, [&](int row) {
+    const int i = b.first + row;
+    return p.cls && i >= p.where.length ? cls : row_of(p, rows, i);
+  });
 }
 
-// Starts the copy of tile `tile` of two tensors, and of their CLS rows with the first.
+// Two tensors whose tiles pass by.
+template <class T>
+struct Others {
+  TokenRows<const T> rows[2];
+  const T* cls[2];
+};
+
+template <class T>
+VK_DEVICE Others<T> others(const Block& b, const Heads& x, const Heads& y, int head) {
+  return {{token_rows<const T>(b, x, head), token_rows<const T>(b, y, head)},
+          {cls_row<const T>(b, x, head), cls_row<const T>(b, y, head)}};
+}
+
+// Starts the copy of tile `tile`, and of the CLS rows with the first.
 template <class Traits, int kTensors>
 VK_DEVICE void copy_others(const Tiled& p, const Block& b, const Room<Traits, kTensors>& room, int stage, int tile,
-                           const Heads& x, const Heads& y, int head) {
+                           const Others<typename Traits::T>& from) {
   using T = typename Traits::T;
-  constexpr int kStrip = 8, kColumns = Traits::kColumns;
+  constexpr int kStrip = 8, kVectors = Traits::kColumns / 8;
   const int first = tile * p.tile_rows, live = live_rows(p, tile);
-  const int strips = (live + 15) / 16 * 2;  // whole steps of 16, zeros behind the last row
-  for (int i = warp(); i < 2 * strips; i += b.warps) {
-    const bool second = i >= strips;
-    const int row = (second ? i - strips : i) * kStrip;
-    const Heads& from = second ? y : x;
-    copy_rows<kWarp>(
-        Tile<T, kStrip, kColumns>{others_in(room, stage, second).data + row * kColumns}, p.columns,
-        static_cast<const T*>(from.data),
-        [&](int r) { return token_row<const T>(p, b, from, head, first + row + r); }, lane());
-  }
-  if (!p.cls || tile != 0) return;
-  for (int i = thread_index(); i < 2 * kColumns / 8; i += b.warps * kWarp) {
-    const bool second = i >= kColumns / 8;
-    const int column = i % (kColumns / 8) * 8;
-    const T* from = cls_row<const T>(b, second ? y : x, head);
-    const bool there = column < p.columns;
-    copy_async16(cls_in(room, stage, second) + column, there ? from + column : from, there ? 16 : 0);
+  const int strips = (live + 15) / 16 * 2;  // whole steps of 16
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+#pragma unroll 1
+    for (int strip = (warp() + y * strips) % b.warps; strip < strips; strip += b.warps)
+      copy_strip<kStrip>(others_in(room, stage, y), strip * kStrip, p.columns,
+                         [&](int row) { return row_of(p, from.rows[y], first + row); });
+    if (!p.cls || tile != 0 || warp() != y % b.warps || lane() >= kVectors) continue;
+    const bool there = 8 * lane() < p.columns;
+    copy_async16(cls_in(room, stage, y) + 8 * lane(), from.cls[y] + (there ? 8 * lane() : 0), there ? 16 : 0);
   }
 }
 
@@ -268,8 +299,10 @@ VK_DEVICE void store_sums(const Tiled& p, const Block& b, const Sums<Traits>& su
     }
   }
   sync_warp();
+  const auto rows = token_rows<T>(b, to, head);
   device::store_rows<16, kWarp>(
-      through, 0, p.columns, [&](int row) { return token_row<T>(p, b, to, head, b.first + row); }, lane());
+      through, 0, p.columns,
+      [&](int row) { return b.first + row < p.where.length ? row_of(p, rows, b.first + row) : nullptr; }, lane());
 }
 
 // Where a sequence leaves its share of the CLS's row.

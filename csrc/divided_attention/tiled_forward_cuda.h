@@ -25,20 +25,19 @@ VK_DEVICE void score_tile(FragmentC (&s)[kTileRows / 8], const Tiled& p, const H
 }
 
 template <class Traits>
-VK_KERNEL(kMostWarps * kWarp, Traits::kBlocks)
+VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
 tiled_forward(const Tiled p) {
   using T = typename Traits::T;
   const Block b = block_of(p);
-  const int key = quotient(b.head, p.per_key);
   const auto room = Room<Traits, 1>::at(p, b);
+  const auto kv = others<T>(b, p.k, p.v, quotient(b.head, p.per_key));
   const auto start = [&](int tile) {
-    if (tile < p.tiles) copy_others(p, b, room, tile % 2, tile, p.k, p.v, key);
+    if (tile < p.tiles) copy_others(p, b, room, tile % 2, tile, kv);
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.q, b.head);
   start(0);
 
-  Held<Traits, true> q;
   OnlineSoftmax row;
   Sums<Traits> o{};
   for (int tile = 0; tile < p.tiles; ++tile) {
@@ -46,14 +45,13 @@ tiled_forward(const Tiled p) {
     start(tile + 1);
     wait_for_copies<1>();
     sync_block();
-    if (tile == 0) {
-      hold(q, rows_in(room, 0));
-      if (p.cls) {  // a key more: the softmax starts with it
-        const float one[2] = {1, 1};
-        multiply_row(row.top, q, cls_in(room, stage, 0));
-        mix_row<Traits>(o, one, cls_in(room, stage, 1));
-        row.total[0] = row.total[1] = lane() % 4 == 0;
-      }
+    Held<Traits, true> q;
+    hold(q, rows_in(room, 0));  // of every tile anew: the registers serve the sums in between
+    if (p.cls && tile == 0) {   // a key more: the softmax starts with it
+      const float one[2] = {1, 1};
+      multiply_row(row.top, q, cls_in(room, stage, 0));
+      mix_row<Traits>(o, one, cls_in(room, stage, 1));
+      row.total[0] = row.total[1] = lane() % 4 == 0;
     }
     if (live > 0) {
       FragmentC s[kTileRows / 8];

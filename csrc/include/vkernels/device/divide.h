@@ -1,9 +1,9 @@
 // Division by a number that is known at the launch: a multiplication instead of the twenty instructions of a division.
 #pragma once
 
-#include "vkernels/host_device.h"
-
 #include <cstdint>
+
+#include "vkernels/host_device.h"
 
 namespace vk::device {
 

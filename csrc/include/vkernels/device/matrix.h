@@ -170,8 +170,8 @@ VK_DEVICE void load_matrices(uint32_t (&reg)[2], const void* row, Site site = Si
 #endif
 }
 
-// The transpose of an 8 x 8 matrix of 16-bit elements that lies across the warp as a register of a fragment does: before
-// and after, a lane has elements (lane / 4, lane % 4 * 2) and the one after it.
+// The transpose of an 8 x 8 matrix of 16-bit elements that lies across the warp as a register of a fragment does:
+// before and after, a lane has elements (lane / 4, lane % 4 * 2) and the one after it.
 VK_DEVICE uint32_t transpose_matrix(uint32_t reg, Site site = Site::here()) {
 #if defined(__CUDACC__)
   uint32_t result;
