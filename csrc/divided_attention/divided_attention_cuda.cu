@@ -25,7 +25,6 @@ Sequences sequences_of(const ShortAttention& a) {
   s.stride_run = int(r.run_stride), s.stride_token = int(r.token_stride);
   s.per_sample = Divisor(std::max<int64_t>(a.groups(), 1));
   s.inner = Divisor(std::max<int64_t>(a.inner, 1));
-  s.runs = r.run < s.length;
   s.run = Divisor(std::min<int64_t>(r.run, INT32_MAX));
   return s;
 }

@@ -10,7 +10,6 @@ namespace vk {
 struct Sequences {
   int count, length, outer;  // of all samples; tokens of one; groups that share a CLS token
   int first, stride_outer, stride_inner, stride_run, stride_token;
-  bool runs;  // more than one
   device::Divisor per_sample, inner, run;
 };
 
@@ -26,7 +25,6 @@ VK_DEVICE Sequence sequence_at(const Sequences& s, int index) {
 }
 
 VK_DEVICE int token_of(const Sequences& s, int i) {
-  if (!s.runs) return i * s.stride_token;
   const int run = quotient(i, s.run);
   return run * s.stride_run + (i - run * int(s.run.divisor)) * s.stride_token;
 }

@@ -104,6 +104,7 @@ tiled_dq(const Tiled p) {
         mix_row<Traits>(dq, ds, cls_in(room, stage, 0));
       }
     }
+#pragma unroll 1
     for (int from = 0; from < live; from += 16) {
       FragmentC s[2], dp[2];
       multiply_rows(s, p, q, k, from);
@@ -163,30 +164,28 @@ tiled_dkv(const Tiled p) {
   const Block b = block_of(p);
   const int per_key = int(p.per_key.divisor), heads = int(p.heads.divisor) * per_key;
   const auto room = Room<Traits, 2>::at(p, b);
-  const auto head_of = [&](int i) { return b.head * per_key + i / p.tiles; };
-  const auto start = [&](int i) {
-    if (i < per_key * p.tiles) copy_others(p, b, room, i % 2, i % p.tiles, others<T>(b, p.q, p.o, head_of(i)));
+  const int end = (b.head + 1) * per_key;
+  const auto start = [&](int stage, int head, int tile) {
+    if (head < end) copy_others(p, b, room, stage, tile, others<T>(b, p.q, p.o, head));
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.k, b.head);
   copy_held<Traits>(p, b, rows_in(room, 1), p.v, b.head);
-  start(0);
+  start(0, end - per_key, 0);
 
-  Held<Traits, kInRegisters> k;
-  Held<Traits, false> v;
   Sums<Traits> dk{}, dv{};
-  for (int i = 0; i < per_key * p.tiles; ++i) {
-    const int stage = i % 2, tile = i % p.tiles;
+  for (int stage = 0, head = end - per_key, tile = 0; head < end; stage ^= 1) {
     const int live = live_rows(p, tile);
     const auto q = others_in(room, stage, 0), g = others_in(room, stage, 1);
-    const Stats* stats = p.stats + stats_row(p, b, head_of(i), heads);
-    start(i + 1);
+    const Stats* stats = p.stats + stats_row(p, b, head, heads);
+    const int next_head = tile + 1 < p.tiles ? head : head + 1, next_tile = tile + 1 < p.tiles ? tile + 1 : 0;
+    start(stage ^ 1, next_head, next_tile);
     wait_for_copies<1>();
     sync_block();
-    if (i == 0) {
-      hold(k, rows_in(room, 0));
-      hold(v, rows_in(room, 1));
-    }
+    Held<Traits, kInRegisters> k;
+    Held<Traits, false> v;
+    hold(k, rows_in(room, 0));  // of every tile anew: the registers serve the copies in between
+    hold(v, rows_in(room, 1));
     if (p.cls && tile == 0) {  // a query more, whose output is a mean
       float weight[2], ds[2];
       const Stats of = load(stats + p.where.length);
@@ -202,6 +201,7 @@ tiled_dkv(const Tiled p) {
       mix_row<Traits>(dk, ds, cls_in(room, stage, 0));
       mix_row<Traits>(dv, weight, cls_in(room, stage, 1));
     }
+#pragma unroll 1
     for (int from = 0; from < live; from += 16) {
       FragmentC s[2], dp[2];
       multiply_rows(s, p, k, q, from);
@@ -215,6 +215,8 @@ tiled_dkv(const Tiled p) {
       mix_rows<Traits>(dk, p, as_operand<T>(dp[0], dp[1]), q, from);
     }
     sync_block();  // the stage is filled again next
+    head = next_head;
+    tile = next_tile;
   }
   const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
   const int keys = int(p.heads.divisor);

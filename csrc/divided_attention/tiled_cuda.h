@@ -76,18 +76,19 @@ VK_DEVICE int live_rows(const Tiled& p, int tile) {
 template <class T>
 struct TokenRows {
   T* first;
-  uint32_t stride;
+  uint32_t stride;  // in bytes, as it is multiplied most often
 };
 
 template <class T>
 VK_DEVICE TokenRows<T> token_rows(const Block& b, const Heads& x, int head) {
-  return {row_at<T>(x, b.at.sample, b.at.base, head), x.s};
+  return {row_at<T>(x, b.at.sample, b.at.base, head), uint32_t(sizeof(T)) * x.s};
 }
 // Behind the last row it comes again: what is made of it counts nowhere.
 template <class T>
 VK_DEVICE T* row_of(const Tiled& p, const TokenRows<T>& rows, int i) {
   const int last = p.where.length - 1;
-  return rows.first + wide_product(token_of(p.where, i < last ? i : last), rows.stride);
+  const uint64_t at = wide_product(token_of(p.where, i < last ? i : last), rows.stride);
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(rows.first) + at);
 }
 template <class T>
 VK_DEVICE T* cls_row(const Block& b, const Heads& x, int head) {
@@ -130,16 +131,16 @@ VK_DEVICE typename Traits::T* cls_in(const Room<Traits, kTensors>& room, int sta
   return stage_in(room, stage) + (2 * room.tile_rows + tensor) * Traits::kColumns;
 }
 
-// Starts the copy of rows `row` to `row + kCount - 1` of a tile, zeros behind the head. A warp calls.
-template <int kCount, class AnyTile, class RowAt>
-VK_DEVICE void copy_strip(const AnyTile& tile, int row, int columns, const RowAt& row_at) {
-  static_assert(kCount * AnyTile::kVectors % kWarp == 0, "every lane copies as much");
+// Starts the copy of kCount rows, zeros behind the head. A warp calls.
+template <int kCount, class T, int kColumns, class RowAt>
+VK_DEVICE void copy_strip(const Tile<T, kCount, kColumns>& tile, int columns, const RowAt& row_at) {
+  constexpr int kVectors = kColumns / 8;
+  static_assert(kCount * kVectors % kWarp == 0, "every lane copies as much");
 #pragma unroll
-  for (int first = 0; first < kCount * AnyTile::kVectors; first += kWarp) {
-    const int i = first + lane();
-    const int at = row + i / AnyTile::kVectors, vector = i % AnyTile::kVectors;
+  for (int first = 0; first < kCount * kVectors; first += kWarp) {
+    const int row = (first + lane()) / kVectors, vector = (first + lane()) % kVectors;
     const bool there = 8 * vector < columns;
-    copy_async16(vector_at(tile, at, vector), row_at(at) + (there ? 8 * vector : 0), there ? 16 : 0);
+    copy_async16(vector_at(tile, row, vector), row_at(row) + (there ? 8 * vector : 0), there ? 16 : 0);
   }
 }
 
@@ -149,7 +150,7 @@ VK_DEVICE void copy_held(const Tiled& p, const Block& b, const typename Traits::
   using T = typename Traits::T;
   const auto rows = token_rows<const T>(b, x, head);
   const T* cls = cls_row<const T>(b, x, head);
-  copy_strip<16>(to, 0, p.columns, [&](int row) {
+  copy_strip(to, p.columns, [&](int row) {
     const int i = b.first + row;
     return p.cls && i >= p.where.length ? cls : row_of(p, rows, i);
   });
@@ -173,15 +174,17 @@ template <class Traits, int kTensors>
 VK_DEVICE void copy_others(const Tiled& p, const Block& b, const Room<Traits, kTensors>& room, int stage, int tile,
                            const Others<typename Traits::T>& from) {
   using T = typename Traits::T;
-  constexpr int kStrip = 8, kVectors = Traits::kColumns / 8;
+  constexpr int kStrip = 8;  // the rows after which vectors lie as they lay
+  using Strip = Tile<T, kStrip, Traits::kColumns>;
+  constexpr int kVectors = Traits::kColumns / 8;
   const int first = tile * p.tile_rows, live = live_rows(p, tile);
   const int strips = (live + 15) / 16 * 2;  // whole steps of 16
 #pragma unroll
   for (int y = 0; y < 2; ++y) {
 #pragma unroll 1
     for (int strip = (warp() + y * strips) % b.warps; strip < strips; strip += b.warps)
-      copy_strip<kStrip>(others_in(room, stage, y), strip * kStrip, p.columns,
-                         [&](int row) { return row_of(p, from.rows[y], first + row); });
+      copy_strip(Strip{others_in(room, stage, y).data + strip * kStrip * Traits::kColumns}, p.columns,
+                 [&](int row) { return row_of(p, from.rows[y], first + strip * kStrip + row); });
     if (!p.cls || tile != 0 || warp() != y % b.warps || lane() >= kVectors) continue;
     const bool there = 8 * lane() < p.columns;
     copy_async16(cls_in(room, stage, y) + 8 * lane(), from.cls[y] + (there ? 8 * lane() : 0), there ? 16 : 0);
