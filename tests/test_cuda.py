@@ -88,6 +88,7 @@ INSTRUCTIONS = {
     "ldmatrix x2": r"LDSM\.16\.M88\.2",
     "ldmatrix x4 transposed": r"LDSM\.16\.MT88\.4",
     "ldmatrix x2 transposed": r"LDSM\.16\.MT88\.2",
+    "movmatrix": r"MOVM\.16\.MT88",
     "mma bf16": r"HMMA\.16816\.F32\.BF16",
     "mma f16": r"HMMA\.16816\.F32 ",
     "a 16-byte load": r"LDG\S*\.128",

@@ -6,6 +6,7 @@
 
 #include "sequences_cuda.h"
 #include "vkernels/device/row_tile.h"
+#include "vkernels/device/softmax.h"
 
 namespace vk {
 namespace {
@@ -90,31 +91,25 @@ VK_DEVICE void store_rows(const Packed& p, const Heads& x, const Rows& rows, int
     if (rows.opens[half]) store16(row_at<T>(x, rows.sample[half], 0, head) + at * kLanesOf<T>, Vector{});
 }
 
-// exp2(scores - top of the row) in place, 0 between sequences; the sums of rows g and g + 8. A row sees itself at
-// least, also one that belongs to no sequence.
-VK_DEVICE void softmax_rows(FragmentC (&s)[2], const Rows& rows, float scale_log2, float (&total)[2]) {
+// Scores become weights, 0 between sequences. A row sees itself at least, also one that belongs to no sequence.
+VK_DEVICE OnlineSoftmax softmax_rows(FragmentC (&s)[2], const Rows& rows, float scale_log2) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float x[4], top = -INFINITY;
+  for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool seen = rows.column_slot[i] == rows.slot[half];
-      x[i] = seen ? s[i / 2].value[2 * half + i % 2] * scale_log2 : -INFINITY;
-      top = fmaxf(top, x[i]);
-    }
-    top = max_over_lanes<4>(top);
-    total[half] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[half] += s[i / 2].value[2 * half + i % 2] = exp2_fast(x[i] - top);
-    total[half] = sum_over_lanes<4>(total[half]);
-  }
+    for (int e = 0; e < 4; ++e)
+      if (rows.column_slot[2 * j + e % 2] != rows.slot[e / 2]) s[j].value[e] = kNothing;
+  OnlineSoftmax row;
+  float keep[2];
+  softmax_step(row, s, scale_log2, keep);
+  complete(row);
+  return row;
 }
 
 // p in s, dp in ds; p normalised and p * (dp - sum of p * dp) in their places.
-VK_DEVICE void softmax_gradient(FragmentC (&s)[2], FragmentC (&ds)[2], const float (&total)[2]) {
+VK_DEVICE void softmax_gradient(FragmentC (&s)[2], FragmentC (&ds)[2], const OnlineSoftmax& row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float share = 1.0f / total[half];
+    const float share = 1.0f / row.total[half];
     float mixed = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -153,14 +148,13 @@ packed_forward(const Packed p) {
 
   FragmentC s[2]{};
   multiply_rows<T>(s, q, k);
-  float total[2];
-  softmax_rows(s, rows, p.scale_log2, total);
+  const OnlineSoftmax row = softmax_rows(s, rows, p.scale_log2);
   const FragmentA weights = as_operand<T>(s[0], s[1]);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     Chunk o{};
     mix_rows<T>(o, weights, v, c);
-    store_rows<T>(p, p.o, rows, head, c, o, 1.0f / total[0], 1.0f / total[1]);
+    store_rows<T>(p, p.o, rows, head, c, o, 1.0f / row.total[0], 1.0f / row.total[1]);
   }
 }
 
@@ -176,9 +170,7 @@ VK_DEVICE Gradients differentiate(const Packed& p, const Rows& rows, const RowTi
   FragmentC s[2]{}, ds[2]{};
   multiply_rows<T>(s, q, k);
   multiply_rows<T>(ds, g, v);
-  float total[2];
-  softmax_rows(s, rows, p.scale_log2, total);
-  softmax_gradient(s, ds, total);
+  softmax_gradient(s, ds, softmax_rows(s, rows, p.scale_log2));
   const FragmentA queries = as_operand<T>(ds[0], ds[1]);
   return {queries, transpose_matrix(queries), transpose_matrix(as_operand<T>(s[0], s[1]))};
 }

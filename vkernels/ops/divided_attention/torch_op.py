@@ -33,26 +33,26 @@ def whole_vectors(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _scratch(q: torch.Tensor, heads: int, layout: list[int], size: int) -> torch.Tensor | None:
-    """What every group leaves for the CLS token it shares, float32; None where there is no such token."""
-    t, _, cls, spatial, _, frames = layout
-    return q.new_empty((q.shape[0], heads, t // frames, size), dtype=torch.float32) if cls and spatial else None
+def _scratch(q: torch.Tensor, heads: tuple[int, ...], layout: list[int], stats: bool) -> list[torch.Tensor | None]:
+    """float32 memory: what every group leaves for the CLS token it shares, per tensor of so many heads, None where
+    there is no such token; before it, if asked, two numbers per query. Native code refuses layouts that make no
+    sense."""
+    t, l, cls, spatial, _, frames = (max(x, 0) for x in (layout if len(layout) == 6 else [0] * 6))  # noqa: E741
+    b, groups = q.shape[0], t // max(frames, 1)
+    sequences, length = (groups, cls + frames * l) if spatial else (groups * l, frames)
+    part = [q.new_empty((b, n, groups, q.shape[3]), dtype=torch.float32) if cls and spatial else None for n in heads]
+    return [q.new_empty((b, sequences, q.shape[2], length, 2), dtype=torch.float32), *part] if stats else part
 
 
 def _cuda(q, k, v, scale, layout):
-    o, part = _like(q), _scratch(q, q.shape[2], layout, q.shape[3])
-    run_cuda("divided_attention_fwd_cuda", (*map(whole_vectors, (q, k, v)), o, part), scale, layout)
+    o, scratch = _like(q), _scratch(q, (q.shape[2],), layout, stats=False)
+    run_cuda("divided_attention_fwd_cuda", (*map(whole_vectors, (q, k, v)), o, *scratch), scale, layout)
     return o
 
 
 def _bwd_cuda(grad_o, q, k, v, scale, layout):
     grads = _like(q), _like(k), _like(v)
-    t, l, cls, spatial, _, frames = layout  # noqa: E741
-    groups, length = (t // frames, cls + frames * l) if spatial else (t // frames * l, frames)
-    scratch = [
-        q.new_empty((q.shape[0], groups, q.shape[2], length, 2), dtype=torch.float32),
-        *(_scratch(q, x.shape[2], layout, q.shape[3]) for x in (q, k, v)),
-    ]
+    scratch = _scratch(q, (q.shape[2], k.shape[2], k.shape[2]), layout, stats=True)
     run_cuda("divided_attention_bwd_cuda", (*map(whole_vectors, (grad_o, q, k, v)), *grads, *scratch), scale, layout)
     return grads
 
