@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -56,8 +57,20 @@ def _short(mangled: str) -> str:
 
 @cache
 def kernels(op: str) -> tuple[Kernel, ...]:
-    """Every kernel of `op`, for every architecture in its object."""
-    run = [cuobjdump(), "--dump-resource-usage", "--dump-sass", str(OBJECTS / f"{op}-{op}_cuda.cu.o")]
+    """Every kernel of `op`, for every architecture in its objects."""
+    return tuple(kernel for path in sorted(OBJECTS.glob(f"{op}-*_cuda.cu.o")) for kernel in _kernels(path))
+
+
+def _counts(code: str) -> dict[str, int]:
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(?:@\S+ +)?(\S+)", code, flags=re.MULTILINE))
+    return {
+        name: sum(count for opcode, count in opcodes.items() if re.search(pattern, opcode))
+        for name, pattern in INSTRUCTIONS.items()
+    }
+
+
+def _kernels(path: Path) -> list[Kernel]:
+    run = [cuobjdump(), "--dump-resource-usage", "--dump-sass", str(path)]
     text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     found, usage, arch = [], {}, ""
     for part in re.split(r"(?=^arch = |^ Function |^\t\tFunction : )", text, flags=re.MULTILINE):
@@ -66,15 +79,14 @@ def kernels(op: str) -> tuple[Kernel, ...]:
         elif match := re.match(r" Function (\w+):\s+REG:(\d+) STACK:(\d+)", part):
             usage[arch, match[1]] = int(match[2]), int(match[3])
         elif match := re.match(r"\t\tFunction : (\w+)", part):
-            counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
-            found.append((arch, match[1], counts))
-    return tuple(Kernel(_short(name), arch, *usage[arch, name], counts) for arch, name, counts in found)
+            found.append((arch, match[1], _counts(part)))
+    return [Kernel(_short(name), arch, *usage[arch, name], counts) for arch, name, counts in found]
 
 
 if __name__ == "__main__":
     if reason := why_not():
         raise SystemExit(reason)
-    for path in sorted(OBJECTS.glob("*_cuda.cu.o")):
-        for kernel in kernels(path.name.split("-")[0]):
+    for op in sorted({path.name.split("-")[0] for path in OBJECTS.glob("*_cuda.cu.o")}):
+        for kernel in kernels(op):
             used = " ".join(f"{name}:{count}" for name, count in kernel.instructions.items() if count)
             print(f"{kernel.arch:8} {kernel.name:55} {kernel.registers:4} registers {kernel.stack:3} local  {used}")

@@ -20,12 +20,12 @@ from vkernels.library import cuda_missing, native_missing
 from vkernels.spec import all_specs
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = sorted(path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu"))
+OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
 
-# Kernels per op, and registers above which fewer than two blocks of 256 threads fit a multiprocessor. A new
-# instantiation is a decision: it costs every build its seconds.
-COUNT = {"apply_rope": 9}
-REGISTERS = 128
+# Kernels per op: a new instantiation is a decision, it costs every build its seconds. And registers above which fewer
+# than two blocks fit a multiprocessor: blocks of 256 threads, or of 128 where products need them.
+COUNT = {"apply_rope": 9, "attention": 8}
+REGISTERS = {"attention": 255}
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -41,7 +41,9 @@ def test_every_cuda_source_is_bound_and_registered():
         spec = next(spec for spec in all_specs() if spec.name == op)
         names = [backend.name for backend in spec.backends]
         assert names.index("cuda") < names.index("triton")
-        assert "cuda" in getattr(torch.ops.vkernels, op).overloads()
+        registered = [name for name, backend in library._direct if backend == "cuda" and name.startswith(op)]
+        assert registered
+        assert all("cuda" in getattr(torch.ops.vkernels, name).overloads() for name in registered)
 
 
 @built
@@ -59,7 +61,7 @@ def test_nothing_spills(op):
     for kernel in kernels(op):
         assert kernel.stack == 0, kernel
         assert kernel.instructions["local"] == 0, kernel
-        assert kernel.registers <= REGISTERS, kernel
+        assert kernel.registers <= REGISTERS.get(op, 128), kernel
 
 
 @built
@@ -75,6 +77,17 @@ def test_apply_rope_moves_16_bytes_at_a_time():
             assert use["store16"] >= 4, kernel
         else:
             assert use["load16"] + use["store16"] == 0, kernel
+
+
+@built
+def test_attention_multiplies_on_tensor_cores():
+    """Rows come in and go out 16 bytes at a time. A head of 128: 128 products of two tiles of rows with 64 keys, twice;
+    an operand from shared memory serves two of them."""
+    for kernel in kernels("attention"):
+        use = kernel.instructions
+        assert use["copy16"] >= 8, kernel
+        assert use["store16"] >= 8, kernel
+        assert use["tensor"] >= 128, kernel
 
 
 # What each function of csrc/include/vkernels/device/ must have become.
@@ -98,6 +111,8 @@ INSTRUCTIONS = {
     "a butterfly": r"SHFL\.BFLY",
     "a shift": r"SHFL\.DOWN",
     "a vote": r"VOTE\.ANY",
+    "the least integer": r"REDUX\.MIN\.S32",
+    "the largest integer": r"REDUX\.MAX\.S32",
     "2^x": r"MUFU\.EX2",
     "log2 x": r"MUFU\.LG2",
     "two bf16": r"F2FP\.BF16",

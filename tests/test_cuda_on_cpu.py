@@ -195,6 +195,10 @@ def test_sums_and_maxima_over_lanes():
     assert E.over_lanes(x, False, 4) == [float(i // 4 * 4 + 3) for i in range(32)]
 
 
+def test_extremes_of_integers():
+    assert E.extremes([7, -3, 2**31 - 1, *range(28), -(2**31)]) == [-(2**31), 2**31 - 1] * 16
+
+
 @pytest.mark.parametrize(("brain", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_rounding_is_torchs(brain, dtype):
     x = torch.tensor([1 / 3, -1e-3, 65519.0, 1e-7, -0.0, math.inf, 2.0**-24, 1.00390625])

@@ -24,11 +24,10 @@ E = library.emulator.module
 
 @pytest.mark.parametrize("columns", [16, 32, 64, 72, 80, 88, 96, 128])
 def test_eight_rows_lie_in_eight_groups_of_banks(columns):
-    """A multiprocessor serves 8 x 16 bytes at a time if they lie in different groups of banks: of the 128 bytes that
-    repeat, each vector takes one sixteenth part twice as large."""
+    """A multiprocessor serves eight vectors at a time where they differ in their place modulo 128 bytes."""
     vectors = columns // 8
     places = [[E.vector_place(columns, row, vector) for vector in range(vectors)] for row in range(32)]
-    assert sorted(sum(places, [])) == list(range(32 * vectors))
+    assert sorted(place for row in places for place in row) == list(range(32 * vectors))
     for first in range(0, 32, 8):
         for vector in range(vectors):
             assert len({places[row][vector] % 8 for row in range(first, first + 8)}) == 8

@@ -187,6 +187,15 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def whole_vectors(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself, or a copy where its rows do not all begin at 16-byte addresses: CUDA kernels that copy rows in
+    vectors honour every stride that keeps to them."""
+    lanes = 16 // tensor.element_size()
+    strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    whole = tensor.data_ptr() % 16 == 0 and all(stride % lanes == 0 for size, stride in strides if size > 1)
+    return unit_stride(tensor) if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
 _registry = torch.library.Library("vkernels", "FRAGMENT")
 
 # Triton's interpreter and the emulator of the CUDA kernels run on CPU tensors; `launch` and `run_cuda` refuse them

@@ -43,6 +43,7 @@ VK_KERNEL(256) every_instruction(Everything e) {
   float x = load_shared(reinterpret_cast<const float*>(shared_memory()) + thread_index());
   x = exp2_fast(x) + log2_fast(x) + shuffle(x, 3) + shuffle_down(x, 1) + sum_over_lanes(x) + max_over_lanes<4>(x);
   x += float(ballot(x > 0));
+  x += float(min_over_warp(thread_index() ^ 5) + max_over_warp(thread_index() ^ 9));
   float eight[8], sixteen[8];
   widen<bf16>(load16(e.memory), eight);
   widen<f16>(load16(e.memory + 16), sixteen);

@@ -96,6 +96,15 @@ std::vector<float> over_lanes(std::vector<float> values, bool sum, int lanes) {
   return values;
 }
 
+std::vector<int> extremes(std::vector<int> values) {
+  on_threads(32, 0, [&] {
+    const size_t l = static_cast<size_t>(lane());
+    const int least = min_over_warp(values[l]), largest = max_over_warp(values[l]);
+    values[l] = l % 2 ? largest : least;
+  });
+  return values;
+}
+
 // A pair through a 16-byte vector, rounded; and 2^x, log2 x.
 std::vector<float> rounded(std::vector<float> x, bool brain) {
   on_threads(1, 0, [&] {
@@ -155,6 +164,7 @@ void bind_twins(py::module_& m) {
   });
   m.def("shuffle", &shuffled);
   m.def("over_lanes", &over_lanes);
+  m.def("extremes", &extremes);
   m.def("rounded", &rounded);
   m.def("attend", [](TensorRef qkv, TensorRef out) {
     launch("attend", attend, {1, 1, 32, 1536}, kNowhere, Tile{qkv.ptr<const char>(), out.ptr<float>()});

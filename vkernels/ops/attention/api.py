@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose
-from vkernels.library import cpu_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import reference, torch_op
@@ -91,7 +92,7 @@ def attention(
         scale:      what scores are multiplied by; None: 1 / sqrt(d)
         rope:       (spec, positions): q and k are rotated by apply_rope first
         return_lse: also return the logarithm of the sum of exponentials
-        backend:    "cpu", "triton", "reference"; None takes the first that can run
+        backend:    "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         output (b s_q n d) in the dtype of q, computed in float32; with return_lse also lse (b n s_q), natural
         logarithm, float32 (float64 for float64 inputs). A query that sees no key gets output 0 and lse -inf.
@@ -134,6 +135,22 @@ def _cpu_why_not(call: Call) -> str | None:
     return _mask_why_not(call) or cpu_why_not(call.q)
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    if (reason := _mask_why_not(call) or cuda_why_not(call.q)) is not None:
+        return reason
+    if call.q.dtype == torch.float32:
+        return "dtype float32 has no tensor cores of its precision, this backend serves bfloat16 and float16"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return "gradients are not served yet"
+    d = call.q.shape[3]
+    if d > 128 or d % 8:
+        return f"the head size is {d}, this backend serves multiples of 8 up to 128"
+    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
+    if plan is not None and plan.box is not None:
+        return "the mask compares attributes beyond its intervals"
+    return None
+
+
 def _triton_why_not(call: Call) -> str | None:
     if (reason := _mask_why_not(call) or triton_why_not(call.q)) is not None:
         return reason
@@ -148,6 +165,7 @@ def _triton_why_not(call: Call) -> str | None:
 
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda call: _run(call, "cpu")),
+    Backend("cuda", _cuda_why_not, lambda call: _run(call, "cuda")),
     Backend("triton", _triton_why_not, lambda call: _run(call, "triton")),
     Backend("reference", lambda call: None, lambda call: _run(call, "reference")),
 )

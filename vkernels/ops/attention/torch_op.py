@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vkernels.library import fresh, lasting, lazily, native, op, ref, register, unit_stride
+from vkernels.library import (
+    fresh,
+    lasting,
+    lazily,
+    native,
+    op,
+    ref,
+    register,
+    run_cuda,
+    unit_stride,
+    whole_vectors,
+)
 from vkernels.masks import MaskPlan
 
 _MASK = (
@@ -77,6 +88,19 @@ def _cpu_bwd(
     return grads
 
 
+def _for_cuda(mask: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """The tensors of a mask, and its numbers."""
+    tensors = [x.contiguous() if isinstance(x, Tensor) else x for x in (*mask[1:8], *mask[9:])]
+    return tensors, [list(mask[0]), list(mask[8])]
+
+
+def _cuda_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, *mask: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_fwd(q, k, v, scale)
+    tensors, numbers = _for_cuda(mask)
+    run_cuda("attention_cuda", [*map(whole_vectors, (q, k, v)), out, lse, *tensors], scale, *numbers)
+    return out, lse
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, scale, layout, *mask = inputs
     ctx.scale, ctx.layout, ctx.bounds = scale, layout, mask.pop(7)
@@ -108,7 +132,7 @@ register(
     "attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, float scale, {_MASK}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
-    backends={"cpu": _cpu_fwd, "triton": lazily(_TRITON, "forward")},
+    backends={"cpu": _cpu_fwd, "cuda": _cuda_fwd, "triton": lazily(_TRITON, "forward")},
     backward=_backward,
     setup_context=_setup_context,
 )

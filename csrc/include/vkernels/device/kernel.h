@@ -76,6 +76,15 @@ VK_DEVICE int64_t blocks_x() {
 #endif
 }
 
+// The same number, as if it were new: what a loop computes from it is computed in every turn and holds no registers
+// between them.
+VK_DEVICE int anew(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 VK_DEVICE int lane() { return thread_index() % kWarp; }
 VK_DEVICE int warp() { return thread_index() / kWarp; }
 

@@ -97,4 +97,42 @@ VK_DEVICE float max_over_lanes(float x, Site site = Site::here()) {
   return x;
 }
 
+#if !defined(__CUDACC__)
+namespace twin {
+
+inline int reduce(const char* what, int x, bool largest, Site site) {
+  struct Extreme {
+    int value;
+    bool largest;
+  } mine{x, largest};
+  emulated::meet_warp(what, true, site, kWholeWarp, &mine, [](void* const(&brought)[32]) {
+    Extreme all = *static_cast<Extreme*>(brought[0]);
+    for (void* b : brought) {
+      const int value = static_cast<Extreme*>(b)->value;
+      if (all.largest ? value > all.value : value < all.value) all.value = value;
+    }
+    for (void* b : brought) *static_cast<Extreme*>(b) = all;
+  });
+  return mine.value;
+}
+
+}  // namespace twin
+#endif
+
+// Of integers, over the whole warp.
+VK_DEVICE int min_over_warp(int x, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __reduce_min_sync(kWholeWarp, x);
+#else
+  return twin::reduce("min_over_warp", x, false, site);
+#endif
+}
+VK_DEVICE int max_over_warp(int x, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __reduce_max_sync(kWholeWarp, x);
+#else
+  return twin::reduce("max_over_warp", x, true, site);
+#endif
+}
+
 }  // namespace vk::device
