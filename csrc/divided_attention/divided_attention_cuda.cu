@@ -1,5 +1,6 @@
 // Which kernels serve a call, and their launches.
 #include <algorithm>
+#include <initializer_list>
 
 #include "divided_attention_cuda.h"
 #include "packed_cuda.h"
@@ -54,6 +55,7 @@ Tiled tile(const DividedAttention& d) {
   p.q = heads_of(a.q), p.k = heads_of(a.k), p.v = heads_of(a.v);
   p.where = sequences_of(a);
   p.per_key = Divisor(a.q.size(2) / a.k.size(2));
+  p.n = int(a.q.size(2)), p.m = int(a.k.size(2));
   p.columns = int(a.q.size(3));
   p.tile_rows = std::min(kTileRows, std::max((p.where.length + 15) / 16 * 16, 16));
   p.tiles = std::max((p.where.length + p.tile_rows - 1) / p.tile_rows, 1);
@@ -85,18 +87,31 @@ bool is_packed(const ShortAttention& a) { return !a.q_rows.shared && a.len_q <= 
 
 bool has_no_tokens(const ShortAttention& a) { return a.groups() == 0 || a.len_q == 0; }
 
+struct ClsOf {
+  const TensorRef& to;
+  const float* part;
+};
+
 template <class T>
-void finish_cls(const DividedAttention& d, const TensorRef& to, const float* part, const Stream& stream) {
+void finish_cls(const DividedAttention& d, std::initializer_list<ClsOf> tensors, const Stream& stream) {
   const bool shared = d.groups.q_rows.shared && !d.zero_first;
-  const ClsRows p{shared ? part : nullptr, heads_of(to), int(d.groups.outer), int(to.size(3)), Divisor(to.size(2))};
-  launch("divided_attention, sum_cls", sum_cls<T>, {to.size(0) * to.size(2), 1, 128}, stream, p);
+  ClsRows p{};
+  p.outer = int(d.groups.outer);
+  p.columns = int(d.groups.q.size(3));
+  int64_t count = 0, rows = 0;
+  for (const ClsOf& x : tensors) {
+    const int64_t heads = x.to.size(2), mine = x.to.size(0) * heads;
+    p.of[count++] = {shared ? x.part : nullptr, heads_of(x.to), Divisor(heads), int(mine)};
+    rows = std::max(rows, mine);
+  }
+  launch("divided_attention, sum_cls", sum_cls<T>, {rows, count, 128}, stream, p);
 }
 
 template <class T>
 void run_forward(const DividedAttention& d, const Stream& stream) {
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), columns = a.q.size(3);
-  if (has_no_tokens(a)) return finish_cls<T>(d, a.o, nullptr, stream);
+  if (has_no_tokens(a)) return finish_cls<T>(d, {{a.o, nullptr}}, stream);
   if (is_packed(a)) {
     Packed p = pack(d, n);
     p.o = heads_of(a.o);
@@ -112,7 +127,7 @@ void run_forward(const DividedAttention& d, const Stream& stream) {
     const device::Grid grid = blocks<Traits, 1>(p, n, std::min(p.tiles, 2));
     launch("divided_attention, tiled_forward", tiled_forward<Traits>, grid, stream, p);
   });
-  if (p.cls || d.zero_first) finish_cls<T>(d, a.o, a.shared_q, stream);
+  if (p.cls || d.zero_first) finish_cls<T>(d, {{a.o, a.shared_q}}, stream);
 }
 
 template <class T>
@@ -120,9 +135,7 @@ void run_backward(const DividedAttention& d, float* stats, const Stream& stream)
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), m = a.k.size(2), columns = a.q.size(3);
   const auto finish = [&] {
-    finish_cls<T>(d, a.dq, a.shared_q, stream);
-    finish_cls<T>(d, a.dk, a.shared_k, stream);
-    finish_cls<T>(d, a.dv, a.shared_v, stream);
+    finish_cls<T>(d, {{a.dq, a.shared_q}, {a.dk, a.shared_k}, {a.dv, a.shared_v}}, stream);
   };
   if (has_no_tokens(a)) return finish();
   const auto name_gradients = [&](auto& p) {
@@ -144,9 +157,12 @@ void run_backward(const DividedAttention& d, float* stats, const Stream& stream)
   p.part = a.shared_q, p.part_k = a.shared_k, p.part_v = a.shared_v;
   for_columns<TiledTraits, T>(columns, [&](auto traits) {
     using Traits = decltype(traits);
+    const device::Grid keys = blocks<Traits, 2>(p, m, n / m * p.tiles > 1 ? 2 : 1);
+    if (p.slots.divisor == 1)
+      return launch("divided_attention, tiled_backward", tiled_backward<Traits>, keys, stream, p);
     const device::Grid queries = blocks<Traits, 2>(p, n, std::min(p.tiles, 2));
     launch("divided_attention, tiled_dq", tiled_dq<Traits>, queries, stream, p);
-    const device::Grid keys = blocks<Traits, 2>(p, m, n / m * p.tiles > 1 ? 2 : 1);
+    p.heads = Divisor(m);
     launch("divided_attention, tiled_dkv", tiled_dkv<Traits>, keys, stream, p);
   });
   if (p.cls || d.zero_first) finish();

@@ -13,7 +13,7 @@ namespace {
 
 using namespace device;
 
-constexpr int kPackedWarps = 4;
+constexpr int kPackedWarps = 4, kPackedThreads = kPackedWarps * kWarp;
 
 struct Packed {
   Heads q, k, v, o, dq, dk, dv;  // backward: o is its gradient
@@ -133,7 +133,7 @@ struct PackedTraits {
 };
 
 template <class Traits>
-VK_KERNEL(kPackedWarps* kWarp)
+VK_KERNEL(kPackedThreads)
 packed_forward(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;
@@ -176,7 +176,7 @@ VK_DEVICE Gradients differentiate(const Packed& p, const Rows& rows, const RowTi
 }
 
 template <class Traits>
-VK_KERNEL(kPackedWarps* kWarp)
+VK_KERNEL(kPackedThreads)
 packed_backward(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;
@@ -204,7 +204,7 @@ packed_backward(const Packed p) {
 // Several heads share k and v, and their gradients are summed in registers, which hold 32 elements of d at a time: the
 // probabilities are computed again for each.
 template <class Traits>
-VK_KERNEL(kPackedWarps* kWarp)
+VK_KERNEL(kPackedThreads)
 packed_backward_grouped(const Packed p) {
   using T = typename Traits::T;
   constexpr int kChunks = Traits::kChunks;

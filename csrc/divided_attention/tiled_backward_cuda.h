@@ -7,8 +7,8 @@
 namespace vk {
 namespace {
 
-VK_DEVICE int64_t stats_row(const Tiled& p, const Block& b, int head, int heads) {
-  return (int64_t(b.sequence) * heads + head) * (p.where.length + p.cls);
+VK_DEVICE int64_t stats_row(const Tiled& p, const Block& b, int head) {
+  return (int64_t(b.sequence) * p.n + head) * (p.where.length + p.cls);
 }
 
 // Normaliser and sum of p * dp of a lane's two rows, each lane over the columns it has seen; no word between lanes
@@ -48,23 +48,19 @@ VK_DEVICE Stats together(const Seen& row, int half, float scale) {
   return {base + log2_fast(total), mixed / total};
 }
 
-template <class Traits>
-VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
-tiled_dq(const Tiled p) {
+// The rows of a block are queries of one head: their dq and their stats.
+template <bool kInRegisters, class Traits>
+VK_DEVICE void as_queries(const Tiled& p, const Block& b, const Room<Traits, 2>& room, int head) {
   using T = typename Traits::T;
-  constexpr bool kInRegisters = Traits::kSteps <= 6;
-  const Block b = block_of(p);
-  const int heads = int(p.heads.divisor);
-  const auto room = Room<Traits, 2>::at(p, b);
-  const auto kv = others<T>(b, p.k, p.v, quotient(b.head, p.per_key));
+  const auto kv = others<T>(b, p.k, p.v, quotient(head, p.per_key));
   const auto stage_of = [&](int i) { return p.tiles > 1 ? i % 2 : 0; };
   const auto start = [&](int i) {  // a single tile stays for the second walk
     if (i < 2 * p.tiles && (p.tiles > 1 || i == 0))
       copy_others(p, b, room, stage_of(i), i < p.tiles ? i : i - p.tiles, kv);
     commit_copies();
   };
-  copy_held<Traits>(p, b, rows_in(room, 0), p.q, b.head);
-  copy_held<Traits>(p, b, rows_in(room, 1), p.o, b.head);
+  copy_held<Traits>(p, b, rows_in(room, 0), p.q, head);
+  copy_held<Traits>(p, b, rows_in(room, 1), p.o, head);
   start(0);
 
   Held<Traits, kInRegisters> q, g;
@@ -107,8 +103,8 @@ tiled_dq(const Tiled p) {
 #pragma unroll 1
     for (int from = 0; from < live; from += 16) {
       FragmentC s[2], dp[2];
-      multiply_rows(s, p, q, k, from);
-      multiply_rows(dp, p, g, v, from);
+      multiply_rows(s, p, q, sixteen<Traits>(k, from));
+      multiply_rows(dp, p, g, sixteen<Traits>(v, from));
       if (i < p.tiles) {
         see(row, s, dp, p.scale_log2, live - from);
         continue;
@@ -121,14 +117,14 @@ tiled_dq(const Tiled p) {
           const bool seen = from + 8 * j + s[j].column(lane(), e) < live;
           dp[j].value[e] = seen ? weight * (dp[j].value[e] - delta[e / 2]) : 0.0f;
         }
-      mix_rows<Traits>(dq, p, as_operand<T>(dp[0], dp[1]), k, from);
+      mix_rows<Traits>(dq, p, as_operand<T>(dp[0], dp[1]), sixteen<Traits>(k, from));
     }
     sync_block();  // the stage is filled again next
   }
 
   const int cls = cls_half(p, b);
   float factor[2];
-  Stats* stats = p.stats + stats_row(p, b, b.head, heads) + b.first;
+  Stats* stats = p.stats + stats_row(p, b, head) + b.first;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // the CLS's gradient is that of a mean
     const float share = 1.0f / float(half == cls ? p.where.outer : 1);
@@ -137,7 +133,7 @@ tiled_dq(const Tiled p) {
     if (lane() % 4 == 0 && b.first + at < p.where.length + p.cls)
       store(stats + at, Stats{lse[half], delta[half] * share});
   }
-  store_sums<Traits>(p, b, dq, factor, rows_in(room, 0), p.dq, b.head, part_of(p, b, p.part, heads));
+  store_sums<Traits>(p, b, dq, factor, rows_in(room, 0), p.dq, head, part_of(p, b, p.part, p.n, head));
 }
 
 // Weights and ds of 16 keys (rows) and 8 queries (columns), in place of scores and dp. Queries from `live` on see
@@ -156,15 +152,11 @@ VK_DEVICE void weigh(FragmentC& s, FragmentC& dp, const Stats* stats, int live, 
   }
 }
 
+// The rows of a block are keys: their dk and dv from all heads they serve.
 template <class Traits>
-VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
-tiled_dkv(const Tiled p) {
+VK_DEVICE void as_keys(const Tiled& p, const Block& b, const Room<Traits, 2>& room) {
   using T = typename Traits::T;
-  constexpr bool kInRegisters = Traits::kSteps <= 6;
-  const Block b = block_of(p);
-  const int per_key = int(p.per_key.divisor), heads = int(p.heads.divisor) * per_key;
-  const auto room = Room<Traits, 2>::at(p, b);
-  const int end = (b.head + 1) * per_key;
+  const int per_key = int(p.per_key.divisor), end = (b.head + 1) * per_key;
   const auto start = [&](int stage, int head, int tile) {
     if (head < end) copy_others(p, b, room, stage, tile, others<T>(b, p.q, p.o, head));
     commit_copies();
@@ -173,19 +165,16 @@ tiled_dkv(const Tiled p) {
   copy_held<Traits>(p, b, rows_in(room, 1), p.v, b.head);
   start(0, end - per_key, 0);
 
+  const Held<Traits, false> k{rows_in(room, 0), {}}, v{rows_in(room, 1), {}};  // registers are for the sums
   Sums<Traits> dk{}, dv{};
   for (int stage = 0, head = end - per_key, tile = 0; head < end; stage ^= 1) {
     const int live = live_rows(p, tile);
     const auto q = others_in(room, stage, 0), g = others_in(room, stage, 1);
-    const Stats* stats = p.stats + stats_row(p, b, head, heads);
+    const Stats* stats = p.stats + stats_row(p, b, head);
     const int next_head = tile + 1 < p.tiles ? head : head + 1, next_tile = tile + 1 < p.tiles ? tile + 1 : 0;
     start(stage ^ 1, next_head, next_tile);
     wait_for_copies<1>();
     sync_block();
-    Held<Traits, kInRegisters> k;
-    Held<Traits, false> v;
-    hold(k, rows_in(room, 0));  // of every tile anew: the registers serve the copies in between
-    hold(v, rows_in(room, 1));
     if (p.cls && tile == 0) {  // a query more, whose output is a mean
       float weight[2], ds[2];
       const Stats of = load(stats + p.where.length);
@@ -204,43 +193,77 @@ tiled_dkv(const Tiled p) {
 #pragma unroll 1
     for (int from = 0; from < live; from += 16) {
       FragmentC s[2], dp[2];
-      multiply_rows(s, p, k, q, from);
-      multiply_rows(dp, p, v, g, from);
+      multiply_rows(s, p, k, sixteen<Traits>(q, from));
+      multiply_rows(dp, p, v, sixteen<Traits>(g, from));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int first = from + 8 * j;
         weigh(s[j], dp[j], stats + tile * p.tile_rows + first, live - first, p.scale_log2);
       }
-      mix_rows<Traits>(dv, p, as_operand<T>(s[0], s[1]), g, from);
-      mix_rows<Traits>(dk, p, as_operand<T>(dp[0], dp[1]), q, from);
+      mix_rows<Traits>(dv, p, as_operand<T>(s[0], s[1]), sixteen<Traits>(g, from));
+      mix_rows<Traits>(dk, p, as_operand<T>(dp[0], dp[1]), sixteen<Traits>(q, from));
     }
     sync_block();  // the stage is filled again next
     head = next_head;
     tile = next_tile;
   }
   const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
-  const int keys = int(p.heads.divisor);
-  store_sums<Traits>(p, b, dk, scale, rows_in(room, 0), p.dk, b.head, part_of(p, b, p.part_k, keys));
-  store_sums<Traits>(p, b, dv, one, rows_in(room, 1), p.dv, b.head, part_of(p, b, p.part_v, keys));
+  store_sums<Traits>(p, b, dk, scale, rows_in(room, 0), p.dk, b.head, part_of(p, b, p.part_k, p.m, b.head));
+  store_sums<Traits>(p, b, dv, one, rows_in(room, 1), p.dv, b.head, part_of(p, b, p.part_v, p.m, b.head));
 }
 
-// The CLS rows of a tensor: the sum of what the sequences left, in their order; 0 where they leave nothing.
+template <class Traits>
+VK_KERNEL(kMostThreads, Traits::kBlocks)
+tiled_dq(const Tiled p) {
+  const Block b = block_of(p);
+  as_queries<Traits::kSteps <= 6>(p, b, Room<Traits, 2>::at(p, b), b.head);
+}
+
+template <class Traits>
+VK_KERNEL(kMostThreads, Traits::kBlocks)
+tiled_dkv(const Tiled p) {
+  const Block b = block_of(p);
+  as_keys(p, b, Room<Traits, 2>::at(p, b));
+}
+
+// Both in one launch, where a block has all rows of a sequence: what the second half reads, the first has brought
+// close.
+template <class Traits>
+VK_KERNEL(kMostThreads, Traits::kBlocks)
+tiled_backward(const Tiled p) {
+  const Block b = block_of(p);
+  const auto room = Room<Traits, 2>::at(p, b);
+  const int per_key = int(p.per_key.divisor);
+#pragma unroll 1
+  for (int head = b.head * per_key; head < (b.head + 1) * per_key; ++head) {
+    as_queries<false>(p, b, room, head);
+    sync_block();  // stats are there, and shared memory is filled again
+  }
+  as_keys(p, b, room);
+}
+
+// The CLS rows of up to three tensors: the sum of what the sequences left, in their order; 0 where they leave nothing.
 struct ClsRows {
-  const float* part;  // b heads outer d; null: nothing
-  Heads to;
+  struct {
+    const float* part;  // b heads outer d; null: nothing
+    Heads to;
+    Divisor heads;
+    int rows;  // b heads
+  } of[3];
   int outer, columns;
-  Divisor heads;
 };
 
 template <class T>
 VK_KERNEL(128)
 sum_cls(const ClsRows p) {
-  const int sample = quotient(int(block_x()), p.heads), head = int(block_x()) - sample * int(p.heads.divisor);
+  const auto& x = p.of[block_y()];
+  if (block_x() >= x.rows) return;
+  const int sample = quotient(int(block_x()), x.heads), head = int(block_x()) - sample * int(x.heads.divisor);
   for (int column = thread_index(); column < p.columns; column += thread_count()) {
     float sum = 0;
-    if (p.part)
-      for (int i = 0; i < p.outer; ++i) sum += load(p.part + (block_x() * p.outer + i) * p.columns + column);
-    store(row_at<T>(p.to, sample, 0, head) + column, narrow_one<T>(sum));
+    if (x.part)
+      for (int i = 0; i < p.outer; ++i) sum += load(x.part + (block_x() * p.outer + i) * p.columns + column);
+    store(row_at<T>(x.to, sample, 0, head) + column, narrow_one<T>(sum));
   }
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 using namespace device;
 
-constexpr int kTileRows = 64, kMostWarps = 6;
+constexpr int kTileRows = 64, kMostWarps = 6, kMostThreads = kMostWarps * kWarp;
 
 // Of a query: normaliser (base 2, of scaled scores) and sum of p * dp.
 struct alignas(8) Stats {
@@ -26,7 +26,7 @@ struct Tiled {
   Heads q, k, v, o, dq, dk, dv;  // backward: o is its gradient
   Sequences where;
   Divisor slots, heads, per_key;  // blocks of a sequence and head; heads of the grid; heads of q that share one of k
-  int columns, tile_rows, tiles;
+  int n, m, columns, tile_rows, tiles;
   float scale, scale_log2;
   bool cls;
   Stats* stats;                   // sequences n length+cls
@@ -213,17 +213,23 @@ VK_DEVICE FragmentA left_of(const Held<Traits, kInRegisters>& x, int step) {
     return left_operand(x.tile, 0, 16 * step);
 }
 
-// s = x y' for the 16 rows of y from `row` on.
+// The 16 rows of a tile from `row` on, a multiple of 16.
+template <class Traits>
+VK_DEVICE typename Traits::Rows sixteen(const typename Traits::Others& x, int row) {
+  return {x.data + row * Traits::kColumns};
+}
+
+// s = x y'.
 template <class Traits, bool kInRegisters>
 VK_DEVICE void multiply_rows(FragmentC (&s)[2], const Tiled& p, const Held<Traits, kInRegisters>& x,
-                             const typename Traits::Others& y, int row) {
+                             const typename Traits::Rows& y) {
   s[0] = s[1] = FragmentC{};
 #pragma unroll
   for (int step = 0; step < Traits::kSteps; ++step) {
     if (is_behind<Traits>(p, step)) break;
     const FragmentA left = left_of(x, step);
     FragmentB right[2];
-    right_operands(right, y, row, 16 * step);
+    right_operands(right, y, 0, 16 * step);
     multiply_add<typename Traits::T>(s[0], left, right[0]);
     multiply_add<typename Traits::T>(s[1], left, right[1]);
   }
@@ -232,15 +238,14 @@ VK_DEVICE void multiply_rows(FragmentC (&s)[2], const Tiled& p, const Held<Trait
 template <class Traits>
 using Sums = FragmentC[2 * Traits::kSteps];
 
-// sum += weights y for the 16 rows of y from `row` on.
+// sum += weights y.
 template <class Traits>
-VK_DEVICE void mix_rows(Sums<Traits>& sum, const Tiled& p, const FragmentA& weights, const typename Traits::Others& y,
-                        int row) {
+VK_DEVICE void mix_rows(Sums<Traits>& sum, const Tiled& p, const FragmentA& weights, const typename Traits::Rows& y) {
 #pragma unroll
   for (int step = 0; step < Traits::kSteps; ++step) {
     if (is_behind<Traits>(p, step)) break;
     FragmentB right[2];
-    right_operands_across(right, y, row, 16 * step);
+    right_operands_across(right, y, 0, 16 * step);
     multiply_add<typename Traits::T>(sum[2 * step], weights, right[0]);
     multiply_add<typename Traits::T>(sum[2 * step + 1], weights, right[1]);
   }
@@ -309,9 +314,9 @@ VK_DEVICE void store_sums(const Tiled& p, const Block& b, const Sums<Traits>& su
 }
 
 // Where a sequence leaves its share of the CLS's row.
-VK_DEVICE float* part_of(const Tiled& p, const Block& b, float* part, int heads) {
+VK_DEVICE float* part_of(const Tiled& p, const Block& b, float* part, int heads, int head) {
   if (!p.cls) return nullptr;
-  return part + ((int64_t(b.at.sample) * heads + b.head) * p.where.outer + b.at.outer) * p.columns;
+  return part + ((int64_t(b.at.sample) * heads + head) * p.where.outer + b.at.outer) * p.columns;
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ VK_DEVICE void score_tile(FragmentC (&s)[kTileRows / 8], const Tiled& p, const H
 #pragma unroll
   for (int i = 0; i < kTileRows / 16; ++i) {
     FragmentC two[2];
-    if (16 * i < live) multiply_rows(two, p, q, k, 16 * i);
+    if (16 * i < live) multiply_rows(two, p, q, sixteen<Traits>(k, 16 * i));
     s[2 * i] = two[0];
     s[2 * i + 1] = two[1];
   }
@@ -25,7 +25,7 @@ VK_DEVICE void score_tile(FragmentC (&s)[kTileRows / 8], const Tiled& p, const H
 }
 
 template <class Traits>
-VK_KERNEL(kMostWarps* kWarp, Traits::kBlocks)
+VK_KERNEL(kMostThreads, Traits::kBlocks)
 tiled_forward(const Tiled p) {
   using T = typename Traits::T;
   const Block b = block_of(p);
@@ -62,7 +62,7 @@ tiled_forward(const Tiled p) {
 #pragma unroll
       for (int i = 0; i < kTileRows / 16; ++i)
         if (16 * i < live)
-          mix_rows<Traits>(o, p, as_operand<T>(s[2 * i], s[2 * i + 1]), others_in(room, stage, 1), 16 * i);
+          mix_rows<Traits>(o, p, as_operand<T>(s[2 * i], s[2 * i + 1]), sixteen<Traits>(others_in(room, stage, 1), 16 * i));
     }
     sync_block();  // the stage is filled again next
   }
@@ -72,7 +72,7 @@ tiled_forward(const Tiled p) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     factor[half] = inverse_of(row.total[half]) / float(half == cls ? p.where.outer : 1);
-  store_sums<Traits>(p, b, o, factor, rows_in(room, 0), p.o, b.head, part_of(p, b, p.part, int(p.heads.divisor)));
+  store_sums<Traits>(p, b, o, factor, rows_in(room, 0), p.o, b.head, part_of(p, b, p.part, p.n, b.head));
 }
 
 }  // namespace
