@@ -134,9 +134,7 @@ template <class T>
 void run_backward(const DividedAttention& d, float* stats, const Stream& stream) {
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), m = a.k.size(2), columns = a.q.size(3);
-  const auto finish = [&] {
-    finish_cls<T>(d, {{a.dq, a.shared_q}, {a.dk, a.shared_k}, {a.dv, a.shared_v}}, stream);
-  };
+  const auto finish = [&] { finish_cls<T>(d, {{a.dq, a.shared_q}, {a.dk, a.shared_k}, {a.dv, a.shared_v}}, stream); };
   if (has_no_tokens(a)) return finish();
   const auto name_gradients = [&](auto& p) {
     p.o = heads_of(a.grad_o);

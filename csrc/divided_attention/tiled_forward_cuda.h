@@ -62,7 +62,8 @@ tiled_forward(const Tiled p) {
 #pragma unroll
       for (int i = 0; i < kTileRows / 16; ++i)
         if (16 * i < live)
-          mix_rows<Traits>(o, p, as_operand<T>(s[2 * i], s[2 * i + 1]), sixteen<Traits>(others_in(room, stage, 1), 16 * i));
+          mix_rows<Traits>(o, p, as_operand<T>(s[2 * i], s[2 * i + 1]),
+                           sixteen<Traits>(others_in(room, stage, 1), 16 * i));
     }
     sync_block();  // the stage is filled again next
   }
