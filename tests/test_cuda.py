@@ -24,8 +24,8 @@ OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
 
 # Kernels per op: a new instantiation is a decision, it costs every build its seconds. And registers above which fewer
 # than two blocks fit a multiprocessor: blocks of 256 threads, or of 128 where products need them.
-COUNT = {"apply_rope": 9, "attention": 25}
-REGISTERS = {"attention": 255}
+COUNT = {"apply_rope": 9, "attention": 25, "divided_attention": 44}
+REGISTERS = {"attention": 255, "divided_attention": 255}
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -90,6 +90,25 @@ def test_attention_multiplies_on_tensor_cores():
         assert use["tensor"] >= 128, kernel
 
 
+@built
+def test_divided_attention_reads_rows_once():
+    """Packed: a row of a head of 64 is two vectors to a lane, of q, k, v and, backward, of the gradient, both rows of a
+    lane; no shared memory and no barrier. Tiled: copies past the registers."""
+    for kernel in kernels("divided_attention"):
+        use, chunks = kernel.instructions, int((re.findall(r", (\d)>", kernel.name) or ["0"])[0])
+        if kernel.name.startswith("packed_forward"):
+            assert (use["load16"], use["tensor"], use["barrier"]) == (6 * chunks, 8 * chunks, 0), kernel
+            assert kernel.registers <= 32 + 16 * chunks, kernel
+        elif kernel.name.startswith("packed_backward<"):
+            assert (use["load16"], use["tensor"], use["barrier"]) == (8 * chunks, 20 * chunks, 0), kernel
+            assert kernel.registers <= 32 + 33 * chunks, kernel
+        elif kernel.name.startswith("tiled"):
+            assert use["copy16"] >= 6 * chunks, kernel
+            assert use["store16"] >= 2 * chunks, kernel
+            assert use["tensor"] >= 16 * chunks, kernel
+            assert kernel.registers <= (168 if chunks == 2 else 255), kernel  # two blocks to a multiprocessor, or one
+
+
 # What each function of csrc/include/vkernels/device/ must have become.
 INSTRUCTIONS = {
     "cp.async": r"LDGSTS\.E\.BYPASS\S*\.128",
@@ -101,6 +120,7 @@ INSTRUCTIONS = {
     "ldmatrix x2": r"LDSM\.16\.M88\.2",
     "ldmatrix x4 transposed": r"LDSM\.16\.MT88\.4",
     "ldmatrix x2 transposed": r"LDSM\.16\.MT88\.2",
+    "movmatrix": r"MOVM\.16\.MT88",
     "mma bf16": r"HMMA\.16816\.F32\.BF16",
     "mma f16": r"HMMA\.16816\.F32 ",
     "a 16-byte load": r"LDG\S*\.128",

@@ -2,8 +2,8 @@
 
 Expected places are written out from the PTX ISA (mma.m16n8k16, ldmatrix), not computed with the functions under test.
 Planted in the twins and seen red here: rows 8 apart swapped in A, columns 8 apart swapped in A, B read as its
-transpose, C's second row at +4, ldmatrix without its transpose, matrices 1 and 2 exchanged, shuffle_down by one too
-many, a copy that lands when it is started, a barrier that opens one thread early.
+transpose, C's second row at +4, ldmatrix or movmatrix without its transpose, matrices 1 and 2 exchanged, shuffle_down
+by one too many, a copy that lands when it is started, a barrier that opens one thread early.
 """
 
 from __future__ import annotations
@@ -141,6 +141,24 @@ def test_rows_from_shared_memory_are_fragments():
     assert E.load_matrices(flat, rows, 4, False) == registers(a, "a", 8, True)
     flat = [bits16(float(x), True) for x in b.flatten()]
     assert E.load_matrices(flat, [lane % 16 * 8 for lane in range(32)], 2, True) == registers(b, "b", 4, True)
+
+
+def test_transpose_matrix():
+    """Element (row, column) holds 10 row + column; lane 14 = 4 * 3 + 2 has row 3, columns 4 and 5, before and after."""
+    words = [word(10 * (i // 4) + i % 4 * 2, 10 * (i // 4) + i % 4 * 2 + 1) for i in range(32)]
+    got = E.transpose_matrix(words)
+    assert got[0] == word(0, 10)
+    assert got[14] == word(43, 53)
+    assert got[31] == word(67, 77)
+    assert E.transpose_matrix(got) == words
+
+
+@pytest.mark.parametrize("by", [1, 2, 3, 7, 12, 16, 641, 65537, 2**30, 2**31 - 1])
+def test_division_by_multiplication(by):
+    last = 2**31 - 1
+    for x in {0, 1, 6, 1000, by - 1, by, 2 * by - 1, last // by * by - 1, last // by * by, last - 1, last}:
+        if 0 <= x <= last:
+            assert E.divide(x, by) == divmod(x, by)
 
 
 def test_attention_on_one_warp():

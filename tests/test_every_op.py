@@ -53,6 +53,15 @@ def skip_unless_runnable(spec, backend, kwargs):
         pytest.skip(f"{spec.name}: backend {backend.name} cannot run this call: {reason}")
 
 
+def runnable(spec, backend, case, device):
+    """Arguments the backend runs: float32, or where its kernels take no such (tensor cores), bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        kwargs = arguments(case, dtype, device)
+        if dtype in spec.dtypes and backend.why_not(spec.prepare(**kwargs)) is None:
+            return kwargs, dtype
+    return skip_unless_runnable(spec, backend, arguments(case, torch.float32, device))
+
+
 @by_case
 @dtypes
 def test_forward(spec, backend, case, device, dtype):
@@ -74,31 +83,26 @@ def test_gradient(spec, backend, case, device, dtype):
 
 @by_case
 def test_strides_are_honoured(spec, backend, case, device):
-    kwargs = arguments(case, torch.float32, device)
-    skip_unless_runnable(spec, backend, kwargs)
+    kwargs, dtype = runnable(spec, backend, case, device)
     plain = run(spec, backend.name, kwargs)
-    twisted = tree_map(
-        lambda x: strided(x) if isinstance(x, torch.Tensor) else x, arguments(case, torch.float32, device)
-    )
+    twisted = tree_map(lambda x: strided(x) if isinstance(x, torch.Tensor) else x, arguments(case, dtype, device))
     for a, b in zip(plain, run(spec, backend.name, twisted), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @by_case
 def test_memory_is_written_whole_and_only_inside(spec, backend, case, device):
-    kwargs = arguments(case, torch.float32, device)
-    skip_unless_runnable(spec, backend, kwargs)
+    kwargs, dtype = runnable(spec, backend, case, device)
     plain = run(spec, backend.name, kwargs)
     with poisoned_memory(), guarded_memory():
-        guarded = run(spec, backend.name, arguments(case, torch.float32, device))
+        guarded = run(spec, backend.name, arguments(case, dtype, device))
     for a, b in zip(plain, guarded, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @by_case
 def test_inputs_are_not_changed(spec, backend, case, device):
-    kwargs = arguments(case, torch.float32, device)
-    skip_unless_runnable(spec, backend, kwargs)
+    kwargs, _ = runnable(spec, backend, case, device)
     before = [x.clone() for x in tree_flatten(kwargs)[0] if isinstance(x, torch.Tensor)]
     run(spec, backend.name, kwargs)
     after = [x for x in tree_flatten(kwargs)[0] if isinstance(x, torch.Tensor)]
@@ -107,11 +111,10 @@ def test_inputs_are_not_changed(spec, backend, case, device):
 
 @by_case
 def test_torch_compile_takes_it_whole(spec, backend, case, device):
-    kwargs = arguments(case, torch.float32, device)
-    skip_unless_runnable(spec, backend, kwargs)
+    kwargs, dtype = runnable(spec, backend, case, device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda kw: run(spec, backend.name, kw), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(kwargs), run(spec, backend.name, arguments(case, torch.float32, device)), strict=True):
+    for a, b in zip(compiled(kwargs), run(spec, backend.name, arguments(case, dtype, device)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -130,8 +133,7 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize(("spec", "backend", "case", "device"), cases(SPECS, registered_only=True))
 def test_opcheck(spec, backend, case, device):
-    kwargs = arguments(case, torch.float32, device)
-    skip_unless_runnable(spec, backend, kwargs)
+    kwargs, _ = runnable(spec, backend, case, device)
     with _Recorder() as recorder:
         run(spec, backend.name, kwargs)
     assert recorder.calls, f"{spec.name}.{backend.name} registered no operator"

@@ -23,7 +23,7 @@ VK_DEVICE void tensor_cores(const Everything& e) {
   load_matrices<true>(a.reg, shared_memory() + 16 * lane());
   load_matrices(b.reg, shared_memory() + 16 * lane());
   multiply_add<T>(c, a, b);
-  multiply_add<T>(c, as_operand<T>(c, c), b);
+  multiply_add<T>(c, transpose_matrix(as_operand<T>(c, c)), b);
   for (int i = 0; i < 4; ++i) store(reinterpret_cast<float*>(e.memory) + 4 * thread_index() + i, c.value[i]);
 }
 

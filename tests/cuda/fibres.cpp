@@ -228,15 +228,20 @@ void run_block(const Shape& shape, int64_t x, int64_t y, std::vector<char>& memo
   }
   for (int left = shape.threads; left > 0 && r.error.empty();) {
     bool moved = false;
-    for (int i : turns) {
-      Fibre& f = r.fibres[i];
-      if (f.state != Fibre::ready) continue;
-      moved = true;
-      r.current = &f;
-      ++switch_count;
-      r.main.switch_to(f.context);
-      if (!r.error.empty()) break;
-      left -= f.state == Fibre::left;
+    for (size_t first = 0; first < turns.size() && r.error.empty();) {
+      const int warp = turns[first] / 32;
+      bool went = false;  // a warp goes as far as it can before the next one does
+      size_t at = first;
+      for (; at < turns.size() && turns[at] / 32 == warp && r.error.empty(); ++at) {
+        Fibre& f = r.fibres[turns[at]];
+        if (f.state != Fibre::ready) continue;
+        moved = went = true;
+        r.current = &f;
+        ++switch_count;
+        r.main.switch_to(f.context);
+        if (r.error.empty()) left -= f.state == Fibre::left;
+      }
+      if (!went) first = at;
     }
     if (!moved) {
       r.current = nullptr;

@@ -1,6 +1,7 @@
 // One kernel per instruction of csrc/include/vkernels/device/: what every lane brings and what it gets, seen by Python.
 #include "bind.h"
 #include "vkernels/device/copy_async.h"
+#include "vkernels/device/divide.h"
 #include "vkernels/device/launch.h"
 #include "vkernels/device/math.h"
 #include "vkernels/device/matrix.h"
@@ -64,6 +65,14 @@ Words matrices(const std::vector<uint16_t>& shared, const std::vector<int>& rows
     out[static_cast<size_t>(lane())].assign(got, got + count);
   });
   return out;
+}
+
+std::vector<uint32_t> transposed(std::vector<uint32_t> words) {
+  on_threads(32, 0, [&] {
+    uint32_t& word = words[static_cast<size_t>(lane())];
+    word = transpose_matrix(word);
+  });
+  return words;
 }
 
 std::vector<int> shuffled(const std::string& how, std::vector<int> values, int by, uint32_t mask) {
@@ -148,6 +157,11 @@ VK_KERNEL(32) attend(Tile t) {
 void bind_twins(py::module_& m) {
   m.def("multiply_add", &multiply);
   m.def("load_matrices", &matrices);
+  m.def("transpose_matrix", &transposed);
+  m.def("divide", [](int x, int64_t by) {
+    const Divisor divisor(by);
+    return std::pair(quotient(x, divisor), remainder(x, divisor));
+  });
   m.def("shuffle", &shuffled);
   m.def("over_lanes", &over_lanes);
   m.def("extremes", &extremes);

@@ -8,7 +8,7 @@ import torch
 
 from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, choose
-from vkernels.library import cpu_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
 from vkernels.remember import remembered
@@ -105,7 +105,7 @@ def divided_attention(
         frames_per_group: frames that attend together. temporal: that many consecutive frames, None means all t.
             spatial: that many frames, t / frames_per_group apart, None means 1. With t=64 tokens in time and
             frames_per_group 32 (temporal) and 2 (spatial) these are the groups BT-Adapter's chat model forms.
-        backend: "cpu", "triton", "reference"; None takes the first that can run
+        backend: "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         o (b s n d), the dtype of q; computed in float32
     Raises:
@@ -126,6 +126,20 @@ def _run_reference(c: Call) -> torch.Tensor:
     return reference.divided_attention(c.q, c.k, c.v, c.t, c.l, c.axis, c.cls, c.order, c.scale, c.frames_per_group)
 
 
+def _cuda_why_not(c: Call) -> str | None:
+    b, s, n, d = c.q.shape
+    if (reason := cuda_why_not(c.q)) is not None:
+        return reason
+    if c.q.dtype == torch.float32:
+        return "dtype float32 has no tensor cores to run on"
+    if d % 8 or not 8 <= d <= 128:
+        return f"head size {d} is not a multiple of 8 up to 128"
+    if c.scale <= 0:
+        return f"scale {c.scale} is not positive"
+    rows = b * n * (s + c.t * c.l + 1)
+    return None if rows < 2**30 else f"b*n*s is {rows}, this backend takes less than 2^30"
+
+
 def _triton_why_not(c: Call) -> str | None:
     b, _, n, d = c.q.shape
     if (reason := triton_why_not(c.q)) is not None:
@@ -141,6 +155,11 @@ BACKENDS = (
         "cpu",
         lambda c: cpu_why_not(c.q),
         lambda c: op("divided_attention_fwd", "cpu", c.doors)(c.q, c.k, c.v, c.scale, c.layout),
+    ),
+    Backend(
+        "cuda",
+        _cuda_why_not,
+        lambda c: op("divided_attention_fwd", "cuda")(c.q, c.k, c.v, c.scale, c.layout),
     ),
     Backend(
         "triton",

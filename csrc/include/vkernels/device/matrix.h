@@ -82,6 +82,22 @@ struct Rows {
   }
 };
 
+struct Transpose {
+  uint32_t reg, result;
+
+  static void complete(void* const (&brought)[32]) {
+    uint16_t matrix[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t reg = static_cast<Transpose*>(brought[lane])->reg;
+      matrix[lane / 4][lane % 4 * 2] = uint16_t(reg);
+      matrix[lane / 4][lane % 4 * 2 + 1] = uint16_t(reg >> 16);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      static_cast<Transpose*>(brought[lane])->result =
+          matrix[lane % 4 * 2][lane / 4] | uint32_t(matrix[lane % 4 * 2 + 1][lane / 4]) << 16;
+  }
+};
+
 inline void load_matrices(uint32_t* reg, int matrices, bool transposed, const void* row, Site site) {
   if (lane() < 8 * matrices) emulated::check_shared(row, 16);
   Rows mine{row, matrices, transposed, reg};
@@ -152,6 +168,25 @@ VK_DEVICE void load_matrices(uint32_t (&reg)[2], const void* row, Site site = Si
 #else
   twin::load_matrices(reg, 2, kTransposed, row, site);
 #endif
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements that lies across the warp as a register of a fragment does:
+// before and after, a lane has elements (lane / 4, lane % 4 * 2) and the one after it.
+VK_DEVICE uint32_t transpose_matrix(uint32_t reg, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(reg));
+  return result;
+#else
+  twin::Transpose mine{reg, 0};
+  emulated::meet_warp("transpose_matrix", true, site, kWholeWarp, &mine, &twin::Transpose::complete);
+  return mine.result;
+#endif
+}
+
+VK_DEVICE FragmentA transpose_matrix(const FragmentA& a, Site site = Site::here()) {
+  return {{transpose_matrix(a.reg[0], site), transpose_matrix(a.reg[2], site), transpose_matrix(a.reg[1], site),
+           transpose_matrix(a.reg[3], site)}};
 }
 
 // Two neighbouring tiles of a product as the left operand of the next: the elements already lie where it wants them.
