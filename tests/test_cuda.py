@@ -24,7 +24,7 @@ OPS = sorted(path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu"))
 
 # Kernels per op, and registers above which fewer than two blocks of 256 threads fit a multiprocessor. A new
 # instantiation is a decision: it costs every build its seconds.
-COUNT = {"apply_rope": 9}
+COUNT = {"apply_rope": 9, "qkv_prologue": 22}
 REGISTERS = 128
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -75,6 +75,17 @@ def test_apply_rope_moves_16_bytes_at_a_time():
             assert use["store16"] >= 4, kernel
         else:
             assert use["load16"] + use["store16"] == 0, kernel
+
+
+@built
+def test_qkv_prologue_moves_16_bytes_at_a_time():
+    """Three heads in flight: six loads before the first store. 8 bytes and single elements are other layouts' kernels."""
+    for kernel in kernels("qkv_prologue"):
+        use, wide = kernel.instructions, ", 16, 1, 3>" in kernel.name
+        assert (use["store16"] >= (0 if "stats" in kernel.name else 2)) if wide else True, kernel
+        assert use["load16"] >= (4 if wide else 0), kernel
+        if wide and "prologue<" in kernel.name:
+            assert use["load16"] >= 6, kernel
 
 
 # What each function of csrc/include/vkernels/device/ must have become.

@@ -25,7 +25,7 @@ struct HeadTraits {
   static constexpr int kWidth = kPieceBytes / int(sizeof(T));
   static constexpr int kUnits = kUnitsOfLane;
   static constexpr int kHeads = kHeadsInFlight;
-  static constexpr int kBlocks = kUnits == 1 ? 3 : 2;  // of a multiprocessor, in the forward
+  static constexpr int kBlocks = kUnits == 1 && kWidth <= 4 ? 3 : 2;  // of a multiprocessor, in the forward
 };
 
 // The heads of q, k or v: outputs of the forward, gradients that come in of the backward.
