@@ -24,7 +24,7 @@ OPS = sorted(path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu"))
 
 # Kernels per op, and registers above which fewer than two blocks of 256 threads fit a multiprocessor. A new
 # instantiation is a decision: it costs every build its seconds.
-COUNT = {"apply_rope": 9, "qkv_prologue": 22}
+COUNT = {"apply_rope": 9, "kv_append": 6, "qkv_prologue": 22}
 REGISTERS = 128
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -86,6 +86,14 @@ def test_qkv_prologue_moves_16_bytes_at_a_time():
         assert use["load16"] >= (4 if wide else 0), kernel
         if wide and "prologue<" in kernel.name:
             assert use["load16"] >= 6, kernel
+
+
+@built
+def test_kv_append_moves_16_bytes_at_a_time():
+    """Rows: two vectors of keys and of values under way. Codes: four tokens, and words leave four at a time."""
+    for kernel in kernels("kv_append"):
+        assert kernel.instructions["load16"] >= 4, kernel
+        assert kernel.instructions["store16"] >= 4, kernel
 
 
 # What each function of csrc/include/vkernels/device/ must have become.
