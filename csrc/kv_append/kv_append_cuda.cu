@@ -93,34 +93,32 @@ append_rows(const Params p) {
   constexpr int kWidth = kLanesOf<T>, kBatch = 2;
   const int lane = thread_index() % p.lanes, token_lane = thread_index() / p.lanes;
   const int each = p.d / kWidth, vectors = p.m * each;
-  for (int64_t first = block_x() * p.token_lanes; first < p.tokens; first += blocks_x() * p.token_lanes) {
-    const int64_t task = first + token_lane;
-    if (token_lane >= p.token_lanes || task >= p.tokens) return;
-    const int64_t sample = task / p.s, token = task - sample * p.s;
-    const Target to = target_of(p, sample, token, lengths_of(p, sample));
-    if (!to.there) continue;
-    for (int i = lane; i < vectors; i += kBatch * p.lanes) {
-      Vector x[kBatch][2];
+  const int64_t task = block_x() * p.token_lanes + token_lane;
+  if (token_lane >= p.token_lanes || task >= p.tokens) return;
+  const int64_t sample = task / p.s, token = task - sample * p.s;
+  const Target to = target_of(p, sample, token, lengths_of(p, sample));
+  if (!to.there) return;
+  for (int i = lane; i < vectors; i += kBatch * p.lanes) {
+    Vector x[kBatch][2];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int v = i + j * p.lanes;
-        if (v >= vectors) break;
+    for (int j = 0; j < kBatch; ++j) {
+      const int v = i + j * p.lanes;
+      if (v >= vectors) break;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const Source& from = p.part[part].from;
-          x[j][part] = load_vector(from, call_row<T>(from, sample, token, v / each) + v % each * kWidth);
-        }
+      for (int part = 0; part < 2; ++part) {
+        const Source& from = p.part[part].from;
+        x[j][part] = load_vector(from, call_row<T>(from, sample, token, v / each) + v % each * kWidth);
       }
+    }
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int v = i + j * p.lanes;
-        if (v >= vectors) break;
-        const int64_t at = to.at + v / each * to.head + v % each * kWidth;
+    for (int j = 0; j < kBatch; ++j) {
+      const int v = i + j * p.lanes;
+      if (v >= vectors) break;
+      const int64_t at = to.at + v / each * to.head + v % each * kWidth;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const Store& store = p.part[part];
-          store16(static_cast<T*>(to.sink ? store.sink : store.rows) + at, x[j][part]);
-        }
+      for (int part = 0; part < 2; ++part) {
+        const Store& store = p.part[part];
+        store16(static_cast<T*>(to.sink ? store.sink : store.rows) + at, x[j][part]);
       }
     }
   }
@@ -428,7 +426,7 @@ void run(const KvAppendCudaParams& a, const Stream& stream) {
   if (c.layout.bits == 0) {
     p.lanes = std::min((p.m * each + 1) / 2, kThreads);
     p.token_lanes = kThreads / p.lanes;
-    const int64_t blocks = std::min((p.tokens + p.token_lanes - 1) / p.token_lanes, kMaxBlocks);
+    const int64_t blocks = (p.tokens + p.token_lanes - 1) / p.token_lanes;
     return launch("kv_append, rows", append_rows<T>, {blocks, 1, kThreads}, stream, p);
   }
   const int64_t g = c.layout.group;

@@ -335,7 +335,6 @@ VK_DEVICE void sum_over_heads(const Params& p, const Place& at, float* scratch, 
         sums[i] += load_shared(scratch + (at.token_lane * p.head_lanes + head) * kSums + i);
     }
   }
-  sync_block();  // the scratch is filled again
 }
 
 }  // namespace

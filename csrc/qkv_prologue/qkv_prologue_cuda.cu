@@ -68,26 +68,23 @@ prologue(const Params p) {
   const Place at = place_in_block(p);
   const int heads = p.x[0].count + p.x[1].count + p.x[2].count;
   const int step = p.head_lanes * p.splits, rounds = (heads + step - 1) / step;
-  float* scratch = angles_of<Traits>(p, p.token_lanes, 0);
-  for (int64_t first = block_x() * p.token_lanes; first < p.tokens; first += blocks_x() * p.token_lanes) {
-    const Token token = token_of(p, first + at.token_lane, at.token_lane < p.token_lanes);
-    Batch<Traits> batch;
-    load_batch<Traits>(p, at, token, 0, batch);  // under way while the angles are computed
-    float inverse[2] = {};
-    if (p.turning) {
-      sync_block();  // nobody reads the angles of the tokens before
-      fill_angles<Traits>(p, first, p.token_lanes);
-      sync_block();
-    }
-    if (p.all) inverse_of_all<Traits>(p, at, token, scratch, inverse);
-    for (int round = 0; round < rounds; round += Traits::kHeads) {
+  const int64_t first = block_x() * p.token_lanes;
+  const Token token = token_of(p, first + at.token_lane, at.token_lane < p.token_lanes);
+  Batch<Traits> batch;
+  load_batch<Traits>(p, at, token, 0, batch);  // under way while the angles are computed
+  float inverse[2] = {};
+  if (p.turning) {
+    fill_angles<Traits>(p, first, p.token_lanes);
+    sync_block();
+  }
+  if (p.all) inverse_of_all<Traits>(p, at, token, angles_of<Traits>(p, p.token_lanes, 0), inverse);
+  for (int round = 0; round < rounds; round += Traits::kHeads) {
 #pragma unroll
-      for (int i = 0; i < Traits::kHeads; ++i) {
-        const Head head = head_of(p, head_at(p, at, round + i), token.live);
-        finish_head<Traits>(p, at, token, head, batch.head[i], inverse);
-      }
-      if (round + Traits::kHeads < rounds) load_batch<Traits>(p, at, token, round + Traits::kHeads, batch);
+    for (int i = 0; i < Traits::kHeads; ++i) {
+      const Head head = head_of(p, head_at(p, at, round + i), token.live);
+      finish_head<Traits>(p, at, token, head, batch.head[i], inverse);
     }
+    if (round + Traits::kHeads < rounds) load_batch<Traits>(p, at, token, round + Traits::kHeads, batch);
   }
 }
 
@@ -132,35 +129,32 @@ VK_KERNEL(kThreads, 2)
 norm_stats(const BackwardParams b) {
   const Params& p = b.p;
   const Place at = place_in_block(p);
-  float* scratch = angles_of<Traits>(p, p.token_lanes, 0);
   const int heads = p.x[0].count + p.x[1].count;
-  for (int64_t first = block_x() * p.token_lanes; first < p.tokens; first += blocks_x() * p.token_lanes) {
-    const Token token = token_of(p, first + at.token_lane, at.token_lane < p.token_lanes);
-    if (p.turning) {
-      sync_block();  // nobody reads the angles of the tokens before
-      fill_angles<Traits>(p, first, p.token_lanes);
-      sync_block();
-    }
-    float sums[4] = {};  // squares and x times its gradient, of q and of k
-    for (int i = at.head_lane; i < heads; i += p.head_lanes) {
-      const Head head = head_of(p, i, token.live);
-      if (!head.normed) continue;
-      Operands<Traits> o;
-      Values<Traits> g, x;
-      load_operands<Traits, Cache::keep>(p, at, token, head, o);
-      norm_operands<Traits>(p, at, head, at.token_lane, o.dy, o.x, g, x);
-      with_vector<Traits>(p, at, weight_of(p, head), g, [](float& a, float w) { a *= w; });
-      const float squares = dot<Traits>(x, x), mixed = dot<Traits>(g, x);
-      sums[0] += head.part == 0 ? squares : 0.0f, sums[1] += head.part == 0 ? mixed : 0.0f;
-      sums[2] += head.part == 1 ? squares : 0.0f, sums[3] += head.part == 1 ? mixed : 0.0f;
-    }
-    sum_over_heads(p, at, scratch, sums);
-    if (token.live && at.head_lane == 0 && at.lane == 0)
-      for (int i = 0; i < 2; ++i) {
-        float* to = b.stats + 4 * (first + at.token_lane) + 2 * i;
-        store(to, inverse_rms(p, sums[2 * i], p.x[i].count));
-        store(to + 1, sums[2 * i + 1] / static_cast<float>(p.x[i].count * p.d));
-      }
+  const int64_t first = block_x() * p.token_lanes;
+  const Token token = token_of(p, first + at.token_lane, at.token_lane < p.token_lanes);
+  if (p.turning) {
+    fill_angles<Traits>(p, first, p.token_lanes);
+    sync_block();
+  }
+  float sums[4] = {};  // squares and x times its gradient, of q and of k
+  for (int i = at.head_lane; i < heads; i += p.head_lanes) {
+    const Head head = head_of(p, i, token.live);
+    if (!head.normed) continue;
+    Operands<Traits> o;
+    Values<Traits> g, x;
+    load_operands<Traits, Cache::keep>(p, at, token, head, o);
+    norm_operands<Traits>(p, at, head, at.token_lane, o.dy, o.x, g, x);
+    with_vector<Traits>(p, at, weight_of(p, head), g, [](float& a, float w) { a *= w; });
+    const float squares = dot<Traits>(x, x), mixed = dot<Traits>(g, x);
+    sums[0] += head.part == 0 ? squares : 0.0f, sums[1] += head.part == 0 ? mixed : 0.0f;
+    sums[2] += head.part == 1 ? squares : 0.0f, sums[3] += head.part == 1 ? mixed : 0.0f;
+  }
+  sum_over_heads(p, at, angles_of<Traits>(p, p.token_lanes, 0), sums);
+  if (!token.live || at.head_lane > 0 || at.lane > 0) return;
+  for (int i = 0; i < 2; ++i) {
+    float* to = b.stats + 4 * (first + at.token_lane) + 2 * i;
+    store(to, inverse_rms(p, sums[2 * i], p.x[i].count));
+    store(to + 1, sums[2 * i + 1] / static_cast<float>(p.x[i].count * p.d));
   }
 }
 
@@ -336,7 +330,7 @@ int threads_of(const Params& p) { return (p.lanes * p.head_lanes * p.token_lanes
 // A block for every group of tokens that its token lanes hold at once.
 template <class Traits>
 device::Grid grid_over_tokens(const Params& p, int sums) {
-  const int64_t blocks = std::min((p.tokens + p.token_lanes - 1) / p.token_lanes, kMaxBlocks);
+  const int64_t blocks = (p.tokens + p.token_lanes - 1) / p.token_lanes;
   const size_t scratch = size_t(sums) * size_t(p.token_lanes * p.head_lanes) * sizeof(float);
   return {blocks, 1, threads_of(p), angle_bytes<Traits>(p) * size_t(p.token_lanes) + scratch};
 }

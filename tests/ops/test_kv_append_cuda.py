@@ -131,6 +131,13 @@ def test_hostile_values_stay_inside(scheme, bad):
         assert not codes.any(), "stored where no place is"
 
 
+def test_a_count_beyond_the_call_reads_nothing_beyond_it():
+    c = vk.KVCache("int4", b=1, m=1, d=16, capacity=128, sinks=40, residual=0)
+    k, count = torch.ones(1, 3, 1, 16, dtype=torch.bfloat16), torch.tensor([2**31 - 8], dtype=torch.int32)
+    torch.ops.vkernels.kv_append.cuda(k, k, count, c.lengths, c.table, *c.tensors(), c.layout.ints())
+    assert c.storage("k_sink").sum() == 3 * 16
+
+
 def test_a_direct_call_is_refused_before_it_could_read_outside():
     c = vk.KVCache("int4", b=1, m=2, d=16, capacity=64, residual=0)
     k, count = torch.zeros(1, 4, 2, 16, dtype=torch.bfloat16), torch.tensor([4], dtype=torch.int32)
@@ -170,6 +177,7 @@ def test_the_order_of_threads_does_not_matter(order):
     library.emulator.module.set_order(order)
     try:
         both("int4", (70, 40, 1, 130), d=24, group=32, residual=32, sinks=3)
+        both("int8", (40, 130), d=64, group=32, residual=0)  # values of several warps
         both("bf16", (3, 40), d=24, dtype=torch.bfloat16)
     finally:
         library.emulator.module.set_order(3)
