@@ -1,4 +1,11 @@
 """The CUDA kernels of qkv_prologue, emulated: every width of access, borders of lanes, blocks and shares, hostile calls.
+
+Planted one at a time in csrc/qkv_prologue/{heads.h,qkv_prologue_cuda.cu}, each seen red here. Units: a second piece that
+is not there (of what turns, of what does not), what follows the offset placed before it, an angle past the last pair,
+angles of other units. Heads: one too many, the first row of axes for all, weights of the first head for all, a batch
+dropped, k's squares taken for q's. Barriers: angles read before they are there, sums of other head lanes as well.
+Backward: turned on instead of back (twice), r r for r r r, the last group of tokens dropped, all groups after the first.
+Strides: rows that start anywhere taken for whole vectors.
 """
 
 from __future__ import annotations
@@ -98,6 +105,14 @@ def test_every_path(layout, norm, dtype):
 def test_borders_of_blocks(s, n, m):
     """Heads and tokens that do not fill the lanes a block has for them; more heads than one block of the backward."""
     close_to_cpu(given(RopeSpec.build(16), b=2 if s < 9 else 1, s=s, n=n, m=m, d=16, norm=("pre", "head")))
+
+
+def test_more_heads_than_a_block_holds_at_once():
+    """With enough tokens to keep every multiprocessor busy, a block goes through its heads batch by batch."""
+    arguments = given(RopeSpec.build(64), s=133, n=121, m=3, norm=("pre", "head"))
+    want = qkv_prologue(**arguments, backend="cpu")
+    for got, w in zip(qkv_prologue(**arguments, backend="cuda"), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=2e-5, atol=2e-5)
 
 
 def test_one_norm_without_the_other():
