@@ -1,5 +1,5 @@
-"""kv_append in CUDA C++, emulated: what it stores is bit for bit what the CPU kernel stores, at every border of groups and
-windows.
+"""kv_append in CUDA C++, emulated: what it stores is bit for bit what the CPU kernel stores, at every border of groups
+and windows.
 
 Planted one at a time in csrc/kv_append/kv_append_cuda.cu, each seen red here. Barriers: before the scales, before the
 codes, between reading the window and filling it. Values: a table read past its end, a page that is none believed, a

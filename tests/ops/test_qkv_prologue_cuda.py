@@ -1,11 +1,10 @@
-"""The CUDA kernels of qkv_prologue, emulated: every width of access, borders of lanes, blocks and shares, hostile calls.
+"""The CUDA kernels of qkv_prologue, emulated: every width of access, borders of lanes, blocks and shares.
 
-Planted one at a time in csrc/qkv_prologue/{heads.h,qkv_prologue_cuda.cu}, each seen red here. Units: a second piece that
-is not there (of what turns, of what does not), what follows the offset placed before it, an angle past the last pair,
-angles of other units. Heads: one too many, the first row of axes for all, weights of the first head for all, a batch
-dropped, k's squares taken for q's. Barriers: angles read before they are there, sums of other head lanes as well.
-Backward: turned on instead of back (twice), r r for r r r, the last group of tokens dropped, all groups after the first.
-Strides: rows that start anywhere taken for whole vectors.
+Planted one at a time in csrc/qkv_prologue/{heads.h,qkv_prologue_cuda.cu}, each seen red here. Units: a second piece
+that is not there (of what turns, of what does not), what follows the offset placed before it, an angle past the last
+pair, angles of other units. Heads: one too many, the first row of axes for all, weights of the first head for all, k's
+squares taken for q's. Barriers: angles read before they are there. Backward: turned on instead of back (twice), r r for
+r r r, the last group of tokens dropped, all groups after the first.
 """
 
 from __future__ import annotations
@@ -185,7 +184,9 @@ def test_what_does_not_turn_keeps_its_bits():
         for layout in ("half", "pair"):
             spec = RopeSpec.build(8, offset=offset, layout=layout)
             q, _, v = qkv_prologue(qkv, n=1, m=1, spec=spec, pos=torch.arange(2), backend="cuda")
-            assert torch.equal(q[..., offset + 8 :].view(torch.int32), qkv[:, :, None, offset + 8 : 32].view(torch.int32))
+            assert torch.equal(
+                q[..., offset + 8 :].view(torch.int32), qkv[:, :, None, offset + 8 : 32].view(torch.int32)
+            )
             assert torch.equal(v.flatten(2), qkv[..., 64:])
 
 

@@ -1,5 +1,5 @@
-"""rearrange in CUDA C++, emulated: the CPU kernels are the witness, at borders of lanes, tiles and chunks, whatever lies
-where, whatever the plan holds.
+"""rearrange in CUDA C++, emulated: the CPU kernels are the witness, at borders of lanes, tiles and chunks, however
+tensors lie, whatever the plan holds.
 """
 
 from __future__ import annotations

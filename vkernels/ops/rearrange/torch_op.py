@@ -106,9 +106,7 @@ def _rows_cuda(
 ):  # fmt: skip
     y, total = rows_results(x, ptr, idx, with_sum, dtype)
     inputs = _cuda_inputs(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias)
-    run_cuda(
-        "rearrange_rows_cuda", (*inputs, None, y, total if with_sum else None), reduce, norm, scale, eps, False
-    )
+    run_cuda("rearrange_rows_cuda", (*inputs, None, y, total if with_sum else None), reduce, norm, scale, eps, False)
     return y, total
 
 
