@@ -24,7 +24,7 @@ OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
 
 # Kernels per op: a new instantiation is a decision, it costs every build its seconds. And registers above which fewer
 # than two blocks fit a multiprocessor: blocks of 256 threads, or of 128 where products need them.
-COUNT = {"apply_rope": 9, "attention": 25, "divided_attention": 44}
+COUNT = {"apply_rope": 9, "attention": 25, "divided_attention": 44, "kv_append": 6, "qkv_prologue": 22, "rearrange": 23}
 REGISTERS = {"attention": 255, "divided_attention": 255}
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -107,6 +107,37 @@ def test_divided_attention_reads_rows_once():
             assert use["store16"] >= 2 * chunks, kernel
             assert use["tensor"] >= 16 * chunks, kernel
             assert kernel.registers <= (168 if chunks == 2 else 255), kernel  # two blocks to a multiprocessor, or one
+
+
+@built
+def test_qkv_prologue_moves_16_bytes_at_a_time():
+    """Three heads in flight: six loads before the first store. Layouts of 8 bytes or of elements have other kernels."""
+    wide = [kernel for kernel in kernels("qkv_prologue") if ", 16, 1, 3>" in kernel.name]
+    assert len(wide) == 2 * 9
+    for kernel in wide:
+        forward = kernel.name.startswith("prologue<")
+        assert kernel.instructions["load16"] >= (6 if forward else 4), kernel
+        assert kernel.instructions["store16"] >= (6 if forward else 0 if "stats" in kernel.name else 2), kernel
+
+
+@built
+def test_kv_append_moves_16_bytes_at_a_time():
+    """Rows: two vectors of keys and of values under way. Codes: four tokens, and words leave four at a time."""
+    for kernel in kernels("kv_append"):
+        assert kernel.instructions["load16"] >= 4, kernel
+        assert kernel.instructions["store16"] >= 4, kernel
+
+
+@built
+def test_rearrange_moves_16_bytes_at_a_time():
+    """Units of 16 bytes; rows by vectors, four taps under way without a norm; tiles turned by vectors on both sides."""
+    for kernel in kernels("rearrange"):
+        use = kernel.instructions
+        if kernel.name.startswith(("copy_runs<16>", "move_rows<16>")):
+            assert min(use["load16"], use["store16"]) >= 2, kernel
+        elif kernel.name.startswith(("finish_rows", "turn")):
+            assert use["load16"] >= (4 if "false" in kernel.name else 2), kernel
+            assert use["store16"] >= 1, kernel
 
 
 # What each function of csrc/include/vkernels/device/ must have become.

@@ -10,7 +10,7 @@ import torch
 from vkernels.check import bind, refusal, require
 from vkernels.dispatch import Backend, choose
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.kv_append import reference, torch_op  # noqa: F401  (registers the overload)
 from vkernels.remember import remembered
 
@@ -79,7 +79,7 @@ def kv_append(
         cache:   changed in place
         k, v:    keys and values (b s m d) in the cache's dtype
         count:   real tokens of each sequence (b), the first of its s; None means all
-        backend: "cpu", "triton", "reference"; None takes the first that can run
+        backend: "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         the cache
     Raises:
@@ -110,6 +110,7 @@ def _registered(call: Call, backend: str) -> None:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.k), lambda c: _registered(c, "cpu")),
+    Backend("cuda", lambda c: cuda_why_not(c.k), lambda c: _registered(c, "cuda")),
     Backend("triton", lambda c: triton_why_not(c.k), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.kv_append(c.cache, c.k, c.v, c.counts)),
 )

@@ -9,7 +9,7 @@ import torch
 from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, choose
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.apply_rope.api import canonical_positions
 from vkernels.ops.qkv_prologue import reference, torch_op  # noqa: F401  (registers the overloads)
 from vkernels.remember import remembered
@@ -214,8 +214,19 @@ def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, *call.rows
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    if (reason := cuda_why_not(call.qkv)) is not None:
+        return reason
+    if call.heads[2] > 256:
+        return f"heads have {call.heads[2]} elements, this backend serves up to 256"
+    if call.spec is not None and len(call.spec.axis_rows) > 64:
+        return f"the axes of spec have {len(call.spec.axis_rows)} rows, this backend serves up to 64"
+    return None
+
+
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.qkv), lambda c: _registered(c, "cpu")),
+    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda")),
     Backend("triton", lambda c: triton_why_not(c.qkv), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

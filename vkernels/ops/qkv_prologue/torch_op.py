@@ -1,10 +1,10 @@
-"""torch's view of qkv_prologue: schemas, fakes, CPU kernels, backward."""
+"""torch's view of qkv_prologue: schemas, fakes, native kernels, backward."""
 
 from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, lazily, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda, unit_stride
 
 _REST = (
     "Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? pos, Tensor? axis, Tensor? freq, float scale, float eps, "
@@ -50,6 +50,41 @@ def _cpu_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps,
     return dqkv, *(x.clone() for x in sums.split(columns))
 
 
+def _cuda_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    q = _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout)
+    tensors = (unit_stride(qkv), bias, q_norm, k_norm, q, k_out, v_out, pos, axis, freq)
+    run_cuda("qkv_prologue_cuda", tensors, scale, eps, layout)
+    return q
+
+
+def _cuda(qkv, *rest):
+    _, k, v = _fake(qkv, *rest)
+    return _cuda_into(qkv, k, v, *rest), k, v
+
+
+def _partial_rows(tokens: int, columns: int) -> int:
+    """Over how many shares of the tokens the CUDA kernel sums: blocks for every multiprocessor of a large GPU, and
+    more where rows of sums are short. Depends on sizes only, so that sums have one order."""
+    return max(min(-(-tokens // 8), max(264, min(1056, (1 << 21) // max(columns, 1)))), 1)
+
+
+def _cuda_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+    n, m, d, *_, over_all = layout
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    columns = [0 if x is None else heads * d for x, heads in ((bias, n + 2 * m), (q_norm, n), (k_norm, m))]
+    tokens = qkv.shape[0] * qkv.shape[1]
+    rows = _partial_rows(tokens, sum(columns))
+    partials = torch.empty(rows, sum(columns), dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(tokens if over_all else 0, 4, dtype=torch.float32, device=qkv.device)
+    gradients = map(unit_stride, (dq, dk, dv))
+    tensors = (unit_stride(qkv), bias, q_norm, k_norm, *gradients, pos, axis, freq, dqkv, stats, partials)
+    run_cuda("qkv_prologue_bwd_cuda", tensors, scale, eps, layout)
+    sums = [x.sum(0) for x in partials.split(columns, 1)]
+    if not over_all:
+        sums[1:] = [x.view(-1, d).sum(0) if x.numel() else x for x in sums[1:]]
+    return dqkv, *sums
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.eps, ctx.layout = inputs
     ctx.save_for_backward(*tensors)
@@ -68,13 +103,13 @@ register(
     "qkv_prologue_bwd",
     f"(Tensor qkv, Tensor dq, Tensor dk, Tensor dv, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    backends={"cpu": _cpu_bwd, "triton": lazily(_TRITON, "backward")},
+    backends={"cpu": _cpu_bwd, "cuda": _cuda_bwd, "triton": lazily(_TRITON, "backward")},
 )
 register(
     "qkv_prologue",
     f"(Tensor qkv, {_REST}) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _cpu, "triton": lazily(_TRITON, "out_of_place")},
+    backends={"cpu": _cpu, "cuda": _cuda, "triton": lazily(_TRITON, "out_of_place")},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -82,5 +117,5 @@ register(
     "qkv_prologue_",
     f"(Tensor qkv, Tensor(a!) k_out, Tensor(b!) v_out, {_REST}) -> Tensor",
     fake=_fake_into,
-    backends={"cpu": _cpu_into, "triton": lazily(_TRITON, "into")},
+    backends={"cpu": _cpu_into, "cuda": _cuda_into, "triton": lazily(_TRITON, "into")},
 )

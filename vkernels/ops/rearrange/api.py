@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from vkernels.check import FLOATS, ShapeError, bind, refusal, require
 from vkernels.dispatch import Backend, choose
-from vkernels.library import DTYPE_CODE, cpu_why_not, op, triton_why_not
+from vkernels.library import DTYPE_CODE, cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.rearrange import reference, torch_op
 from vkernels.rearrangement.pattern import Affine
 from vkernels.rearrangement.plan import RearrangePlan
@@ -322,7 +322,7 @@ def rearrange(
         rows:        where row r goes in out: (n_out) or (b n_out), -1 drops it, no row twice
         accumulate:  add to out instead of replacing
         dtype:       of the result; None means that of x, or of out
-        backend:     "cpu", "triton", "reference"; None takes the first that can run
+        backend:     "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         (b n_out c), folded to (b*g n_out/g c) by plans of sequences such as temporal; with return_sum a pair (y, u);
         with out that tensor. Computed in float32; a pure move is exact.
@@ -416,13 +416,14 @@ def _cpu_why_not(call: Call) -> str | None:
     return None
 
 
-def _triton_why_not(call: Call) -> str | None:
+def _gpu_why_not(call: Call, why_not: Callable[[torch.Tensor], str | None]) -> str | None:
+    """What both GPU backends refuse."""
     for tensor in (*call.x, call.residual, call.out):
         if tensor is None:
             continue
         if call.affine is not None and tensor.dtype == torch.float64:
             tensor = tensor.new_empty(0, dtype=torch.int64)  # a move sees bits
-        if (reason := triton_why_not(tensor)) is not None:
+        if (reason := why_not(tensor)) is not None:
             return reason
     if call.affine is not None:
         return None
@@ -432,13 +433,33 @@ def _triton_why_not(call: Call) -> str | None:
         return f"{len(call.x)} sources, it takes at most {torch_op.SOURCES}, the fill vectors counted as one"
     if any(len(torch_op.row_axes(x)) > 3 for x in call.x):
         return "a source's rows lie on more than 3 axes of unrelated strides"
+    return None
+
+
+def _triton_why_not(call: Call) -> str | None:
+    if (reason := _gpu_why_not(call, triton_why_not)) is not None:
+        return reason
     if call.norm is not None and call.x[0].shape[-1] > torch_op.WIDEST_NORM:
         return f"{call.x[0].shape[-1]} channels, a norm takes at most {torch_op.WIDEST_NORM}"
     return None
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    if (reason := _gpu_why_not(call, cuda_why_not)) is not None:
+        return reason
+    if call.affine is not None:
+        return None
+    if call.plan.reduce == "max":
+        return "a maximum is not written in CUDA C++"
+    whole = call.norm is not None or call.bias is not None or call.gate is not None
+    if whole and call.x[0].shape[-1] > torch_op.WIDEST_CUDA_ROW:
+        return f"{call.x[0].shape[-1]} channels, with a norm, bias or gate it takes at most {torch_op.WIDEST_CUDA_ROW}"
+    return None
+
+
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda c: _run_native(c, "cpu")),
+    Backend("cuda", _cuda_why_not, lambda c: _run_native(c, "cuda")),
     Backend("triton", _triton_why_not, lambda c: _run_native(c, "triton")),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -1,4 +1,4 @@
-"""torch's view of rearrange: operators, fakes, CPU kernels and backward.
+"""torch's view of rearrange: operators, fakes, native kernels and backward.
 
 `rearrange_affine` moves by strides. `rearrange_rows` gathers and runs the epilogue; its backward undoes the epilogue
 row by row (`rearrange_rows_bwd`) and then runs `rearrange_rows` again with the transposed plan. `rearrange_rows_into`
@@ -11,12 +11,13 @@ import math
 
 import torch
 
-from vkernels.library import fresh, lasting, lazily, native, op, ref, register, unit_stride
+from vkernels.library import fresh, lasting, lazily, native, op, ref, register, run_cuda, unit_stride
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
 REDUCES = {"sum": 0, "max": 1}
-SOURCES = 4  # what one call of the Triton kernels takes
+SOURCES = 4  # what one call of the Triton and the CUDA kernels takes
 WIDEST_NORM = 32768  # channels
+WIDEST_CUDA_ROW = 8192  # channels, where the CUDA kernels hold a row whole
 
 
 def chunks(device: torch.device) -> int:
@@ -89,6 +90,33 @@ def _into_cpu(
     )  # fmt: skip
 
 
+def _cuda_inputs(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias) -> list[torch.Tensor | None]:
+    """What the CUDA kernels read: sources filled up to four, the epilogue's vectors as float32."""
+    sources = [*map(unit_stride, x), *[None] * (SOURCES - len(x))]
+    bias, gate, norm_weight, norm_bias = (
+        None if v is None else v.float().contiguous() for v in (bias, gate, norm_weight, norm_bias)
+    )
+    residual = None if residual is None else unit_stride(residual)
+    return [*sources, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias]
+
+
+def _rows_cuda(
+    x, ptr, idx, weight, t_ptr, t_idx, t_weight, bias, gate, residual, norm_weight, norm_bias,
+    reduce, norm, scale, eps, with_sum, dtype,
+):  # fmt: skip
+    y, total = rows_results(x, ptr, idx, with_sum, dtype)
+    inputs = _cuda_inputs(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias)
+    run_cuda("rearrange_rows_cuda", (*inputs, None, y, total if with_sum else None), reduce, norm, scale, eps, False)
+    return y, total
+
+
+def _into_cuda(
+    out, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, rows, reduce, norm, scale, eps, accumulate
+) -> None:
+    inputs = _cuda_inputs(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias)
+    run_cuda("rearrange_rows_cuda", (*inputs, rows, out, None), reduce, norm, scale, eps, accumulate)
+
+
 def bwd_results(dy: torch.Tensor, x: list[torch.Tensor], gate, scale: float) -> tuple[torch.Tensor, ...]:
     """(du, dv, partial), not written yet; dv is empty where it equals du."""
     apart = gate is not None or scale != 1.0
@@ -112,6 +140,16 @@ def _rows_bwd_cpu(
         reduce, norm, scale, eps, ref(unit_stride(dy)), ref(None if dsum is None else unit_stride(dsum)),
         ref(du), ref(dv) if dv.dim() == 3 else None, ref(partial),
     )  # fmt: skip
+    return du, dv, partial
+
+
+def _rows_bwd_cuda(
+    dy, dsum, x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias, reduce, norm, scale, eps
+):
+    du, dv, partial = bwd_results(dy, x, gate, scale)
+    inputs = _cuda_inputs(x, ptr, idx, weight, bias, gate, residual, norm_weight, norm_bias)
+    gradients = (unit_stride(dy), None if dsum is None else unit_stride(dsum), du, dv if dv.dim() == 3 else None)
+    run_cuda("rearrange_rows_bwd_cuda", (*inputs, *gradients, partial), reduce, norm, scale, eps)
     return du, dv, partial
 
 
@@ -203,6 +241,12 @@ def _affine_cpu(x, axes, sizes, steps, shape):
     return y
 
 
+def _affine_cuda(x, axes, sizes, steps, shape):
+    y = x.new_empty(shape)
+    run_cuda("rearrange_affine_cuda", (x, y), list(axes), list(sizes), list(steps))
+    return y
+
+
 def _affine_setup(ctx, inputs, output) -> None:
     x, ctx.axes, ctx.sizes, ctx.steps, _ = inputs
     ctx.shape = x.shape
@@ -231,7 +275,7 @@ register(
     "rearrange_affine",
     "(Tensor x, int[] axes, int[] sizes, int[] steps, int[] shape) -> Tensor",
     fake=_affine_fake,
-    backends={"cpu": _affine_cpu, "triton": lazily(f"{_TRITON}_affine", "affine")},
+    backends={"cpu": _affine_cpu, "cuda": _affine_cuda, "triton": lazily(f"{_TRITON}_affine", "affine")},
     backward=_affine_backward,
     setup_context=_affine_setup,
 )
@@ -241,7 +285,7 @@ register(
     "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, int reduce, int norm, float scale, float eps) "
     "-> (Tensor du, Tensor dv, Tensor partial)",
     fake=_rows_bwd_fake,
-    backends={"cpu": _rows_bwd_cpu, "triton": lazily(f"{_TRITON}_backward", "rows_bwd")},
+    backends={"cpu": _rows_bwd_cpu, "cuda": _rows_bwd_cuda, "triton": lazily(f"{_TRITON}_backward", "rows_bwd")},
 )
 register(
     "rearrange_max_bwd",
@@ -255,7 +299,7 @@ register(
     "Tensor? bias, Tensor? gate, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, int reduce, int norm, "
     "float scale, float eps, bool with_sum, ScalarType dtype) -> (Tensor y, Tensor sum)",
     fake=_rows_fake,
-    backends={"cpu": _rows_cpu, "triton": lazily(_TRITON, "rows")},
+    backends={"cpu": _rows_cpu, "cuda": _rows_cuda, "triton": lazily(_TRITON, "rows")},
     backward=_rows_backward,
     setup_context=_rows_setup,
 )
@@ -265,5 +309,5 @@ register(
     "Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor? rows, int reduce, int norm, float scale, "
     "float eps, bool accumulate) -> ()",
     fake=_into_fake,
-    backends={"cpu": _into_cpu, "triton": lazily(_TRITON, "rows_into")},
+    backends={"cpu": _into_cpu, "cuda": _into_cuda, "triton": lazily(_TRITON, "rows_into")},
 )

@@ -88,6 +88,11 @@ VK_DEVICE float sum_over_lanes(float x, Site site = Site::here()) {
   for (int bits = kLanes / 2; bits > 0; bits /= 2) x += shuffle_xor(x, bits, kWholeWarp, site);
   return x;
 }
+// The same where the number of lanes, a power of two, is known only at run time.
+VK_DEVICE float sum_over_group(float x, int lanes, Site site = Site::here()) {
+  for (int bits = lanes / 2; bits > 0; bits /= 2) x += shuffle_xor(x, bits, kWholeWarp, site);
+  return x;
+}
 template <int kLanes = kWarp>
 VK_DEVICE float max_over_lanes(float x, Site site = Site::here()) {
   for (int bits = kLanes / 2; bits > 0; bits /= 2) {
