@@ -154,6 +154,29 @@ VK_DEVICE void load_matrices(uint32_t (&reg)[2], const void* row, Site site = Si
 #endif
 }
 
+// An 8 x 8 matrix of 16-bit elements, two of row lane / 4 to a lane, transposed: the register of a fragment of rows
+// becomes that of a fragment of columns.
+VK_DEVICE uint32_t transpose(uint32_t reg, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(reg));
+  (void)site;
+  return r;
+#else
+  emulated::meet_warp("transpose", true, site, kWholeWarp, &reg, [](void* const(&brought)[32]) {
+    uint16_t matrix[8][8];
+    for (int i = 0; i < 64; ++i) {
+      const uint32_t two = *static_cast<uint32_t*>(brought[i / 2]);
+      matrix[i / 8][i % 8] = uint16_t(two >> (i % 2 * 16));
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      *static_cast<uint32_t*>(brought[lane]) =
+          matrix[lane % 4 * 2][lane / 4] | uint32_t(matrix[lane % 4 * 2 + 1][lane / 4]) << 16;
+  });
+  return reg;
+#endif
+}
+
 // Two neighbouring tiles of a product as the left operand of the next: the elements already lie where it wants them.
 template <class T>
 VK_DEVICE FragmentA as_operand(const FragmentC& left, const FragmentC& right) {
