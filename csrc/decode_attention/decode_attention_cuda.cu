@@ -23,8 +23,8 @@ template <int kTiles>
 VK_DEVICE uint16_t query_at(const Params& p, const Program& at, int row, int channel) {
   const int shared = at.row + row;
   if (row >= at.count || channel >= p.d) return 0;
-  return load(p.q + at.sample * p.q_b + shared % p.s * p.q_s + (int64_t{at.head} * p.share + shared / p.s) * p.q_n +
-              channel);
+  return load(p.q + int64_t{at.sample} * p.q_b + shared % p.s * p.q_s +
+              (int64_t{at.head} * p.share + shared / p.s) * p.q_n + channel);
 }
 
 VK_DEVICE float wide(uint16_t x, bool brain) { return brain ? widen_one(bf16{x}) : widen_one(f16{x}); }
@@ -93,7 +93,7 @@ decode_rows(const Params p) {
   const Memory<0, kTiles> memory;
   stage_queries<false>(p, at, memory.shared);
   State<kTiles> state;
-  start_state(p, at, span, state);
+  start_state(state);
   attend_rows(Rows<T, false>{p, at, span}, share, memory.ring, memory.shared.raw, state);
   finish(p, at, state, share.used, memory.shared, memory.joined);
 }
@@ -101,15 +101,21 @@ decode_rows(const Params p) {
 template <int kBits, int kTiles>
 VK_KERNEL(kThreads, kBlocks<kTiles>)
 decode_codes(const Params p) {
+  constexpr int kRowCost = 8 / kBits;
   const Program at = program_of<kTiles>(p);
-  const Span span = span_of<true>(p, at.sample);
-  const Share share = share_of<8 / kBits>(p, span);
-  if (block_y() >= share.used) return;
   const Memory<kBits, kTiles> memory;
-  stage_queries<true>(p, at, memory.shared);
   State<kTiles> state;
-  start_state(p, at, span, state);
-  attend_codes(Coded<kBits>{p, at, span}, share, memory.ring, memory.shared.unit, memory.shared.norm, state);
+  {
+    const Span span = span_of<true>(p, at.sample);
+    const Share share = share_of<kRowCost>(p, span);
+    if (block_y() >= share.used) return;
+    stage_queries<true>(p, at, memory.shared);
+    start_state(state);
+    attend_codes(Coded<kBits>{p, at, span}, share, memory.ring, memory.shared.unit, memory.shared.norm, state);
+  }
+  // Computed again: beside outputs and queries there are few registers to keep it in.
+  const Span span = span_of<true>(p, at.sample);
+  const Share share = share_of<kRowCost>(p, span);
   if (p.brain)
     attend_rows(Rows<bf16, true>{p, at, span}, share, memory.ring, memory.shared.raw, state);
   else

@@ -34,18 +34,16 @@ struct Params {
 
 // The queries of a block: `count` rows from `row` on, of those that share key/value head `head` of `sample`.
 struct Program {
-  int64_t index, sample;
-  int head, row, count;
+  int index, sample, head, row, count;
 };
 
 template <int kTiles>
 VK_DEVICE Program program_of(const Params& p) {
   Program x;
-  x.index = block_x();
-  const int64_t head = x.index / p.row_blocks;
-  x.sample = head / p.m;
-  x.head = static_cast<int>(head % p.m);
-  x.row = static_cast<int>(x.index % p.row_blocks) * kQueries * kTiles;
+  x.index = static_cast<int>(block_x());
+  x.sample = x.index / p.row_blocks / p.m;
+  x.head = x.index / p.row_blocks % p.m;
+  x.row = x.index % p.row_blocks * kQueries * kTiles;
   const int left = p.share * p.s - x.row;
   x.count = left < kQueries * kTiles ? left : kQueries * kTiles;
   return x;
@@ -67,7 +65,7 @@ struct Span {
 };
 
 template <bool kCoded>
-VK_DEVICE Span span_of(const Params& p, int64_t sample) {
+VK_DEVICE Span span_of(const Params& p, int sample) {
   Span x;
   x.length = at_least(load(p.length + sample), 0);
   x.window = at_most(p.window, x.length);  // a longer one hides no more
@@ -123,10 +121,10 @@ struct Spot {
 };
 
 // Page of the pool, and row in it, of the `offset`-th history token from index `from` on.
-VK_DEVICE Spot spot_of(const Params& p, int64_t sample, int from, int offset) {
+VK_DEVICE Spot spot_of(const Params& p, int sample, int from, int offset) {
   const int slot = p.ring ? ring_slot(from % p.ring, offset, p.ring) : from + offset;
   const int column = at_most(slot / p.page, p.table_pages - 1);
-  const int entry = load(p.table + sample * p.table_pages + column);
+  const int entry = load(p.table + int64_t{sample} * p.table_pages + column);
   return {at_most(at_least(entry, 0), p.pages - 1), slot - slot / p.page * p.page};
 }
 

@@ -52,14 +52,14 @@ VK_DEVICE void store_result(const Params& p, const Program& at, int row, int cha
     const float low = sum.value[2 * i] * by, high = sum.value[2 * i + 1] * by;
     four.word[i] = p.brain ? round_two(low, high, bf16{}) : round_two(low, high, f16{});
   }
-  uint16_t* o = p.o + ((at.sample * p.s + token) * heads + n) * p.d + channel;
+  uint16_t* o = p.o + ((int64_t{at.sample} * p.s + token) * heads + n) * p.d + channel;
   store(reinterpret_cast<Four*>(o), four);
-  if (channel == 0) store(p.lse + (at.sample * heads + n) * p.s + token, natural_lse(w.base, w.total));
+  if (channel == 0) store(p.lse + (int64_t{at.sample} * heads + n) * p.s + token, natural_lse(w.base, w.total));
 }
 
 template <int kTiles>
 VK_DEVICE int64_t part_row(const Params& p, const Program& at, int split, int row) {
-  return (at.index * p.splits + split) * kQueries * kTiles + row;
+  return (int64_t{at.index} * p.splits + split) * kQueries * kTiles + row;
 }
 
 template <int kTiles>

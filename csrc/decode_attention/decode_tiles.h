@@ -77,11 +77,11 @@ struct Rows {
   // Where uncoded token i starts in its tensor, and whether that is the sinks'.
   VK_MEMBER int64_t place(int i, bool& sink) const {
     sink = i < span.sinks;
-    if (sink) return ((at.sample * p.m + at.head) * p.sinks + span.sinks_from + i) * p.d;
+    if (sink) return ((int64_t{at.sample} * p.m + at.head) * p.sinks + span.sinks_from + i) * p.d;
     const int offset = i - span.sinks;
     if constexpr (kCoded) {
       const int kept = p.residual + p.group, slot = ring_slot(span.kept_from % kept, offset, kept);
-      return ((at.sample * p.m + at.head) * kept + slot) * p.d;
+      return ((int64_t{at.sample} * p.m + at.head) * kept + slot) * p.d;
     } else {
       const Spot spot = spot_of(p, at.sample, span.kept_from, offset);
       return ((spot.page * p.m + at.head) * p.page + spot.row) * p.d;
@@ -104,7 +104,7 @@ struct Rows {
 
   // Keys: row lane / 4 (half 0) or eight below of the product, chunk lane % 4 of every unit of 32 channels.
   VK_MEMBER void start_keys(int step, char* slot) const {
-#pragma unroll
+#pragma unroll 1  // where tokens lie takes registers
     for (int half = 0; half < 2; ++half) {
       const int i = step * kRowStep + lane() / 4 + 8 * half;
       const bool live = i < span.uncoded();
@@ -117,7 +117,7 @@ struct Rows {
   }
   // Values: tokens 2 (lane % 4), the one after it, and eight further; chunk lane / 4 of every unit of 64 channels.
   VK_MEMBER void start_values(int step, char* slot) const {
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < 4; ++j) {
       const int i = step * kRowStep + lane() % 4 * 2 + j % 2 + j / 2 * 8;
       const bool live = i < span.uncoded();
@@ -186,8 +186,9 @@ VK_DEVICE void attend_rows(const Rows<T, kCoded>& rows, const Share& share, char
   const auto index = [&](int step) { return first + step * kWarps; };
   Queries<kTiles> q;
   load_queries(queries, q);
+  float factor[kTiles][2];
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) state.factor[n][0] = state.factor[n][1] = p.scale;
+  for (int n = 0; n < kTiles; ++n) factor[n][0] = factor[n][1] = p.scale;
   FragmentB weight[kTiles];
   run_stages(
       typename Rows<T, kCoded>::Ring{ring}, steps, [&](int step, char* slot) { rows.start_keys(index(step), slot); },
@@ -195,10 +196,14 @@ VK_DEVICE void attend_rows(const Rows<T, kCoded>& rows, const Share& share, char
       [&](int step, const char* slot) {
         FragmentC s[kTiles][1] = {};
         rows.keys(slot, q, s);
-        softmax_step(state, s, p, rows.span, false, [&](int i) {
-          const int token = index(step) * kRowStep + lane() / 4 + 8 * i;
+        const int start = index(step) * kRowStep, end = start + kRowStep;
+        const bool all =
+            end <= rows.span.uncoded() && all_visible(p, rows.span, rows.position(start), rows.position(end - 1));
+        mask_scores(s, factor, p, rows.at, rows.span, all, [&](int i) {
+          const int token = start + lane() / 4 + 8 * i;
           return token < rows.span.uncoded() ? rows.position(token) : -1;
         });
+        softmax_step(state, s, p.d);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) weight[n] = weights_of<T>(s[n][0]);
       },
@@ -400,11 +405,11 @@ VK_DEVICE void attend_codes(const Coded<kBits>& coded, const Share& share, char*
   const auto index = [&](int step) { return first + step * kWarps; };
   Queries<kTiles> q;
   load_queries_for_codes<kBits>(queries, q);
+  float factor[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      state.factor[n][e] = 2.0f * p.scale * load_shared(norms + kQueries * n + lane() % 4 * 2 + e);
+    for (int e = 0; e < 2; ++e) factor[n][e] = 2.0f * p.scale * load_shared(norms + kQueries * n + lane() % 4 * 2 + e);
   FragmentB weight[kTiles][2];
   run_stages(
       typename Coded<kBits>::Ring{ring}, steps, [&](int step, char* slot) { coded.start_keys(index(step), slot); },
@@ -413,10 +418,10 @@ VK_DEVICE void attend_codes(const Coded<kBits>& coded, const Share& share, char*
         FragmentC s[kTiles][2] = {};
         coded.keys(slot, q, s);
         const int position = coded.position(index(step));
-        const bool open = position + kCodeStep <= span.length - p.s + 1 &&
-                          (span.window == 0 || position >= span.length - span.window);
-        softmax_step(state, s, p, span, open,
-                     [&](int i) { return position + 4 * Codes<kBits>::spread(lane() / 4) + i; });
+        const bool all = all_visible(p, span, position, position + kCodeStep - 1);
+        mask_scores(s, factor, p, coded.at, span, all,
+                    [&](int i) { return position + 4 * Codes<kBits>::spread(lane() / 4) + i; });
+        softmax_step(state, s, p.d);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
