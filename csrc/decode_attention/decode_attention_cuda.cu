@@ -15,7 +15,7 @@ namespace {
 using namespace decode;
 using device::Stream;
 
-// Blocks a multiprocessor must hold: 16 queries need twice the registers for outputs.
+// Blocks a multiprocessor must hold: 16 queries need more than 128 registers.
 template <int kTiles>
 inline constexpr int kBlocks = kTiles == 1 ? 2 : 1;
 
@@ -33,7 +33,7 @@ VK_DEVICE float wide(uint16_t x, bool brain) { return brain ? widen_one(bf16{x})
 VK_DEVICE float power_above(float x) { return bits_float((float_bits(x) & 0x7f800000u) + 0x00800000u); }
 
 // A warp takes rows of its own.
-template <bool kCoded, int kTiles>
+template <int kBits, int kTiles>
 VK_DEVICE void stage_queries(const Params& p, const Program& at, Shared<kTiles>& shared) {
   for (int row = warp(); row < Shared<kTiles>::kRows; row += kWarps) {
     uint16_t x[kMostChannels / kWarp];
@@ -45,12 +45,15 @@ VK_DEVICE void stage_queries(const Params& p, const Program& at, Shared<kTiles>&
       store_shared(&shared.raw[row * kMostChannels + channel], x[i]);
       most = fmaxf(most, fabsf(wide(x[i], p.brain)));
     }
-    if constexpr (!kCoded) continue;
-    const float norm = power_above(max_over_lanes(most));
+    if constexpr (kBits != 0) {
+      const float norm = power_above(max_over_lanes(most));
 #pragma unroll
-    for (int i = 0; i < kMostChannels / kWarp; ++i)
-      store_shared(&shared.unit[row * kMostChannels + i * kWarp + lane()], narrow_one<f16>(wide(x[i], p.brain) / norm));
-    if (lane() == 0) store_shared(&shared.norm[row], norm);
+      for (int i = 0; i < kMostChannels / kWarp; ++i) {
+        const int place = i * kWarp + Codes<kBits>::order(lane());
+        store_shared(&shared.unit[row * kMostChannels + place], narrow_one<f16>(wide(x[i], p.brain) / norm).bits);
+      }
+      if (lane() == 0) store_shared(&shared.norm[row], norm);
+    }
   }
   sync_block();
 }
@@ -91,7 +94,7 @@ decode_rows(const Params p) {
   const Share share = share_of<1>(p, span);
   if (block_y() >= share.used) return;
   const Memory<0, kTiles> memory;
-  stage_queries<false>(p, at, memory.shared);
+  stage_queries<0>(p, at, memory.shared);
   State<kTiles> state;
   start_state(state);
   attend_rows(Rows<T, false>{p, at, span}, share, memory.ring, memory.shared.raw, state);
@@ -109,7 +112,7 @@ decode_codes(const Params p) {
     const Span span = span_of<true>(p, at.sample);
     const Share share = share_of<kRowCost>(p, span);
     if (block_y() >= share.used) return;
-    stage_queries<true>(p, at, memory.shared);
+    stage_queries<kBits>(p, at, memory.shared);
     start_state(state);
     attend_codes(Coded<kBits>{p, at, span}, share, memory.ring, memory.shared.unit, memory.shared.norm, state);
   }

@@ -12,7 +12,7 @@ template <int kTiles>
 struct Shared {
   static constexpr int kRows = kQueries * kTiles;
   alignas(16) uint16_t raw[kRows * kMostChannels];
-  alignas(16) f16 unit[kRows * kMostChannels];
+  alignas(16) uint16_t unit[kRows * kMostChannels];
   float norm[kRows];
   float top[kWarps][kRows], total[kWarps][kRows];
   int flag;

@@ -53,15 +53,30 @@ VK_DEVICE void run_stages(const Stages& stages, int steps, const StartKeys& star
 VK_DEVICE Vector* vector_at(char* slot, int i) { return reinterpret_cast<Vector*>(slot) + i; }
 VK_DEVICE const Vector* vector_at(const char* slot, int i) { return reinterpret_cast<const Vector*>(slot) + i; }
 
-// The queries of a lane's column, in the order of the sum: unit u of 32 channels is registers 4 u .. 4 u + 3.
-template <int kTiles>
-struct Queries {
-  uint32_t reg[kTiles][kMostChannels / 8];
-};
+// The queries of a lane's column, eight of unit `unit` of 32 channels, in the order of the sum: one vector of `rows`
+// [8 kTiles, kMostChannels]. Read again in every step: registers are for the outputs.
+VK_DEVICE Vector query(const uint16_t* rows, int n, int unit) {
+  const uint16_t* row = rows + (kQueries * n + lane() / 4) * kMostChannels;
+  return load_shared(reinterpret_cast<const Vector*>(row + 32 * unit) + lane() % 4);
+}
 
-template <int kTiles>
-VK_DEVICE FragmentB query(const Queries<kTiles>& q, int n, int unit, int step) {
-  return {{q.reg[n][4 * unit + 2 * step], q.reg[n][4 * unit + 2 * step + 1]}};
+// Four pairs of the upper and four of the lower row of a lane, as the left operands of two steps.
+struct Operands {
+  FragmentA step[2];
+};
+VK_DEVICE Operands operands(const uint32_t (&upper)[4], const uint32_t (&lower)[4]) {
+  return {{{{upper[0], lower[0], upper[1], lower[1]}}, {{upper[2], lower[2], upper[3], lower[3]}}}};
+}
+
+// s += a q over a unit.
+template <class T, int kTiles, int kSteps>
+VK_DEVICE void multiply_queries(FragmentC (&s)[kTiles][kSteps], int step, const Operands& a,
+                                const Vector (&q)[kTiles]) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      multiply_add<T>(s[n][step], a.step[k], FragmentB{{q[n].word[2 * k], q[n].word[2 * k + 1]}});
 }
 
 // ---- tokens that lie as they are -----------------------------------------------------------------------------------
@@ -91,9 +106,8 @@ struct Rows {
     return i < span.sinks ? span.sinks_from + i : p.sinks + span.kept_from + (i - span.sinks);
   }
   // Eight channels of a token, zeros past the last token and the last channel.
-  VK_MEMBER void copy(Vector* to, const uint16_t* row, bool live, int chunk) const {
-    const bool there = live && 8 * chunk < p.d;
-    copy_async16(to, there ? row + 8 * chunk : p.k_kept, there ? 16 : 0);
+  VK_MEMBER void copy(Vector* to, const uint16_t* row, bool live, int channel) const {
+    copy_async16(to, row + at_most(channel, p.d - 8), live && channel < p.d ? 16 : 0);
   }
   VK_MEMBER const uint16_t* row_of(const uint16_t* kept, const uint16_t* sinks, int i, bool live) const {
     if (!live) return kept;
@@ -112,7 +126,7 @@ struct Rows {
 #pragma unroll
       for (int unit = 0; unit < kMostChannels / 32; ++unit)
         if (32 * unit < p.d)
-          copy(vector_at(slot, (2 * unit + half) * kWarp + lane()), row, live, 4 * unit + lane() % 4);
+          copy(vector_at(slot, (2 * unit + half) * kWarp + lane()), row, live, 32 * unit + lane() % 4 * 8);
     }
   }
   // Values: tokens 2 (lane % 4), the one after it, and eight further; chunk lane / 4 of every unit of 64 channels.
@@ -124,23 +138,22 @@ struct Rows {
       const uint16_t* row = row_of(p.v_kept, p.v_sink, i, live);
 #pragma unroll
       for (int unit = 0; unit < kMostChannels / 64; ++unit)
-        if (64 * unit < p.d) copy(vector_at(slot, (4 * unit + j) * kWarp + lane()), row, live, 8 * unit + lane() / 4);
+        if (64 * unit < p.d)
+          copy(vector_at(slot, (4 * unit + j) * kWarp + lane()), row, live, 64 * unit + lane() / 4 * 8);
     }
   }
 
   template <int kTiles>
-  VK_MEMBER void keys(const char* slot, const Queries<kTiles>& q, FragmentC (&s)[kTiles][1]) const {
+  VK_MEMBER void keys(const char* slot, const uint16_t* queries, FragmentC (&s)[kTiles][1]) const {
 #pragma unroll
     for (int unit = 0; unit < kMostChannels / 32; ++unit) {
       if (32 * unit >= p.d) break;
       const Vector upper = load_shared(vector_at(slot, 2 * unit * kWarp + lane()));
       const Vector lower = load_shared(vector_at(slot, (2 * unit + 1) * kWarp + lane()));
+      Vector q[kTiles];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const FragmentA a{{upper.word[2 * k], lower.word[2 * k], upper.word[2 * k + 1], lower.word[2 * k + 1]}};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) multiply_add<T>(s[n][0], a, query(q, n, unit, k));
-      }
+      for (int n = 0; n < kTiles; ++n) q[n] = query(queries, n, unit);
+      multiply_queries<T>(s, 0, operands(upper.word, lower.word), q);
     }
   }
   template <int kTiles>
@@ -163,20 +176,7 @@ struct Rows {
   }
 };
 
-// Queries as they are: chunk lane % 4 of every unit. `rows` [8 kTiles, kMostChannels] in shared memory.
-template <int kTiles>
-VK_DEVICE void load_queries(const uint16_t* rows, Queries<kTiles>& q) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-    for (int unit = 0; unit < kMostChannels / 32; ++unit) {
-      const uint16_t* row = rows + (kQueries * n + lane() / 4) * kMostChannels;
-      const Vector v = load_shared(reinterpret_cast<const Vector*>(row + 32 * unit) + lane() % 4);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q.reg[n][4 * unit + i] = v.word[i];
-    }
-}
-
+// `queries`: as they came.
 template <class T, bool kCoded, int kTiles>
 VK_DEVICE void attend_rows(const Rows<T, kCoded>& rows, const Share& share, char* ring, const uint16_t* queries,
                            State<kTiles>& state) {
@@ -184,8 +184,6 @@ VK_DEVICE void attend_rows(const Rows<T, kCoded>& rows, const Share& share, char
   const int first = share.rows_from + warp();
   const int steps = steps_of(at_least(share.rows_to - first, 0), kWarps);
   const auto index = [&](int step) { return first + step * kWarps; };
-  Queries<kTiles> q;
-  load_queries(queries, q);
   float factor[kTiles][2];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) factor[n][0] = factor[n][1] = p.scale;
@@ -195,7 +193,7 @@ VK_DEVICE void attend_rows(const Rows<T, kCoded>& rows, const Share& share, char
       [&](int step, char* slot) { rows.start_values(index(step), slot); },
       [&](int step, const char* slot) {
         FragmentC s[kTiles][1] = {};
-        rows.keys(slot, q, s);
+        rows.keys(slot, queries, s);
         const int start = index(step) * kRowStep, end = start + kRowStep;
         const bool all =
             end <= rows.span.uncoded() && all_visible(p, rows.span, rows.position(start), rows.position(end - 1));
@@ -260,6 +258,16 @@ struct Coded {
   }
   VK_DEVICE const f16* scales(const char* slot) { return reinterpret_cast<const f16*>(slot + kCodeBytes); }
 
+  // Rows `row` and `row` + 1 of a lane's four.
+  VK_DEVICE Operands decoded(const Words& packed, int row, const PairScale& scale) {
+    uint32_t word[Codes<kBits>::kWords], upper[4], lower[4];
+    packed.of(row, word);
+    decode_pairs<kBits>(word, lane() % 4, scale, upper);
+    packed.of(row + 1, word);
+    decode_pairs<kBits>(word, lane() % 4, scale, lower);
+    return operands(upper, lower);
+  }
+
   // Keys: rows of words are 32 / kBits channels, columns tokens. Scales: delta of every channel, then zero.
   VK_MEMBER void start_keys(int step, char* slot) const {
     const Where w = where(step);
@@ -270,15 +278,13 @@ struct Coded {
       const Piece x = piece(i);
       if (32 * x.unit >= p.d) continue;
       const int row = x.unit * kBits + x.word;
-      const bool there = row < rows;
-      const uint32_t* from = codes + int64_t{row} * p.group + 4 * Codes<kBits>::spread(x.g);
-      copy_async16(vector_at(slot, i * kWarp + lane()), there ? from : codes, there ? 16 : 0);
+      copy_async16(vector_at(slot, i * kWarp + lane()),
+                   codes + at_most(row, rows - 1) * p.group + 4 * Codes<kBits>::spread(x.g), row < rows ? 16 : 0);
     }
     const int channel = lane() % 16 * 8;
     const f16* scale = p.k_scale + w.group * 2 * p.d;
-    const bool there = channel < p.d;
-    copy_async16(vector_at(slot + kCodeBytes, lane()), there ? scale + lane() / 16 * p.d + channel : scale,
-                 there ? 16 : 0);
+    copy_async16(vector_at(slot + kCodeBytes, lane()), scale + lane() / 16 * p.d + at_most(channel, p.d - 8),
+                 channel < p.d ? 16 : 0);
   }
   // Values: rows of words are 32 / kBits tokens, columns channels; unit 2 u + h is channels 64 u + 8 g + 4 h .. + 3 of
   // row g. Scales: of every group of channels delta of 32 tokens, then zero.
@@ -291,39 +297,29 @@ struct Coded {
       const Piece x = piece(i);
       if (32 * (x.unit & ~1) >= p.d) continue;
       const int column = x.unit / 2 * 64 + 8 * x.g + x.unit % 2 * 4;
-      const bool there = column < columns;
-      copy_async16(vector_at(slot, i * kWarp + lane()), there ? codes + x.word * columns + column : codes,
-                   there ? 16 : 0);
+      copy_async16(vector_at(slot, i * kWarp + lane()), codes + x.word * columns + at_most(column, columns - 4),
+                   column < columns ? 16 : 0);
     }
     const int group = lane() / 8, zero = lane() / 4 % 2;
     const f16* scale = p.v_scale + w.group * 2 * groups * p.group + w.token;
-    const bool there = group < groups;
     copy_async16(vector_at(slot + kCodeBytes, lane()),
-                 there ? scale + (zero * groups + group) * p.group + lane() % 4 * 8 : scale, there ? 16 : 0);
+                 scale + (zero * groups + at_most(group, groups - 1)) * p.group + lane() % 4 * 8,
+                 group < groups ? 16 : 0);
   }
 
   template <int kTiles>
-  VK_MEMBER void keys(const char* slot, const Queries<kTiles>& q, FragmentC (&s)[kTiles][2]) const {
+  VK_MEMBER void keys(const char* slot, const uint16_t* queries, FragmentC (&s)[kTiles][2]) const {
 #pragma unroll
     for (int unit = 0; unit < kMostChannels / 32; ++unit) {
       if (32 * unit >= p.d) break;
       const f16* delta = scales(slot) + 32 * unit;
       const PairScale scale = load_pair_scale<kBits>(delta, delta + kMostChannels, lane() % 4);
       const Words packed = words(slot, unit);
+      Vector q[kTiles];
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        uint32_t word[Codes<kBits>::kWords], upper[4], lower[4];
-        packed.of(2 * tile, word);
-        decode_pairs<kBits>(word, lane() % 4, scale, upper);
-        packed.of(2 * tile + 1, word);
-        decode_pairs<kBits>(word, lane() % 4, scale, lower);
+      for (int n = 0; n < kTiles; ++n) q[n] = query(queries, n, unit);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const FragmentA a{{upper[2 * k], lower[2 * k], upper[2 * k + 1], lower[2 * k + 1]}};
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) multiply_add<f16>(s[n][tile], a, query(q, n, unit, k));
-        }
-      }
+      for (int step = 0; step < 2; ++step) multiply_queries<f16>(s, step, decoded(packed, 2 * step, scale), q);
     }
   }
 
@@ -354,69 +350,41 @@ struct Coded {
         const Words packed = words(slot, 2 * unit + half);
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
-          uint32_t word[Codes<kBits>::kWords], upper[4], lower[4];
-          packed.of(2 * y, word);
-          decode_pairs<kBits>(word, lane() % 4, scale, upper);
-          packed.of(2 * y + 1, word);
-          decode_pairs<kBits>(word, lane() % 4, scale, lower);
+          const Operands a = decoded(packed, 2 * y, scale);
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const FragmentA a{{upper[2 * k], lower[2 * k], upper[2 * k + 1], lower[2 * k + 1]}};
+          for (int k = 0; k < 2; ++k)
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) multiply_add<f16>(state.out[n][4 * unit + 2 * half + y], a, weight[n][k]);
-          }
+            for (int n = 0; n < kTiles; ++n)
+              multiply_add<f16>(state.out[n][4 * unit + 2 * half + y], a.step[k], weight[n][k]);
         }
       }
     }
   }
 };
 
-// Queries in the order codes come in. `rows` [8 kTiles, kMostChannels]: float16 below 1, zeros past the last channel.
+// `queries`: below 1 in float16, in the order codes come in; `norms`: the powers of two they were divided by. What is
+// decoded is half of what it stands for: scores are doubled here, and so are the outputs at last.
 template <int kBits, int kTiles>
-VK_DEVICE void load_queries_for_codes(const f16* rows, Queries<kTiles>& q) {
-  struct alignas(8) Four {
-    uint32_t word[2];
-  };
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-    for (int unit = 0; unit < kMostChannels / 32; ++unit) {
-      Four four[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int channel = 32 * unit + 4 * Codes<kBits>::spread(lane() % 4 * 2 + e);
-        const f16* from = rows + (kQueries * n + lane() / 4) * kMostChannels + channel;
-        four[e] = load_shared(reinterpret_cast<const Four*>(from));
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q.reg[n][4 * unit + i] = pair_of(four[0].word, four[1].word, i);
-    }
-}
-
-// `norms`: the powers of two queries were divided by. What is decoded is half of what it stands for: scores are
-// doubled here, and so are the outputs at last.
-template <int kBits, int kTiles>
-VK_DEVICE void attend_codes(const Coded<kBits>& coded, const Share& share, char* ring, const f16* queries,
+VK_DEVICE void attend_codes(const Coded<kBits>& coded, const Share& share, char* ring, const uint16_t* queries,
                             const float* norms, State<kTiles>& state) {
   const Params& p = coded.p;
   const Span& span = coded.span;
   const int first = share.codes_from + warp();
   const int steps = steps_of(at_least(share.codes_to - first, 0), kWarps);
   const auto index = [&](int step) { return first + step * kWarps; };
-  Queries<kTiles> q;
-  load_queries_for_codes<kBits>(queries, q);
-  float factor[kTiles][2];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) factor[n][e] = 2.0f * p.scale * load_shared(norms + kQueries * n + lane() % 4 * 2 + e);
   FragmentB weight[kTiles][2];
   run_stages(
       typename Coded<kBits>::Ring{ring}, steps, [&](int step, char* slot) { coded.start_keys(index(step), slot); },
       [&](int step, char* slot) { coded.start_values(index(step), slot); },
       [&](int step, const char* slot) {
         FragmentC s[kTiles][2] = {};
-        coded.keys(slot, q, s);
+        coded.keys(slot, queries, s);
+        float factor[kTiles][2];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            factor[n][e] = 2.0f * p.scale * load_shared(norms + kQueries * n + lane() % 4 * 2 + e);
         const int position = coded.position(index(step));
         const bool all = all_visible(p, span, position, position + kCodeStep - 1);
         mask_scores(s, factor, p, coded.at, span, all,

@@ -53,6 +53,11 @@ struct Codes {
 
   // Which four members of a unit, 4 spread(g) .. 4 spread(g) + 3, row g of a fragment holds.
   VK_HD int spread(int g) { return kBits == 2 ? g / 4 * 4 + g / 2 % 2 + g % 2 * 2 : g; }
+  // Where a member stands once the pairs of threads 0 .. 3 follow one another (`spread` is its own inverse).
+  VK_HD int order(int member) {
+    const int g = spread(member / 4);
+    return g / 2 * 8 + member % 4 * 2 + g % 2;
+  }
 };
 
 // (code - middle) / 2 of a thread's four pairs: exact in float16. As integers below 1024 are the last bits of the
@@ -115,7 +120,7 @@ VK_DEVICE PairScale load_pair_scale(const f16* delta, const f16* zero, int threa
 // Halves of the values of four pairs.
 template <int kBits>
 VK_DEVICE void decode_pairs(const uint32_t (&word)[Codes<kBits>::kWords], int thread, const PairScale& scale,
-                      uint32_t (&pair)[4]) {
+                            uint32_t (&pair)[4]) {
   unpack<kBits>(word, thread, pair);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pair[i] = multiply_add_two(pair[i], scale.delta[i], scale.centre[i]);
