@@ -24,7 +24,7 @@ OPS = sorted(path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu"))
 
 # Kernels per op, and registers above which fewer than two blocks of 256 threads fit a multiprocessor. A new
 # instantiation is a decision: it costs every build its seconds.
-COUNT = {"apply_rope": 9}
+COUNT = {"apply_rope": 9, "decode_attention": 10}
 REGISTERS = 128
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -93,6 +93,10 @@ INSTRUCTIONS = {
     "a 16-byte load": r"LDG\S*\.128",
     "a load past L1": r"LDG\.E\.NA\.128",
     "a 16-byte store": r"STG\S*\.128",
+    "a transpose": r"MOVM\.16\.MT88",
+    "bytes from two registers": r"PRMT",
+    "two products in float16": r"HFMA2(\.MMA)? ",
+    "a ticket": r"ATOMG?\.E\.ADD\S*GPU",
     "a shuffle": r"SHFL\.IDX",
     "a butterfly": r"SHFL\.BFLY",
     "a shift": r"SHFL\.DOWN",
