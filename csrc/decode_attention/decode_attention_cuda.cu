@@ -151,6 +151,7 @@ Params params_of(const DecodeAttentionParams& a, const DecodeWorkspace& work) {
   p.pages = number((l.bits ? c.k_codes : c.k_rows).size(0)), p.table_pages = number(c.table_pages);
   p.page = number(l.page), p.ring = number(l.ring), p.sinks = number(l.sinks);
   p.residual = number(l.residual), p.group = number(l.group), p.room = number(c.table_pages * l.page);
+  while (l.bits && 1 << p.group_bits < p.group) ++p.group_bits;
   p.window = number(a.window < INT32_MAX ? a.window : INT32_MAX);
   p.scale = a.scale * kLog2e;
   p.brain = a.q.dtype == Dtype::bf16;

@@ -27,9 +27,9 @@ struct Params {
   float* stats;  // programs splits rows 2: that score, and the sum of weights
   int* counter;  // programs
   int m, share, s, d, row_blocks, splits;
-  int pages, table_pages, page, ring, sinks, residual, group, room, window;
-  float scale;  // times log2(e)
-  bool brain;   // bfloat16, not float16
+  int pages, table_pages, page, ring, sinks, residual, group, group_bits, room, window;  // group is 2^group_bits
+  float scale;                                                                           // times log2(e)
+  bool brain;                                                                            // bfloat16, not float16
 };
 
 // The queries of a block: `count` rows from `row` on, of those that share key/value head `head` of `sample`.
@@ -74,12 +74,12 @@ VK_DEVICE Span span_of(const Params& p, int sample) {
   x.sinks_from = at_most(x.seen, held);
   x.sinks = held - x.sinks_from;
   const int first = at_least(x.seen - p.sinks, 0);
-  int end = kCoded ? at_least(after - p.residual, 0) / p.group * p.group : after;
+  int end = kCoded ? at_least(after - p.residual, 0) >> p.group_bits << p.group_bits : after;
   x.kept_from = at_most(at_least(end, first), after);
   x.kept = after - x.kept_from;
   int begin = p.ring ? at_least(end - p.ring, 0) : 0;
   if (!p.ring) end = at_most(end, p.room);
-  begin = at_most(at_least(begin, kCoded ? first / p.group * p.group : first), end);
+  begin = at_most(at_least(begin, kCoded ? first >> p.group_bits << p.group_bits : first), end);
   x.coded_from = begin;
   x.coded = kCoded ? end - begin : 0;
   if (!kCoded) x.kept_from = begin, x.kept = end - begin;
@@ -122,10 +122,11 @@ struct Spot {
 
 // Page of the pool, and row in it, of the `offset`-th history token from index `from` on.
 VK_DEVICE Spot spot_of(const Params& p, int sample, int from, int offset) {
-  const int slot = p.ring ? ring_slot(from % p.ring, offset, p.ring) : from + offset;
-  const int column = at_most(slot / p.page, p.table_pages - 1);
-  const int entry = load(p.table + int64_t{sample} * p.table_pages + column);
-  return {at_most(at_least(entry, 0), p.pages - 1), slot - slot / p.page * p.page};
+  int slot = from + offset, column = 0;
+  if (p.ring) slot = ring_slot(int(unsigned(from) % unsigned(p.ring)), offset, p.ring);
+  if (p.table_pages > 1) column = int(unsigned(slot) / unsigned(p.page));
+  const int entry = load(p.table + int64_t{sample} * p.table_pages + at_most(column, p.table_pages - 1));
+  return {at_most(at_least(entry, 0), p.pages - 1), slot - column * p.page};
 }
 
 }  // namespace vk::decode

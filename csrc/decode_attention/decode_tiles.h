@@ -16,18 +16,24 @@ template <int kAheadSteps, int kSlotBytes>
 struct Stages {
   static constexpr int kAhead = kAheadSteps, kSlots = 2 * kAhead + 1, kBytes = kSlots * kSlotBytes;
   char* ring;
-  VK_MEMBER char* slot(int tile) const { return ring + tile % kSlots * kSlotBytes; }
+  int filled = 0, taken = 0;  // offsets of the slots that come next
+  VK_MEMBER char* next(int& offset) {
+    char* slot = ring + offset;
+    offset = offset == kBytes - kSlotBytes ? 0 : offset + kSlotBytes;
+    return slot;
+  }
 };
 
 // For every `step` below `steps`: `start_keys(step, slot)`, `start_values(step, slot)`, and once these have landed
 // `keys(step, slot)`, `values(step, slot)`.
 template <class Stages, class StartKeys, class StartValues, class Keys, class Values>
-VK_DEVICE void run_stages(const Stages& stages, int steps, const StartKeys& start_keys, const StartValues& start_values,
+VK_DEVICE void run_stages(Stages stages, int steps, const StartKeys& start_keys, const StartValues& start_values,
                           const Keys& keys, const Values& values) {
   constexpr int kAhead = Stages::kAhead;
   const auto start = [&](int step, bool of_keys) {
-    if (step < steps && of_keys) start_keys(step, stages.slot(2 * step));
-    if (step < steps && !of_keys) start_values(step, stages.slot(2 * step + 1));
+    char* slot = stages.next(stages.filled);
+    if (step < steps && of_keys) start_keys(step, slot);
+    if (step < steps && !of_keys) start_values(step, slot);
     commit_copies();
   };
   const auto landed = [&] {
@@ -41,10 +47,10 @@ VK_DEVICE void run_stages(const Stages& stages, int steps, const StartKeys& star
   for (int step = 0; step < steps; ++step) {
     landed();
     start(step + kAhead, true);
-    keys(step, stages.slot(2 * step));
+    keys(step, stages.next(stages.taken));
     landed();
     start(step + kAhead, false);
-    values(step, stages.slot(2 * step + 1));
+    values(step, stages.next(stages.taken));
   }
   wait_for_copies<0>();
   sync_warp();
@@ -227,7 +233,8 @@ struct Coded {
   };
   VK_MEMBER Where where(int step) const {
     const Spot spot = spot_of(p, at.sample, span.coded_from, step * kCodeStep);
-    return {(spot.page * p.m + at.head) * (p.page / p.group) + spot.row / p.group, spot.row % p.group};
+    return {(spot.page * p.m + at.head) * (p.page >> p.group_bits) + (spot.row >> p.group_bits),
+            spot.row & (p.group - 1)};
   }
   VK_MEMBER int position(int step) const { return p.sinks + span.coded_from + step * kCodeStep; }
 
@@ -290,7 +297,7 @@ struct Coded {
   // row g. Scales: of every group of channels delta of 32 tokens, then zero.
   VK_MEMBER void start_values(int step, char* slot) const {
     const Where w = where(step);
-    const int columns = (p.d + 15) / 16 * 16, groups = (p.d + p.group - 1) / p.group;
+    const int columns = (p.d + 15) / 16 * 16, groups = (p.d + p.group - 1) >> p.group_bits;
     const uint32_t* codes = p.v_codes + (w.group * p.group + w.token) / 32 * kBits * columns;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -337,11 +344,11 @@ struct Coded {
 
   template <int kTiles>
   VK_MEMBER void values(const char* slot, int step, const FragmentB (&weight)[kTiles][2], State<kTiles>& state) const {
-    const int groups = (p.d + p.group - 1) / p.group;
+    const int groups = (p.d + p.group - 1) >> p.group_bits;
 #pragma unroll
     for (int unit = 0; unit < kMostChannels / 64; ++unit) {
       if (64 * unit >= p.d) break;
-      const int group = at_most((64 * unit + lane() / 4 * 8) / p.group, groups - 1);
+      const int group = at_most((64 * unit + lane() / 4 * 8) >> p.group_bits, groups - 1);
       const f16* delta = scales(slot) + group * 64;
       PairScale scale = load_pair_scale<kBits>(delta, delta + 32, lane() % 4);
       if (position(step) < span.seen) hide(scale, position(step));

@@ -36,6 +36,18 @@ VK_DEVICE uint32_t multiply_add_two(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// word & kMask | kOr: one instruction, which the compiler does not always make of it.
+template <uint32_t kMask, uint32_t kOr>
+VK_DEVICE uint32_t pick_bits(uint32_t word) {
+#if defined(__CUDACC__)
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kOr));
+  return r;
+#else
+  return (word & kMask) | kOr;
+#endif
+}
+
 // The same float16 in both halves; x has to be one.
 VK_HD uint32_t twice(float x) { return f16_bits(x) * 0x10001u; }
 
@@ -66,28 +78,28 @@ template <int kBits>
 VK_DEVICE void unpack(const uint32_t (&word)[Codes<kBits>::kWords], int thread, uint32_t (&pair)[4]) {
   constexpr uint32_t k1024 = 0x64006400u;
   constexpr float kHalfMiddle = Codes<kBits>::kMiddle / 2;
+  const auto halved = [](uint32_t raised, float place) {  // 1024 + place code
+    return multiply_add_two(raised, twice(0.5f / place), twice(-512.0f / place - kHalfMiddle));
+  };
   if constexpr (kBits == 8) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t two = permute_bytes(word[0], word[1], i < 2 ? 0x5140 : 0x7362);  // bytes i of both words, and more
-      pair[i] = permute_bytes(two, k1024, i % 2 ? 0x7372 : 0x7170);
-      pair[i] = multiply_add_two(pair[i], twice(0.5f), twice(-512.0f - kHalfMiddle));
+      pair[i] = halved(permute_bytes(two, k1024, i % 2 ? 0x7372 : 0x7170), 1.0f);
     }
   } else if constexpr (kBits == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t in_place = (i < 2 ? word[0] : word[0] >> 8) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
-      const float place = i % 2 ? 16.0f : 1.0f;
-      pair[i] = multiply_add_two(in_place | k1024, twice(0.5f / place), twice(-512.0f / place - kHalfMiddle));
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t mine = word[0] >> (4 * i);
+      pair[i] = halved(pick_bits<0x000f000fu, k1024>(mine), 1.0f);
+      pair[i + 1] = halved(pick_bits<0x00f000f0u, k1024>(mine), 16.0f);
     }
   } else {
     const uint32_t mine = word[0] >> (8 * (thread % 2));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float place = float(1 << (2 * i));
-      pair[i] = multiply_add_two((mine & 0x00030003u << (2 * i)) | k1024, twice(0.5f / place),
-                                 twice(-512.0f / place - kHalfMiddle));
-    }
+    pair[0] = halved(pick_bits<0x00030003u, k1024>(mine), 1.0f);
+    pair[1] = halved(pick_bits<0x000c000cu, k1024>(mine), 4.0f);
+    pair[2] = halved(pick_bits<0x00300030u, k1024>(mine), 16.0f);
+    pair[3] = halved(pick_bits<0x00c000c0u, k1024>(mine), 64.0f);
   }
 }
 
