@@ -188,7 +188,10 @@ def test_two_products_in_float16_are_rounded_once():
 
 # Members of a unit of 32 that thread t holds as its pairs, worked out by hand from the layout of a word.
 PAIRS = {
-    8: {0: [(0, 4), (1, 5), (2, 6), (3, 7)], 3: [(24, 28), (25, 29), (26, 30), (27, 31)]},  # bytes of words 2 t, 2 t + 1
+    8: {
+        0: [(0, 4), (1, 5), (2, 6), (3, 7)],
+        3: [(24, 28), (25, 29), (26, 30), (27, 31)],
+    },  # bytes of words 2 t, 2 t + 1
     4: {0: [(0, 4), (1, 5), (2, 6), (3, 7)], 2: [(16, 20), (17, 21), (18, 22), (19, 23)]},  # nibbles of word t
     2: {1: [(4, 12), (5, 13), (6, 14), (7, 15)], 2: [(16, 24), (17, 25), (18, 26), (19, 27)]},  # half of word t / 2
 }

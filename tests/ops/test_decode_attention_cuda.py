@@ -1,4 +1,15 @@
-"""decode_attention on CUDA, emulated: what the tests derived from the spec do not look at."""
+"""decode_attention on CUDA, emulated: what the tests derived from the spec do not look at.
+
+Trusted after mutation, each planted alone and red here: no barrier of the warp before a stage is read, copies not
+waited for or not committed, one stage too few; no barrier of the block before outputs overwrite the rings, after
+them, after the splits are weighed; rows of an operand swapped, another token of a pair, weights not transposed; a
+causal end, a window or what all queries see off by one, outputs rescaled too rarely; the group a window cuts left
+out, unseen values not hidden, a ring that never drops or turns late; a page number or a length not clamped; codes not
+centred, the other half of a 2-bit word, 2-bit rows in the order of 4-bit ones, another middle, outputs of codes not
+doubled; delta and zero of value groups interleaved, words of values always from a group's start; queries of another
+head, their norm forgotten, a second block of rows with the queries of the first; a counter not put back, one part too
+few joined, warps not brought to one maximum, sinks that start at 0.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +127,7 @@ def test_groups_move_from_recent_to_coded(length):
     agrees(torch.randn(1, 2, 2, 16).half(), cache)
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 33, 70, 1000])
+@pytest.mark.parametrize("window", [None, 1, 2, 33, 70, 76, 138, 1000])
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
@@ -352,5 +363,7 @@ def test_splits_know_sizes_only():
     cpu = torch.device("cpu")
     assert torch_op._splits(cpu, 32, 1, 8192, [0, 1, 0, 0, 8192, 0]) == 9
     assert torch_op._splits(cpu, 4, 7, 32768, [4, 64, 128, 0, 32768, 0]) == 33
-    assert torch_op._splits(cpu, 1, 1, 64, [4, 64, 128, 0, 64, 0]) == 4  # 2 steps over codes, 12 that cost as much as two
+    assert (
+        torch_op._splits(cpu, 1, 1, 64, [4, 64, 128, 0, 64, 0]) == 4
+    )  # 2 steps over codes, 12 that cost as much as two
     assert torch_op._splits(cpu, 1024, 1, 8192, [0, 1, 0, 0, 8192, 0]) == 1

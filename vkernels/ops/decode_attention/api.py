@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
@@ -114,9 +114,16 @@ def _cuda_why_not(call: Call) -> str | None:
     return None
 
 
+def _kind(call: Call) -> tuple[torch.device, str]:
+    """The store decides what is read, the queries that share a key how often."""
+    device, rows = like(call.q)
+    shared = call.q.shape[1] * call.q.shape[2] // call.cache.m
+    return device, f"{call.cache.scheme}, {rows}, {next((n for n in (8, 16) if shared <= n), 'more')} queries"
+
+
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda")),
+    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda"), _kind),
     Backend("triton", _triton_why_not, lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.decode_attention(c.q, c.cache, c.scale, c.window)),
 )

@@ -30,7 +30,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-# A warp's step is 16 uncoded or 32 coded tokens; a split is worth its part from a step for each of a block's 8 warps on.
+# A warp's step is 16 uncoded or 32 coded tokens; a split is worth its part from a step for each of its 8 warps on.
 _WARPS, _ROW_STEP, _CODE_STEP, _MOST_SPLITS = 8, 16, 32, 512
 
 
