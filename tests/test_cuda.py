@@ -24,8 +24,16 @@ OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
 
 # Kernels per op: a new instantiation is a decision, it costs every build its seconds. And registers above which fewer
 # than two blocks fit a multiprocessor: blocks of 256 threads, or of 128 where products need them.
-COUNT = {"apply_rope": 9, "attention": 25, "divided_attention": 44, "kv_append": 6, "qkv_prologue": 22, "rearrange": 23}
-REGISTERS = {"attention": 255, "divided_attention": 255}
+COUNT = {
+    "apply_rope": 9,
+    "attention": 25,
+    "decode_attention": 10,
+    "divided_attention": 44,
+    "kv_append": 6,
+    "qkv_prologue": 22,
+    "rearrange": 23,
+}
+REGISTERS = {"attention": 255, "decode_attention": 255, "divided_attention": 255}
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -140,6 +148,20 @@ def test_rearrange_moves_16_bytes_at_a_time():
             assert use["store16"] >= 1, kernel
 
 
+@built
+def test_decode_attention_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores():
+    """A step over a head of 128 for 8 queries: 8 + 8 products for 16 rows, 16 + 16 for 32 codes. The codes' kernels
+    hold the loop over rows twice, for bfloat16 and float16. Two blocks fit a multiprocessor unless there are 16
+    queries."""
+    for kernel in kernels("decode_attention"):
+        use, sixteen = kernel.instructions, kernel.name.endswith("2>")
+        rows = "decode_rows" in kernel.name
+        assert use["copy16"] >= (12 if rows else 24), kernel
+        assert use["load16"] - use["copy16"] >= 8, kernel  # parts of other splits
+        assert use["tensor"] >= (16 if rows else 64) * (2 if sixteen else 1), kernel
+        assert kernel.registers <= (255 if sixteen else 128), kernel
+
+
 # What each function of csrc/include/vkernels/device/ must have become.
 INSTRUCTIONS = {
     "cp.async": r"LDGSTS\.E\.BYPASS\S*\.128",
@@ -157,6 +179,10 @@ INSTRUCTIONS = {
     "a 16-byte load": r"LDG\S*\.128",
     "a load past L1": r"LDG\.E\.NA\.128",
     "a 16-byte store": r"STG\S*\.128",
+    "a transpose": r"MOVM\.16\.MT88",
+    "bytes from two registers": r"PRMT",
+    "two products in float16": r"HFMA2(\.MMA)? ",
+    "a ticket": r"ATOMG?\.E\.ADD\S*GPU",
     "a shuffle": r"SHFL\.IDX",
     "a butterfly": r"SHFL\.BFLY",
     "a shift": r"SHFL\.DOWN",

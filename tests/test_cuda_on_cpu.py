@@ -175,6 +175,57 @@ def test_attention_on_one_warp():
     assert (out.double() - weights @ v).abs().max() < 2e-2
 
 
+def test_permute_bytes():
+    low, high = 0x33221100, 0x77665544
+    assert E.permute_bytes(low, high, 0x3210) == low
+    assert E.permute_bytes(low, high, 0x7654) == high
+    assert E.permute_bytes(low, high, 0x5410) == 0x55441100
+    assert E.permute_bytes(low, high, 0x0725) == 0x00772255
+
+
+def test_two_products_in_float16_are_rounded_once():
+    x = torch.tensor([1.0009765625, -3.0, 60000.0, 6e-8]).half()  # 1.0009765625 = 1 + 2^-10
+    bits = [int(i) & 0xFFFF for i in x.view(torch.int16)]
+    # (1 + 2^-10)^2 - 1 = 2^-9 + 2^-20: a product rounded before the sum would be 2^-9
+    got = E.multiply_add_two(word(bits[0], bits[1]), word(bits[0], bits[1]), word(0xBC00, 0x3C00))
+    want = torch.tensor([2.0**-9 + 2.0**-20, 10.0]).half().view(torch.int16)
+    assert got == word(int(want[0]), int(want[1]))
+    assert E.multiply_add_two(word(bits[2], bits[3]), word(0x4000, 0x3C00), 0) == word(0x7C00, bits[3])
+
+
+# Members of a unit of 32 that thread t holds as its pairs, worked out by hand from the layout of a word.
+PAIRS = {
+    8: {
+        0: [(0, 4), (1, 5), (2, 6), (3, 7)],
+        3: [(24, 28), (25, 29), (26, 30), (27, 31)],
+    },  # bytes of words 2 t, 2 t + 1
+    4: {0: [(0, 4), (1, 5), (2, 6), (3, 7)], 2: [(16, 20), (17, 21), (18, 22), (19, 23)]},  # nibbles of word t
+    2: {1: [(4, 12), (5, 13), (6, 14), (7, 15)], 2: [(16, 24), (17, 25), (18, 26), (19, 27)]},  # half of word t / 2
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_come_out_in_the_pairs_of_fragments(bits):
+    codes = torch.randint(0, 1 << bits, (32,))
+    codes[:2] = torch.tensor([0, (1 << bits) - 1])
+    per = 32 // bits
+    words = [sum(int(codes[per * w + i]) << (bits * i) for i in range(per)) for w in range(bits)]
+    mine = {8: lambda t: words[2 * t : 2 * t + 2], 4: lambda t: [words[t]], 2: lambda t: [words[t // 2]]}[bits]
+    got = E.unpack(bits, [mine(t) for t in range(4)])
+    pairs = torch.tensor(got, dtype=torch.int64).to(torch.int32).view(torch.float16).view(4, 4, 2).float()
+    want = (codes - (1 << (bits - 1))) / 2
+    for thread, members in PAIRS[bits].items():
+        assert pairs[thread].tolist() == [[want[a], want[b]] for a, b in members]
+    places = [E.order(bits, member) for member in range(32)]
+    assert sorted(places) == list(range(32))
+    assert torch.equal(pairs.flatten()[places], want)
+
+
+def test_the_last_block_to_come_knows_it_and_leaves_the_counter_clean():
+    assert E.tickets(1) == ([1], 0)
+    assert E.tickets(4) == ([0, 0, 0, 1], 0)
+
+
 def test_shuffles():
     x = list(range(100, 132))
     whole = 0xFFFFFFFF

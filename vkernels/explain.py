@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from vkernels.dispatch import choose
+from vkernels.dispatch import choose, times
 from vkernels.masks import VideoMask
 from vkernels.roofline import Ceiling, ceiling
 
@@ -74,6 +74,10 @@ def explain(
     cost = spec.cost(call)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
     notes = []
+    kind, measured = times(name, spec.backends, call)
+    if measured:
+        order = ", ".join(f"{backend} {time:.2f}x" for backend, time in sorted(measured.items(), key=lambda x: x[1]))
+        notes.append(f"measured on {kind}: {order} of the fastest's time")
     mask: Any = kwargs.get("mask")
     if isinstance(mask, VideoMask):
         notes.append(f"mask: {mask.stats()}".replace("\n", "\n  "))

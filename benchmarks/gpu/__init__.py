@@ -6,4 +6,5 @@ worker      what runs in such a process and reports line by line
 timing      how a call is timed        cases     what is raced, and the targets
 rivals      against what               race      one case: correct first, then in turn
 proof       every op against float64   report    the JSON and the table
+preferences which of our backends was the faster, for the dispatcher
 """

@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import report
+from benchmarks.gpu import preferences, report
 from benchmarks.gpu.supervise import ROOT, run_stage
 
 # Seconds from the start by which a stage has ended: build, machine, proof (and sanitizer), tune, race.
@@ -157,12 +157,19 @@ class Run:
         options += [f"--op={op}" for op in self.arguments.op]
         self.found["lost"] += self._stage("race", options, listen, patience=75)
 
+    def prefer(self) -> None:
+        """What the race says about backends of ours against one another, for the dispatcher."""
+        if self.arguments.device == "cuda" and not self.arguments.small:
+            chip = self.found["environment"].get("sm", "unknown").replace("_", "")
+            count = preferences.update(chip, self.found["race"])
+            print(f"{count} kinds of calls ranked in {preferences.FILE.relative_to(ROOT)}", flush=True)
+
     def _stage(self, stage: str, options: list[str], listen: Callable[[dict], None], **more: Any) -> list[dict]:
         device = f"--device={self.arguments.device}"
         return run_stage(stage, [device, *options], until=self.until(stage), on_report=listen, **more)
 
     def all(self) -> int:
-        for stage in (self.build, self.machine, self.proof, self.tune, self.race):
+        for stage in (self.build, self.machine, self.proof, self.tune, self.race, self.prefer):
             if stage.__name__ == "build" and self.arguments.no_build:
                 continue
             print(f"-- {stage.__name__}, {self.clock() - self.began:.0f} s", flush=True)

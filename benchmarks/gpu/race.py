@@ -49,6 +49,8 @@ def _race(race: Race, dtype, direction: str, device: str, timer: Any, limits: di
         "dtype": str(dtype).removeprefix("torch."),
         "direction": direction,
     }
+    if spec and (kind := next((b.kind for b in spec.backends if b.kind is not None), None)):
+        row["kind"] = kind(spec.prepare(**kwargs))[1]
     opponents, excuses = [], []
     for name, prepare in rivals(race, kwargs):
         opponent = _ready(name, prepare, leaves)

@@ -1,9 +1,11 @@
 // Every function of csrc/include/vkernels/device/, for nvcc: a test looks the instructions up in the machine code.
+#include "vkernels/device/codes.h"
 #include "vkernels/device/copy_async.h"
 #include "vkernels/device/launch.h"
 #include "vkernels/device/math.h"
 #include "vkernels/device/matrix.h"
 #include "vkernels/device/sync.h"
+#include "vkernels/device/ticket.h"
 #include "vkernels/device/warp.h"
 
 namespace vk::device {
@@ -27,7 +29,18 @@ VK_DEVICE void tensor_cores(const Everything& e) {
   for (int i = 0; i < 4; ++i) store(reinterpret_cast<float*>(e.memory) + 4 * thread_index() + i, c.value[i]);
 }
 
+VK_DEVICE void codes(const Everything& e) {
+  const uint32_t word[2] = {load(reinterpret_cast<const uint32_t*>(e.memory)),
+                            load(reinterpret_cast<const uint32_t*>(e.memory) + 1)};
+  uint32_t pair[4];
+  unpack<8>(word, lane() % 4, pair);
+  const uint32_t turned = transpose_matrix(multiply_add_two(pair[0], pair[1], pair[2] ^ pair[3]));
+  if (last_to_come(reinterpret_cast<int*>(e.memory), 7, reinterpret_cast<int*>(shared_memory())))
+    store(reinterpret_cast<uint32_t*>(e.memory) + thread_index(), turned);
+}
+
 VK_KERNEL(256) every_instruction(Everything e) {
+  codes(e);
   copy_async16(shared_memory() + 16 * thread_index(), e.memory + 16 * thread_index(), warp());
   commit_copies();
   wait_for_copies<1>();

@@ -1,11 +1,13 @@
 // One kernel per instruction of csrc/include/vkernels/device/: what every lane brings and what it gets, seen by Python.
 #include "bind.h"
+#include "vkernels/device/codes.h"
 #include "vkernels/device/copy_async.h"
 #include "vkernels/device/divide.h"
 #include "vkernels/device/launch.h"
 #include "vkernels/device/math.h"
 #include "vkernels/device/matrix.h"
 #include "vkernels/device/sync.h"
+#include "vkernels/device/ticket.h"
 #include "vkernels/device/warp.h"
 
 namespace vk {
@@ -73,6 +75,34 @@ std::vector<uint32_t> transposed(std::vector<uint32_t> words) {
     word = transpose_matrix(word);
   });
   return words;
+}
+
+// What each thread of a quad makes of its words of a unit: pairs of float16.
+template <int kBits>
+Words unpacked(const Words& words) {
+  Words out(4);
+  on_threads(4, 0, [&] {
+    const size_t t = static_cast<size_t>(lane());
+    uint32_t mine[Codes<kBits>::kWords], pair[4];
+    std::copy_n(words[t].begin(), Codes<kBits>::kWords, mine);
+    unpack<kBits>(mine, lane(), pair);
+    out[t].assign(pair, pair + 4);
+  });
+  return out;
+}
+
+// Which of `blocks` blocks came last, by its own account, and what the counter is left at.
+std::pair<std::vector<int>, int> tickets(int blocks) {
+  std::vector<int> last(static_cast<size_t>(blocks));
+  int counter = 0;
+  on_threads(
+      64, 16,
+      [&] {
+        const bool mine = last_to_come(&counter, blocks, reinterpret_cast<int*>(shared_memory()));
+        if (thread_index() == 63) last[static_cast<size_t>(block_x())] = mine;
+      },
+      blocks);
+  return {last, counter};
 }
 
 std::vector<int> shuffled(const std::string& how, std::vector<int> values, int by, uint32_t mask) {
@@ -162,6 +192,15 @@ void bind_twins(py::module_& m) {
     const Divisor divisor(by);
     return std::pair(quotient(x, divisor), remainder(x, divisor));
   });
+  m.def("permute_bytes", [](uint32_t low, uint32_t high, uint32_t pick) { return permute_bytes(low, high, pick); });
+  m.def("multiply_add_two", [](uint32_t a, uint32_t b, uint32_t c) { return multiply_add_two(a, b, c); });
+  m.def("unpack", [](int bits, const Words& words) {
+    return bits == 8 ? unpacked<8>(words) : bits == 4 ? unpacked<4>(words) : unpacked<2>(words);
+  });
+  m.def("order", [](int bits, int member) {
+    return bits == 8 ? Codes<8>::order(member) : bits == 4 ? Codes<4>::order(member) : Codes<2>::order(member);
+  });
+  m.def("tickets", &tickets);
   m.def("shuffle", &shuffled);
   m.def("over_lanes", &over_lanes);
   m.def("extremes", &extremes);

@@ -206,7 +206,7 @@ def test_what_nobody_sees_may_be_anything():
 @pytest.mark.parametrize("scheme", ["fp32", "int4"])
 def test_counters_are_clean_for_the_next_call(scheme):
     """Calls in a row, of other sizes in between, give the same bits and leave every counter at 0."""
-    from vkernels.triton.counters import counters
+    from vkernels.counters import counters
 
     torch.manual_seed(0)
     cache, other = (filled(scheme, b, 2, 16, 150, group=32, residual=0) for b in (1, 3))
@@ -293,7 +293,7 @@ def test_a_float64_cache_is_refused():
 
 
 def test_captured_launches_share_no_counter(monkeypatch):
-    from vkernels.triton import counters
+    from vkernels import counters
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(counters, "_slabs", {cpu: [torch.arange(10, dtype=torch.int32)]})

@@ -10,6 +10,6 @@ head.py       heads of any size in two parts;  single.py  single heads against a
 matmul.py     products with float32 sums;  softmax.py  the online softmax;  rounding.py  float32 to another dtype
 rows.py       where the tokens of a group lie;  sequences.py  those of short sequences;  visible.py  who sees whom
 history.py    the tokens of a KV cache;  quantize.py  its quantiser;  codes.py  products with packed codes
-parts.py      attention split over programs and joined in one launch;  counters.py  what they count on
+parts.py      attention split over programs and joined in one launch
 norm.py       LayerNorm and RMSNorm of rows;  scan.py  counting along a row
 """

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.apply_rope import reference, torch_op  # noqa: F401  (registers the overloads)
 from vkernels.remember import remembered
@@ -211,7 +211,7 @@ def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
-    Backend("cuda", lambda c: cuda_why_not(c.q), lambda c: _registered(c, "cuda")),
+    Backend("cuda", lambda c: cuda_why_not(c.q), lambda c: _registered(c, "cuda"), lambda c: like(c.q)),
     Backend("triton", lambda c: triton_why_not(c.q), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

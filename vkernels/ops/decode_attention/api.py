@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, op, triton_why_not, unit_stride
+from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
 from vkernels.remember import remembered
 
 MOST_QUERIES = 8
+MOST_CUDA_CHANNELS = 128
 
 
 class Call(NamedTuple):
@@ -78,7 +79,7 @@ def decode_attention(
         scale:      of the scores; None means 1 / sqrt(d)
         window:     a query sees itself and the window - 1 tokens before it; None means all that are held
         return_lse: also return the log of the sum of exponentials (b n s), float32
-        backend:    "cpu", "triton", "reference"; None takes the first that can run
+        backend:    "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         o (b s n d) in q's dtype; a query that sees nothing gives 0 and lse -inf. Computed in float32.
     Raises:
@@ -109,8 +110,29 @@ def _triton_why_not(call: Call) -> str | None:
     return triton_why_not(call.q)
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    if (reason := cuda_why_not(call.q)) is not None:
+        return reason
+    q, cache = call.q.dtype, call.cache.dtype
+    if q == torch.float32:
+        return "dtype float32 is served by Triton, the kernel multiplies 16-bit floats"
+    if q != cache:
+        return f"queries of dtype {q} on a cache of dtype {cache} are served by Triton"
+    if call.cache.d > MOST_CUDA_CHANNELS:
+        return f"heads of size {call.cache.d} are served by Triton, the kernel takes up to {MOST_CUDA_CHANNELS}"
+    return None
+
+
+def _kind(call: Call) -> tuple[torch.device, str]:
+    """The store decides what is read, the queries that share a key how often."""
+    device, rows = like(call.q)
+    shared = call.q.shape[1] * call.q.shape[2] // call.cache.m
+    return device, f"{call.cache.scheme}, {rows}, {next((n for n in (8, 16) if shared <= n), 'more')} queries"
+
+
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
+    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda"), _kind),
     Backend("triton", _triton_why_not, lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.decode_attention(c.q, c.cache, c.scale, c.window)),
 )

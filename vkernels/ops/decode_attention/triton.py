@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vkernels.check import bind, require, same_dtype
+from vkernels.counters import counters
 from vkernels.kv_cache import Layout
 from vkernels.library import unit_stride
 from vkernels.remember import planned
 from vkernels.triton.codes import add_codes, load_words, planes, unit_rows
-from vkernels.triton.counters import counters
 from vkernels.triton.head import load_head
 from vkernels.triton.history import checked_cache, history_range, page_of, recent_range, ring_slot, seen_range, share_of
 from vkernels.triton.launch import alignment, arch, cdiv, launch, power_of_2

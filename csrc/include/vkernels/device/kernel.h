@@ -11,10 +11,12 @@
 // Threads of a block at most, and how many blocks a multiprocessor must be able to hold.
 #define VK_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define VK_DEVICE __device__ static __forceinline__
+#define VK_MEMBER __device__ __forceinline__  // a function of an object
 #else
 #include "vkernels/device/emulated.h"
 #define VK_KERNEL(...) void
 #define VK_DEVICE [[maybe_unused]] static inline
+#define VK_MEMBER inline
 #endif
 
 namespace vk::device {
