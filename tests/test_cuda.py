@@ -179,7 +179,6 @@ INSTRUCTIONS = {
     "a 16-byte load": r"LDG\S*\.128",
     "a load past L1": r"LDG\.E\.NA\.128",
     "a 16-byte store": r"STG\S*\.128",
-    "a transpose": r"MOVM\.16\.MT88",
     "bytes from two registers": r"PRMT",
     "two products in float16": r"HFMA2(\.MMA)? ",
     "a ticket": r"ATOMG?\.E\.ADD\S*GPU",
