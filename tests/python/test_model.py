@@ -191,7 +191,7 @@ def test_prefill_is_transformers_llama(impl):
     x = torch.randn(1, 30, 128)
     with torch.no_grad():
         expected = llama(inputs_embeds=x).logits[:, -1]
-        got = model.decoder(x, 0, 10_000.0, model.new_caches(impl, 30), Prompt(10, 0, 10, 20), impl)
+        got = model.decoder(x, [], 10_000.0, model.new_caches(impl, 30), [Prompt(10, 0, 10, 20)], impl)
     close(got, expected)
 
 
@@ -203,11 +203,11 @@ def test_steps_equal_recomputation(impl):
     x = torch.randn(1, 32, 128)
     with torch.no_grad():
         caches = model.new_caches(impl, 64)
-        model.decoder(x[:, :25], 0, 20_000.0, caches, prompt, impl)
+        model.decoder(x[:, :25], [], 20_000.0, caches, [prompt], impl)
         for i in range(25, 32):
-            got = model.decoder(x[:, i : i + 1], i, 20_000.0, caches, None, impl)
+            got = model.decoder(x[:, i : i + 1], [i], 20_000.0, caches, None, impl)
         longer = Prompt(2, 2, 10, 10)
-        expected = model.decoder(x, 0, 20_000.0, model.new_caches(impl, 64), longer, impl)
+        expected = model.decoder(x, [], 20_000.0, model.new_caches(impl, 64), [longer], impl)
     close(got, expected)
 
 

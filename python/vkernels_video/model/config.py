@@ -159,6 +159,9 @@ class VideoLLMConfig:
     kv: Literal["none", "int8", "int4", "int2"] = "int4"  # none: the dtype of the weights
     kv_group: int = 64
     kv_residual: int = 128
+    template: str = "{video}{question}"  # of a prompt
+    begin: bool = True  # a begin mark in front
+    tokenizer: Literal["bytes", "checkpoint"] = "bytes"  # a token per byte, or the checkpoint's own tokenizer
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self):
@@ -170,6 +173,9 @@ class VideoLLMConfig:
         _must(self.kv in ("none", *KV_BITS), "kv", f"be one of none, {', '.join(KV_BITS)}", self.kv)
         _must(self.connector in CONNECTORS, "connector", f"be one of {', '.join(CONNECTORS)}", self.connector)
         _must(self.arrange in ARRANGEMENTS, "arrange", f"be one of {', '.join(ARRANGEMENTS)}", self.arrange)
+        _must(self.tokenizer in ("bytes", "checkpoint"), "tokenizer", "be bytes or checkpoint", self.tokenizer)
+        marks = [self.template.count(mark) for mark in ("{video}", "{question}")]
+        _must(marks == [1, 1], "template", "hold {video} and {question} once each", repr(self.template))
         depth = range(-encoder.layers, 0)
         _must(encoder.select_layer in depth, "encoder.select_layer", f"lie in {depth[0]}..-1", encoder.select_layer)
         clips = isinstance(encoder, EncoderConfig)

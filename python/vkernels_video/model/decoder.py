@@ -6,6 +6,7 @@ dequantises. `_vkernels` runs the same layers on the library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import vkernels as vk
-from vkernels_video.model.cache import DequantisingCache
+from vkernels_video.model.cache import RowCache
 from vkernels_video.model.config import DecoderConfig
 
 
@@ -91,31 +92,57 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).view(*x.shape[:2], -1, self.head) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v  # b s n d, b s m d
 
-    def _eager(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DequantisingCache | None
-    ) -> Tensor:
+    def _eager(self, x: Tensor, rotary: tuple[Tensor, Tensor], masks: Any, caches: list[RowCache] | None) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self._heads(x))  # b n s d
         q, k = apply_rotary_pos_emb(q, k, *rotary)
-        if cache is not None:
-            k, v = cache.update(k, v)
+        if caches is None:
+            return self._attend(q, k, v, masks).reshape(x.shape)
+        if masks is None:  # one new token of every sequence
+            parts = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], None) for i in range(len(x))]
+        else:  # prompts, one after the other
+            lengths = [length for length, _ in masks]
+            split = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+            parts = [(*own, mask) for own, (_, mask) in zip(split, masks, strict=True)]
+        outs = []
+        for (q, k, v, mask), cache in zip(parts, caches, strict=True):
+            outs.append(self._attend(q, *cache.update(k, v), mask))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=0 if masks is None else 1)
+        return out.reshape(x.shape)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         groups = self.config.heads // self.config.kv_heads
         causal = mask is None and q.shape[2] > 1
         if groups > 1 and mask is not None:  # transformers repeats the heads whenever there is a mask
             k, v, groups = repeat_kv(k, groups), repeat_kv(v, groups), 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
-        return out.transpose(1, 2).reshape(x.shape)
+        return out.transpose(1, 2)  # b s n d
 
     def _vkernels(
-        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache | None
+        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], masks: Any, cache: vk.KVCache | None
     ) -> Tensor:
         q, k, v = self._heads(x)
         spec, positions = rotary
         q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())
-        if cache is not None:
-            cache.append(k, v)
-        out = vk.attention(q, k, v, mask=mask) if mask is not None or cache is None else vk.decode_attention(q, cache)
+        if cache is not None and masks is None:
+            out = vk.decode_attention(q, cache.append(k, v))
+        elif cache is not None:
+            lengths, mask = masks
+            _remember(cache, k, v, lengths)
+            out = vk.attention(q, k, v, mask=mask)
+        else:
+            out = vk.attention(q, k, v, mask=masks)
         assert isinstance(out, Tensor)
         return out.flatten(2)
+
+
+def _remember(cache: vk.KVCache, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+    """Prompts [1 total m d], one after the other, into the cache; each as often as the cache has rows for it."""
+    if len(lengths) > 1:
+        k, v = (nn.utils.rnn.pad_sequence(x[0].split(lengths), batch_first=True) for x in (k, v))
+    copies = cache.b // len(lengths)
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
+    cache.append(k, v, count=[length for length in lengths for _ in range(copies)])
 
 
 class DecoderLayer(nn.Module):
@@ -156,16 +183,28 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
 
     def forward(
-        self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
+        self, x: Tensor, starts: Sequence[int], base: float, caches: list[Any], prompts: list[Prompt] | None, impl: str
     ) -> Tensor:
-        """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
-        positions = torch.arange(start, start + x.shape[1])
-        mask: Any
-        if impl == "eager":
-            mask = self._dense_mask(x, prompt)
+        """Logits [b vocab] after the last token of every sequence.
+
+        prompts: a prefill of these, x [1 total c] with one after the other. None: one more token each, x [b 1 c], at
+        positions `starts`. A cache of a layer is a `RowCache` per sequence ("eager") or one `vkernels.KVCache`.
+        """
+        if prompts is None:
+            positions = torch.tensor(starts, device=x.device)[:, None]
+            states = self._layers(x, positions, base, None, caches, impl)[:, -1]
         else:
-            mask = prompt.mask(self.config.frame_attention) if prompt else None
-        return self.lm_head(self.norm(self._layers(x, positions, base, mask, caches, impl)[:, -1]))
+            lengths = [prompt.length for prompt in prompts]
+            positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
+            masks: Any
+            if impl == "eager":
+                masks = [(prompt.length, self._dense_mask(x, prompt)) for prompt in prompts]
+            else:
+                every = [prompt.mask(self.config.frame_attention) for prompt in prompts]
+                masks = lengths, every[0] if len(every) == 1 else vk.VideoMask.pack(every)
+            last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
+            states = self._layers(x, positions, base, masks, caches, impl)[0, last]
+        return self.lm_head(self.norm(states))
 
     def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, base: float | None = None) -> Tensor:
         """Normalised states of causal sequences, with gradients and without a cache.
@@ -196,9 +235,10 @@ class Decoder(nn.Module):
         self.llama.rope_parameters = {"rope_type": "default", "rope_theta": base}
         return LlamaRotaryEmbedding(self.llama)
 
-    def _dense_mask(self, x: Tensor, prompt: Prompt | None) -> Tensor | None:
-        if prompt is None or self.config.frame_attention == "causal":
+    def _dense_mask(self, x: Tensor, prompt: Prompt) -> Tensor | None:
+        if self.config.frame_attention == "causal":
             return None
-        mask = create_causal_mask(self.llama, x, None, None, block_sequence_ids=prompt.blocks())
+        own = x[:, :1].expand(-1, prompt.length, -1)
+        mask = create_causal_mask(self.llama, own, None, None, block_sequence_ids=prompt.blocks())
         assert isinstance(mask, Tensor)  # what transformers makes for SDPA
         return mask
