@@ -183,9 +183,8 @@ class VideoLLM(nn.Module):
         spans the whole video. The last frame is repeated to fill the last slots; `connect` drops the copies.
         BT-Adapter's pooled output is one frame.
         """
-        shape = (3, self.config.encoder.image, self.config.encoder.image)
-        given = tuple(pixels.shape)
-        require(len(given) == 4 and given[1:] == shape, "VideoLLM", "pixels", f"be frames (f, *{shape})", given)
+        side, given = self.config.encoder.image, tuple(pixels.shape)
+        require(len(given) == 4 and given[1:] == (3, side, side), "VideoLLM", "pixels", f"be frames (f, 3, {side}, {side})", given)
         require(len(pixels) > 0, "VideoLLM", "pixels", "hold at least one frame", 0)
         if not isinstance(self.encoder, Encoder):
             return self.features(pixels[None], impl)
@@ -239,7 +238,7 @@ class VideoLLM(nn.Module):
         A Q-Former reads the ids `asked`; None: those after the video."""
         config = self.config
         asked = after if asked is None else asked
-        x = self.visual(features, impl, torch.tensor([asked]) if self.reads else None)
+        x = self.visual(features, impl, torch.tensor([asked], dtype=torch.int64) if self.reads else None)
         text = self.decoder.embed_tokens(torch.tensor([before + after], dtype=torch.int64))
         shown = frames if config.arrange == "interleave" else x.shape[1]
         prompt = Prompt(len(before), shown, x.shape[2], len(after))
