@@ -130,16 +130,36 @@ class ReasonerConfig:
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """One stack of T5 as a reasoner: its decoder, without the attention to an encoder; causal=False: its encoder."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    head: int = 64
+    vocab: int = 32128
+    gated: bool = False  # T5 v1.1's and Flan's MLP
+    causal: bool = True
+    buckets: int = 32
+    distance: int = 128
+    prompt: int = 0
+    prefix: int = 0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One of VideoLLM's tasks."""
 
     task: str
     features: int  # width of a unit's features
     classes: int
-    reasoner: ReasonerConfig
+    reasoner: ReasonerConfig | T5Config
     steps: int = 1  # anticipated steps, or slots of a retrieval
     pool: Literal["mean", "max"] = "mean"
     generator: ReasonerConfig | None = None  # of captions
+    name: str = field(default="custom", compare=False)
 
 
 @dataclass(frozen=True)

@@ -98,15 +98,15 @@ class SelfAttention(nn.Module):
         if caches is None:
             return self._attend(q, k, v, masks).reshape(x.shape)
         if masks is None:  # one new token of every sequence
-            parts = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], None) for i in range(len(x))]
+            rows, masks, axis = [t.split(1) for t in (q, k, v)], [None] * len(x), 0
         else:  # prompts, one after the other
-            lengths = [length for length, _ in masks]
-            split = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-            parts = [(*own, mask) for own, (_, mask) in zip(split, masks, strict=True)]
+            lengths, masks = zip(*masks, strict=True)
+            rows, axis = [t.split(lengths, dim=2) for t in (q, k, v)], 1
         outs = []
-        for (q, k, v, mask), cache in zip(parts, caches, strict=True):
-            outs.append(self._attend(q, *cache.update(k, v), mask))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=0 if masks is None else 1)
+        for q, k, v, mask, cache in zip(*rows, masks, caches, strict=True):
+            k, v = cache.update(k, v)
+            outs.append(self._attend(q, k, v, mask))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=axis)
         return out.reshape(x.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,9 +117,7 @@ class SelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
         return out.transpose(1, 2)  # b s n d
 
-    def _vkernels(
-        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], masks: Any, cache: vk.KVCache | None
-    ) -> Tensor:
+    def _vkernels(self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], masks: Any, cache: vk.KVCache | None) -> Tensor:
         q, k, v = self._heads(x)
         spec, positions = rotary
         q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())

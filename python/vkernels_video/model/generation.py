@@ -118,7 +118,14 @@ class _Steps(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=cast(Any, logits[:, None]), past_key_values=cast(Any, self.session))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         if is_first_iteration:
             return {"inputs_embeds": inputs_embeds}
@@ -146,9 +153,11 @@ def answer(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        rows = steps.generate(inputs_embeds=placeholder, attention_mask=shown, max_new_tokens=tokens, **options)
+        rows = cast(Any, steps).generate(
+            inputs_embeds=placeholder, attention_mask=shown, max_new_tokens=tokens, **options
+        )
     answers = []
-    for row in cast(Tensor, rows).tolist():
+    for row in rows.tolist():
         ids = row[: row.index(model.text.end)] if model.text.end in row else row
         answers.append(Answer(ids, model.text.decode(ids)))
     return answers
@@ -177,7 +186,7 @@ class _Stop(StoppingCriteria):
 
 
 def stream(model: VideoLLM, inputs: tuple[Tensor, Prompt], tokens: int, impl: Impl, **options: Any) -> Iterator[int]:
-    """Tokens of one answer while a thread makes them; the end mark is not among them. Dropping the iterator stops it."""
+    """Tokens of one answer, its end mark excepted, while a thread makes them. Dropping the iterator stops it."""
     tokens_out, stopped = _Queue(), threading.Event()
 
     def work() -> None:

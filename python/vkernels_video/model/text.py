@@ -1,4 +1,4 @@
-"""From a question to token ids and back: bytes for the small models, a checkpoint's own tokenizer for the large ones."""
+"""Questions to token ids and back: bytes for the small models, a checkpoint's own tokenizer for the large ones."""
 
 from __future__ import annotations
 
@@ -84,6 +84,8 @@ def find(folders: Iterable[Path], places: Iterable[str], vocab: int, what: str, 
             why = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"VideoLLM: {what} in {folder} cannot be read: {why}") from error
         if len(inner) > vocab:
-            raise ValueError(f"VideoLLM: {what} in {folder} must fit the vocabulary of {vocab}, got {len(inner)} tokens")
+            raise ValueError(
+                f"VideoLLM: {what} in {folder} must fit the vocabulary of {vocab}, got {len(inner)} tokens"
+            )
         return Tokenizer(inner, special)
     return Missing(what)

@@ -26,8 +26,9 @@ from vkernels_video.model.clip import Trunk
 from vkernels_video.model.config import EncoderConfig, VideoLLMConfig
 from vkernels_video.model.decoder import Decoder, Prompt
 from vkernels_video.model.encoder import Encoder
-from vkernels_video.model.presets import preset
 from vkernels_video.model.generation import Answer, Session
+from vkernels_video.model.presets import preset
+from vkernels_video.model.published import refuse_other_decoder
 from vkernels_video.model.st_llm import GlobalLocal, MVMHead
 from vkernels_video.model.text import (
     BEGIN,
@@ -115,6 +116,7 @@ class VideoLLM(nn.Module):
         state: checkpoint.State = {}
         names = []
         for each in paths:
+            refuse_other_decoder(model.config.decoder, each)
             found = checkpoint.read(each)
             source = checkpoint.recognise(found)
             fresh, unused = checkpoint.translate(found, source)
@@ -184,7 +186,13 @@ class VideoLLM(nn.Module):
         BT-Adapter's pooled output is one frame.
         """
         side, given = self.config.encoder.image, tuple(pixels.shape)
-        require(len(given) == 4 and given[1:] == (3, side, side), "VideoLLM", "pixels", f"be frames (f, 3, {side}, {side})", given)
+        require(
+            len(given) == 4 and given[1:] == (3, side, side),
+            "VideoLLM",
+            "pixels",
+            f"be frames (f, 3, {side}, {side})",
+            given,
+        )
         require(len(pixels) > 0, "VideoLLM", "pixels", "hold at least one frame", 0)
         if not isinstance(self.encoder, Encoder):
             return self.features(pixels[None], impl)
@@ -335,7 +343,9 @@ class VideoLLM(nn.Module):
         serves all where the context is scaled.
         """
         require(len(videos) > 0, "VideoLLM", "videos", "hold at least one", len(videos))
-        require(len(videos) == len(questions), "VideoLLM", "questions", f"be {len(videos)}, one a video", len(questions))
+        require(
+            len(videos) == len(questions), "VideoLLM", "questions", f"be {len(videos)}, one a video", len(questions)
+        )
         require(tokens >= 1, "VideoLLM", "tokens", "be at least 1", tokens)
         with torch.no_grad():
             inputs = [self.prepare(video, question, impl) for video, question in zip(videos, questions, strict=True)]
@@ -354,7 +364,9 @@ class VideoLLM(nn.Module):
 def _local(path: str | Path) -> Path:
     if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"]))
+    return Path(
+        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"])
+    )
 
 
 def _own_config(folder: Path) -> VideoLLMConfig:
