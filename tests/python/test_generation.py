@@ -17,7 +17,7 @@ pytest.importorskip("einops")
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from vkernels_video.model import VideoLLM, generation, preset
-from vkernels_video.model.decoder import Prompt
+from vkernels_video.model.decoder import Prompt, Rotary
 
 IMPLS = ("eager", "vkernels")
 VIDEOS = [torch.randn(f, 3, 42, 42, generator=torch.Generator().manual_seed(f)) for f in (8, 3, 5)]
@@ -34,19 +34,19 @@ def clips(**changes) -> VideoLLM:
     return VideoLLM(preset("tiny").with_options(**{"rope_scaling": "none", "context": 512, **changes})).init_weights(1)
 
 
-def recomputed(model: VideoLLM, x: Tensor, prompt: Prompt, tokens: list[int], impl: str, base: float) -> Tensor:
+def recomputed(model: VideoLLM, x: Tensor, prompt: Prompt, tokens: list[int], impl: str, rotary: Rotary) -> Tensor:
     """Logits after `tokens`, from the whole sequence at once."""
     words = model.decoder.embed_tokens(torch.tensor([tokens], dtype=torch.int64))
     longer = Prompt(prompt.before, prompt.frames, prompt.tokens, prompt.after + len(tokens))
     caches = model.new_caches("eager", longer.length)
     with torch.no_grad():
-        return model.decoder(torch.cat([x, words], dim=1), [], base, caches, [longer], "eager")[0]
+        return model.decoder(torch.cat([x, words], dim=1), [], rotary, caches, [longer], "eager")[0]
 
 
 def greedy(model: VideoLLM, x: Tensor, prompt: Prompt, count: int) -> list[int]:
     chosen: list[int] = []
     for _ in range(count):
-        chosen.append(int(recomputed(model, x, prompt, chosen, "eager", 10_000.0).argmax()))
+        chosen.append(int(recomputed(model, x, prompt, chosen, "eager", Rotary(10_000.0)).argmax()))
     return chosen
 
 
@@ -85,7 +85,7 @@ def test_a_scaled_base_is_that_of_the_longest():
     for answer, prepared in zip(model.answer(VIDEOS, QUESTIONS, 6), inputs, strict=True):
         chosen: list[int] = []
         for _ in range(6):
-            chosen.append(int(recomputed(model, *prepared, chosen, "eager", longest).argmax()))
+            chosen.append(int(recomputed(model, *prepared, chosen, "eager", Rotary(longest)).argmax()))
         assert answer.tokens == chosen
 
 
@@ -111,7 +111,7 @@ def test_wide_beams_find_the_best_of_all_sequences(impl, end):
     found = generation.answer(model, inputs, 3, impl, num_beams=25, length_penalty=1.0, early_stopping="never")
     for (x, prompt), answer in zip(inputs, found, strict=True):
         after = {
-            ids: recomputed(model, x, prompt, list(ids), impl, 10_000.0).log_softmax(-1).tolist()
+            ids: recomputed(model, x, prompt, list(ids), impl, Rotary(10_000.0)).log_softmax(-1).tolist()
             for length in range(3)
             for ids in itertools.product(range(5), repeat=length)
         }
@@ -173,14 +173,14 @@ def test_samples_follow_the_softmax():
         model, inputs[:1], 1, "vkernels", seed=0, do_sample=True, temperature=2.0, top_k=0, num_return_sequences=n
     )
     counts = torch.tensor([answer.tokens[0] for answer in drawn]).bincount(minlength=5)
-    p = (recomputed(model, *inputs[0], [], "eager", 10_000.0) / 2).softmax(-1)
+    p = (recomputed(model, *inputs[0], [], "eager", Rotary(10_000.0)) / 2).softmax(-1)
     assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 def test_top_k_and_top_p_leave_the_rest_out():
     model, inputs = few_words()
     model.text.end = None
-    p = recomputed(model, *inputs[0], [], "eager", 10_000.0).softmax(-1)
+    p = recomputed(model, *inputs[0], [], "eager", Rotary(10_000.0)).softmax(-1)
     order = p.argsort(descending=True)
     nucleus = int((p[order].cumsum(0) < 0.7).sum()) + 1
     for options, allowed in (({"top_k": 2}, order[:2]), ({"top_k": 0, "top_p": 0.7}, order[:nucleus])):

@@ -78,16 +78,18 @@ class TemporalLayer(nn.Module):
 class SpatialLayer(Block):
     """Attention inside every frame with the CLS of the video at its head, whose output is the mean over the frames."""
 
-    def __init__(self, config: TrunkConfig, drop_path: float, eps: float | None):
-        super().__init__(config, eps)
-        self.drop_path = drop_path
+    def __init__(self, config: TrunkConfig, drop_path: float, branch: BranchConfig):
+        super().__init__(config, branch.spatial_eps)
+        self.drop_path, self.drop_whole = drop_path, branch.drop_whole
 
     def forward(self, z: Tensor, t: int, frames: int, impl: str) -> Tensor:  # type: ignore[override]
         """z [b 1 + l t c]; frames f, f + frames, f + 2 frames ... of the t attend together."""
         factor = drop_rows((z.shape[0], frames), self.drop_path, self.training, z)
         step = self._eager if impl == "eager" or factor is not None else self._vkernels
         z = z + step(self.layer_norm1(z), t, frames, factor)
-        return z + self.mlp(self.layer_norm2(z))
+        z = z + self.mlp(self.layer_norm2(z))
+        whole = drop_rows((len(z), 1), self.drop_path, self.training, z) if self.drop_whole else None
+        return z if whole is None else z * whole[..., None]
 
     def _eager(self, x: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         patches = rearrange(x[:, 1:], "b (p f) c -> (b f) p c", f=frames)
@@ -128,7 +130,7 @@ class BTAdapter(Trunk):
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.btadapter_time_embed = nn.Embedding(branch.frames, width)
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(config, rate) for rate in rates)
-        self.btadapter_S_layers = nn.ModuleList(SpatialLayer(config, rate, branch.spatial_eps) for rate in rates)
+        self.btadapter_S_layers = nn.ModuleList(SpatialLayer(config, rate, branch) for rate in rates)
         if branch.gated:
             self.balance1 = nn.Parameter(torch.zeros(width))
             self.balance2 = nn.Parameter(torch.zeros(width))

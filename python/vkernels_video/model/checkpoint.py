@@ -239,6 +239,14 @@ REASONERS = (
 )
 
 
+CLIP_TEXT = Source(
+    "CLIP text",
+    (r"^text_model\.",),
+    ((r"^text_model\.", ""),),
+    (*BUFFERS, r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"),
+)
+
+
 def read(path: str | Path) -> State:
     """All tensors of a file, or of the (sharded) checkpoint in a folder."""
     path = Path(path)

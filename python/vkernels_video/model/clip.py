@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
-from vkernels_video.model.config import TrunkConfig
+from vkernels_video.model.config import TextTowerConfig, TrunkConfig
 
 
 class QuickGELU(nn.Module):
@@ -18,7 +18,7 @@ class QuickGELU(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TrunkConfig):
+    def __init__(self, config: TrunkConfig | TextTowerConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.act = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
@@ -31,7 +31,7 @@ class MLP(nn.Module):
 class SelfAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v between biased projections; EVA's keys have no bias."""
 
-    def __init__(self, config: TrunkConfig):
+    def __init__(self, config: TrunkConfig | TextTowerConfig):
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -45,22 +45,22 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def forward(self, x: Tensor, impl: str) -> Tensor:
+    def forward(self, x: Tensor, impl: str, causal: bool = False) -> Tensor:
         """Sequences [p s c], each attending to itself."""
         q, k, v = self.project(x)
         if impl == "vkernels":
-            out = vk.attention(q, k, v)
+            out = vk.attention(q, k, v, mask=vk.VideoMask.causal(x.shape[1]) if causal else None)
             assert isinstance(out, Tensor)
         else:
             q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
         return self.out_proj(out.flatten(2))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block; the keys of its state are those of transformers' CLIPEncoderLayer."""
 
-    def __init__(self, config: TrunkConfig, eps: float | None = None):
+    def __init__(self, config: TrunkConfig | TextTowerConfig, eps: float | None = None):
         super().__init__()
         eps = config.eps if eps is None else eps
         self.layer_norm1 = nn.LayerNorm(config.width, eps)
@@ -68,8 +68,8 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width, eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, impl: str) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), impl)
+    def forward(self, x: Tensor, impl: str, causal: bool = False) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), impl, causal)
         return x + self.mlp(self.layer_norm2(x))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +64,46 @@ class Prompt:
         return causal if frame_attention == "causal" else causal + later_in_frame
 
 
-def ntk_base(config: DecoderConfig, length: int) -> float:
-    """The rotary base for prompts of `length`: b s^(d / (d - 2)), s = length / context (arXiv:2409.12963, Eq. 3.6)."""
-    if config.rope_scaling == "none" or length <= config.context:
-        return config.rope_theta
-    d = config.head
-    return config.rope_theta * (length / config.context) ** (d / (d - 2))
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary frequencies: of a base, and for "linear" and "yarn" scaled from `context` positions to `factor` times."""
+
+    base: float
+    kind: Literal["default", "linear", "yarn"] = "default"
+    factor: float = 1.0
+    context: int = 0
+
+    @classmethod
+    def scaled(cls, config: DecoderConfig, length: int) -> Rotary:
+        """For prompts of `length`, as the config scales them (arXiv:2409.12963, Eq. 3.5 and 3.6), s = length / context
+        or the config's factor a:
+
+        linear: positions / s.  ntk: base b s^(d / (d - 2)).  dynamic: the same of s = a length / context - a + 1, where
+        a = 1 by default.  yarn: pairs that turn often keep their speed, slow ones are linear.
+        """
+        d, longer = config.head, length / config.context
+        s = max(longer, 1.0) if config.rope_factor is None else config.rope_factor
+        if config.rope_scaling == "dynamic":
+            a = config.rope_factor or 1.0
+            s = max(a * longer - a + 1, 1.0)
+        if config.rope_scaling == "none" or s == 1.0:
+            return cls(config.rope_theta)
+        if config.rope_scaling in ("ntk", "dynamic"):
+            return cls(config.rope_theta * s ** (d / (d - 2)))
+        return cls(config.rope_theta, cast(Any, config.rope_scaling), s, config.context)
+
+    def spec(self, d: int) -> vk.RopeSpec:
+        more: dict[str, Any] = {"linear": {"factor": self.factor}, "default": {}}.get(
+            self.kind, {"factor": self.factor, "original": self.context}
+        )
+        return vk.RopeSpec.build(d, self.base, self.kind, **more)
+
+    def parameters(self) -> dict[str, Any]:
+        """transformers' rope_parameters."""
+        made: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.base}
+        if self.kind != "default":
+            made |= {"factor": self.factor, "original_max_position_embeddings": self.context}
+        return made
 
 
 class SelfAttention(nn.Module):
@@ -181,7 +215,13 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
 
     def forward(
-        self, x: Tensor, starts: Sequence[int], base: float, caches: list[Any], prompts: list[Prompt] | None, impl: str
+        self,
+        x: Tensor,
+        starts: Sequence[int],
+        rotary: Rotary,
+        caches: list[Any],
+        prompts: list[Prompt] | None,
+        impl: str,
     ) -> Tensor:
         """Logits [b vocab] after the last token of every sequence.
 
@@ -190,7 +230,7 @@ class Decoder(nn.Module):
         """
         if prompts is None:
             positions = torch.tensor(starts, device=x.device)[:, None]
-            states = self._layers(x, positions, base, None, caches, impl)[:, -1]
+            states = self._layers(x, positions, rotary, None, caches, impl)[:, -1]
         else:
             lengths = [prompt.length for prompt in prompts]
             positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
@@ -201,10 +241,10 @@ class Decoder(nn.Module):
                 every = [prompt.mask(self.config.frame_attention) for prompt in prompts]
                 masks = lengths, every[0] if len(every) == 1 else vk.VideoMask.pack(every)
             last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
-            states = self._layers(x, positions, base, masks, caches, impl)[0, last]
+            states = self._layers(x, positions, rotary, masks, caches, impl)[0, last]
         return self.lm_head(self.norm(states))
 
-    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, base: float | None = None) -> Tensor:
+    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str) -> Tensor:
         """Normalised states of causal sequences, with gradients and without a cache.
 
         "eager": padded rows x [b s c] and positions [b s]. "vkernels": one after the other, x [1 total c] and positions
@@ -216,22 +256,19 @@ class Decoder(nn.Module):
             mask = create_causal_mask(self.llama, x, shown.to(x.device), None)
         else:
             mask = vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths])
-        base = self.config.rope_theta if base is None else base
-        return self.norm(self._layers(x, positions, base, mask, [None] * len(self.layers), impl))
+        rotary = Rotary(self.config.rope_theta)
+        return self.norm(self._layers(x, positions, rotary, mask, [None] * len(self.layers), impl))
 
-    def _layers(self, x: Tensor, positions: Tensor, base: float, mask: Any, caches: list[Any], impl: str) -> Tensor:
-        rotary: Any
+    def _layers(self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Any, caches: list[Any], impl: str) -> Tensor:
+        turn: Any
         if impl == "eager":
-            rotary = self._rotary(base)(x, positions if positions.dim() == 2 else positions[None])
+            self.llama.rope_parameters = rotary.parameters()
+            turn = LlamaRotaryEmbedding(self.llama)(x, positions if positions.dim() == 2 else positions[None])
         else:
-            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
+            turn = rotary.spec(self.config.head), positions
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, mask, cache, impl)
+            x = layer(x, turn, mask, cache, impl)
         return x
-
-    def _rotary(self, base: float) -> LlamaRotaryEmbedding:
-        self.llama.rope_parameters = {"rope_type": "default", "rope_theta": base}
-        return LlamaRotaryEmbedding(self.llama)
 
     def _dense_mask(self, x: Tensor, prompt: Prompt) -> Tensor | None:
         if self.config.frame_attention == "causal":

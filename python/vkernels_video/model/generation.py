@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vkernels_video.model.decoder import Prompt, ntk_base
+from vkernels_video.model.decoder import Prompt, Rotary
 
 if TYPE_CHECKING:
     from vkernels_video.model.videollm import Impl, VideoLLM
@@ -52,7 +52,7 @@ class Session:
             raise ValueError(
                 f"VideoLLM: prompt and answer must fit the decoder's {config.context} positions, got {length}"
             )
-        self.base = ntk_base(config, longest + tokens)
+        self.rotary = Rotary.scaled(config, longest + tokens)
         rows = len(inputs) if impl == "eager" else len(inputs) * copies
         self.caches = model.new_caches(impl, longest + tokens, rows)
         self.lengths = [prompt.length for prompt in self.prompts for _ in range(copies)]
@@ -60,7 +60,7 @@ class Session:
     def start(self) -> Tensor:
         """The prompts: logits [rows vocab]."""
         assert self.x is not None, "a session starts once"
-        logits = self.decoder(self.x, [], self.base, self.caches, self.prompts, self.impl)
+        logits = self.decoder(self.x, [], self.rotary, self.caches, self.prompts, self.impl)
         self.x = None
         if self.impl == "eager" and self.copies > 1:
             self.caches = [[row.copy() for row in rows for _ in range(self.copies)] for rows in self.caches]
@@ -69,7 +69,7 @@ class Session:
     def step(self, tokens: Tensor) -> Tensor:
         """One more token of every row [rows]: logits [rows vocab]."""
         x = self.decoder.embed_tokens(tokens[:, None])
-        logits = self.decoder(x, self.lengths, self.base, self.caches, None, self.impl)
+        logits = self.decoder(x, self.lengths, self.rotary, self.caches, None, self.impl)
         self.lengths = [length + 1 for length in self.lengths]
         return logits
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels.rearrangement import csr
-from vkernels_video.model.config import TaskConfig
+from vkernels_video.model.config import IMPLS, TaskConfig
 from vkernels_video.model.presets import task_preset
 from vkernels_video.model.reasoner import Reasoner
 
@@ -130,6 +130,8 @@ class TaskModel(nn.Module):
 
     def states(self, features: Tensor, text: Tensor | None = None, impl: str = "vkernels") -> Tensor:
         """Final states of the units, of the text after them, and of the query at the end where the task has one."""
+        if impl not in IMPLS:
+            raise ValueError(f"TaskModel: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         if features.dim() not in (3, 4) or features.shape[1] == 0:
             raise ValueError(f"TaskModel: features must have shape (b N d) or (b N u d), got {tuple(features.shape)}")
         parts = [self.translator(features, impl)]

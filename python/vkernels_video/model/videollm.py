@@ -185,6 +185,7 @@ class VideoLLM(nn.Module):
         spans the whole video. The last frame is repeated to fill the last slots; `connect` drops the copies.
         BT-Adapter's pooled output is one frame.
         """
+        require(impl in IMPLS, "VideoLLM", "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
         side, given = self.config.encoder.image, tuple(pixels.shape)
         require(
             len(given) == 4 and given[1:] == (3, side, side),
@@ -322,7 +323,7 @@ class VideoLLM(nn.Module):
                 logits.append(session.step(chosen[-1]))
                 chosen.append(logits[-1].argmax(-1))
         ids = [int(token) for token in chosen]
-        return Generated(ids, torch.cat(logits), session.prompts[0], session.base, session.bytes)
+        return Generated(ids, torch.cat(logits), session.prompts[0], session.rotary.base, session.bytes)
 
     def answer(
         self,
