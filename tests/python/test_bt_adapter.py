@@ -18,6 +18,7 @@ pytest.importorskip("einops")
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.checkpoint import CheckpointError
+from vkernels_video.model.clip import ROWS
 from vkernels_video.model.config import BranchConfig, TextTowerConfig, TrunkConfig
 from vkernels_video.model.losses import contrast, cosine_alignment
 from vkernels_video.model.masking import dynamic_rate, random_keep, tube_keep
@@ -89,6 +90,42 @@ def test_implementations_agree_with_dropped_paths():
         sides.append(model(clip(4), impl)[1])
     close(sides[1], sides[0])
     assert not torch.allclose(sides[0], model.eval()(clip(4), "eager")[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_what_is_spared_without_gradients_changes_nothing(activation, key_bias):
+    """Biases left out of products, products that write into the residual, an MLP by rows (here over several borders):
+    all of it happens under no_grad alone, and gives what the plain way gives."""
+    trunk = replace(TRUNK, activation=activation, key_bias=key_bias)
+    model, frames = adapter(trunk=trunk), clip(6, b=10)
+    assert 10 * 6 * (1 + PATCHES) > ROWS
+    expected, kept = model(frames, "eager"), frames.clone()
+    with torch.no_grad():
+        for got, want in zip(model(frames), expected, strict=True):
+            close(got, want)
+        taps = model.taps(frames, 2, 5, "vkernels")
+        before = [tap.clone() for tap in taps]
+        model.run_branch(taps)
+    assert torch.equal(frames, kept)
+    assert all(torch.equal(a, b) for a, b in zip(taps, before, strict=True))  # nothing is written where others read
+
+
+def test_an_adapter_around_a_map_is_not_passed_by():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    places = ["layers.0.self_attn.", "btadapter_T_layers.0.self_attn.", "btadapter_S_layers.1.self_attn."]
+    names = [place + name for place in places for name in ("k_proj", "v_proj", "out_proj")]
+    for name in [*names, "btadapter_T_layers.1.temporal_fc", "layers.1.mlp.fc1", "btadapter_S_layers.0.mlp.fc2"]:
+        model = adapter()
+        old = model.get_submodule(name)
+        new = Doubled(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict())
+        model.set_submodule(name, new)
+        with torch.no_grad():
+            close(model(clip(2))[1], model(clip(2), "eager")[1])
 
 
 # --- the trunk is CLIP

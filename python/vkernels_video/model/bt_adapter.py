@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels_video.model.branch_plans import fuse_rows, merge_frames, merge_video, start_rows
-from vkernels_video.model.clip import Block, SelfAttention, Trunk
+from vkernels_video.model.clip import Block, SelfAttention, Trunk, linear, plus
 from vkernels_video.model.config import BranchConfig, TrunkConfig
 from vkernels_video.model.losses import contrast, cosine_alignment
 
@@ -61,18 +61,26 @@ class TemporalLayer(nn.Module):
 
     def _vkernels(self, z: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         attention, fc = self.self_attn, self.temporal_fc
-        q, k, v = attention.project(self.layer_norm1(z))
         grid = vk.Grid(t, 1, (z.shape[1] - 1) // t)
+        x = self.layer_norm1(z)
+        q, k, v, bias = attention.projected(x)
         x = vk.divided_attention(q, k, v, grid, cls=1, order="patch", frames_per_group=frames).flatten(2)
-        # Nothing but a factor per row stands between the two projections: they are one.
-        weight, bias = fc.weight @ attention.out_proj.weight, fc.weight @ attention.out_proj.bias
-        if factor is None:
-            x = F.linear(x, weight, bias + fc.bias)
+        of_token = None
+        if factor is not None:
+            of_token = F.pad(factor.repeat_interleave(frames, dim=1), (1, 0))[..., None]
+        if x[..., 0].numel() > fc.in_features and linear(fc, attention.out_proj):
+            # Nothing but a factor per row stands between the two projections: they are one.
+            weight = fc.weight @ attention.out_proj.weight
+            bias = fc.weight @ (attention.out_proj.bias if bias is None else bias)
+            if of_token is None:
+                x = F.linear(x, weight, bias + fc.bias)
+            else:
+                x = F.linear(x, weight, bias) * of_token + fc.bias
         else:
-            of_token = F.pad(factor.repeat_interleave(frames, dim=1), (1, 0))
-            x = F.linear(x, weight, bias) * of_token[..., None] + fc.bias
+            x = attention.out(x, bias)
+            x = fc(x if of_token is None else x * of_token)
         x[:, 0] = 0  # the CLS passes by
-        return z + x
+        return plus(x, z)
 
 
 class SpatialLayer(Block):
@@ -86,8 +94,13 @@ class SpatialLayer(Block):
         """z [b 1 + l t c]; frames f, f + frames, f + 2 frames ... of the t attend together."""
         factor = drop_rows((z.shape[0], frames), self.drop_path, self.training, z)
         step = self._eager if impl == "eager" or factor is not None else self._vkernels
-        z = z + step(self.layer_norm1(z), t, frames, factor)
-        z = z + self.mlp(self.layer_norm2(z))
+        attended = step(self.layer_norm1(z), t, frames, factor)
+        if impl == "eager":
+            z = z + attended
+            z = z + self.mlp(self.layer_norm2(z))
+        else:
+            z = plus(attended, z)
+            z = self.mlp.onto(z, self.layer_norm2(z))
         whole = drop_rows((len(z), 1), self.drop_path, self.training, z) if self.drop_whole else None
         return z if whole is None else z * whole[..., None]
 
@@ -102,11 +115,11 @@ class SpatialLayer(Block):
 
     def _vkernels(self, x: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         # The projection behind the attention is affine: averaging before it is averaging after it.
-        q, k, v = self.self_attn.project(x)
+        q, k, v, bias = self.self_attn.projected(x)
         grid = vk.Grid(t, 1, (x.shape[1] - 1) // t)
         together = t // frames
-        out = vk.divided_attention(q, k, v, grid, axis="spatial", cls=1, order="patch", frames_per_group=together)
-        return self.self_attn.out_proj(out.flatten(2))
+        x = vk.divided_attention(q, k, v, grid, axis="spatial", cls=1, order="patch", frames_per_group=together)
+        return self.self_attn.out(x.flatten(2), bias)
 
 
 class BTAdapter(Trunk):

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 
 import vkernels as vk
 from vkernels_video.model.cache import RowCache
+from vkernels_video.model.clip import by_rows, plus, spared
 from vkernels_video.model.config import DecoderConfig
 
 
@@ -188,8 +189,17 @@ class DecoderLayer(nn.Module):
         self.mlp = LlamaMLP(llama)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
+        mlp = self.mlp
+        if impl == "eager" or not spared(mlp.down_proj):
+            x = x + attended
+            return x + mlp(self.post_attention_layernorm(x))
+
+        def inner(rows: Tensor) -> Tensor:
+            return F.silu(mlp.gate_proj(rows), inplace=True).mul_(mlp.up_proj(rows))
+
+        x = plus(attended, x)
+        return by_rows(x, self.post_attention_layernorm(x), inner, mlp.down_proj)
 
 
 class Decoder(nn.Module):
