@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 CPP := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: dev build demo test check bench gpu table format sanitize clean
+.PHONY: dev build demo test check bench bench-model gpu table format sanitize clean
 
 dev: build
 
@@ -46,6 +46,11 @@ format: $(VENV)/.installed
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
+
+# The reference model's stages, plain against vkernels, into the README.
+bench-model: build
+	$(PY) -m benchmarks.model $(ARGS)
+	$(PY) -m benchmarks.readme
 
 # On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;
 # OUT=folder: where the JSON goes; TUNE=1: also measure tiles.
