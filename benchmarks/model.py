@@ -78,7 +78,7 @@ def _small(dtype: torch.dtype, frames: int) -> tuple[VideoLLM, tuple]:
 
 
 def training(dtype: torch.dtype) -> Run:
-    """ST-LLM's step: four videos of 16 x 32 tokens, half of them dropped, questions of 20 to 110 tokens, short answers,
+    """ST-LLM's step: four videos of 16 x 32 tokens, half of them dropped, in sequences of 300 to 900, short answers,
     the pass that sees everything, gradients of all weights. Vocabulary over width is that of the 7B model."""
     config = preset("small").with_options(vocab=4001, frame_attention="causal", rope_scaling="none")
     model = VideoLLM(config).init_weights(0).to(dtype)
@@ -86,7 +86,7 @@ def training(dtype: torch.dtype) -> Run:
     generator = torch.Generator().manual_seed(0)
     video = torch.randn(4, 512, config.decoder.width, generator=generator).to(dtype)
     keep = random_keep(4, 512, 0.5, generator)
-    examples = [Example([1] * 4, list(range(length)), list(range(8))) for length in (20, 50, 80, 110)]
+    examples = [Example([1] * 4, list(range(length)), list(range(8))) for length in (32, 232, 432, 632)]
     watched = decoder.layers[0].self_attn.v_proj.weight
 
     def run(impl: Impl) -> list[Tensor]:
@@ -127,7 +127,9 @@ CASES = (
     Case("INTP, prefill of 32 frames (8.2k tokens), `small`", torch.bfloat16, prefill, 1.5, 5e-2),
     Case("INTP, one token after 32 frames, int4 cache, `small`", torch.float32, decode, None, 1e-1),
     Case("INTP, 8 frames to 16 tokens, `small`", torch.float32, answer, 1.0, 1e-2),
-    Case("ST-LLM, training step with masks and MVM, 4 x 512 video tokens, width 512", torch.float32, training, 1.5),
+    Case(
+        "ST-LLM, training step with masks and MVM, 4 sequences of 300 to 900, width 512", torch.float32, training, 1.5
+    ),
     Case("BT-Adapter, branch of 3 layers, 16 frames, width 512", torch.float32, branch(1, 16, None), 2.0),
     Case("BT-Adapter, branch of 3 layers, 16 frames, width 512", torch.bfloat16, branch(1, 16, None), 2.0, 5e-2),
     Case("BT-Adapter, branch of 3 layers, 4 x 8 frames, 70 % of tubes dropped", torch.float32, branch(4, 8, 0.3), 2.0),

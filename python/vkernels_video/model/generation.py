@@ -57,6 +57,7 @@ class Session:
         self.caches = model.new_caches(impl, longest + tokens, rows)
         self.lengths = [prompt.length for prompt in self.prompts for _ in range(copies)]
 
+    @torch.no_grad()
     def start(self) -> Tensor:
         """The prompts: logits [rows vocab]."""
         assert self.x is not None, "a session starts once"
@@ -66,6 +67,7 @@ class Session:
             self.caches = [[row.copy() for row in rows for _ in range(self.copies)] for rows in self.caches]
         return logits.repeat_interleave(self.copies, dim=0)
 
+    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """One more token of every row [rows]: logits [rows vocab]."""
         x = self.decoder.embed_tokens(tokens[:, None])
