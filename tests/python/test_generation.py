@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from vkernels_video.model import VideoLLM, generation, preset
 from vkernels_video.model.decoder import Prompt, Rotary
@@ -253,6 +253,15 @@ def test_an_answer_ends_at_its_mark(st_llm, monkeypatch):
     stop = free.index(free[4])
     assert st_llm.answer(VIDEOS[:1], ["what?"], 10)[0].tokens == free[:stop]
     assert list(st_llm.stream(VIDEOS[0], "what?", 10)) == free[:stop]
+    other = free.index(free[2])
+    for mark in (free[2], [free[2], 300]):
+        assert st_llm.answer(VIDEOS[:1], ["what?"], 10, eos_token_id=mark)[0].tokens == free[:other]
+
+
+def test_a_generation_config_is_as_good_as_options(st_llm):
+    expected = st_llm.answer(VIDEOS, QUESTIONS, 6, num_beams=2)
+    config = GenerationConfig(num_beams=2, eos_token_id=st_llm.text.end, pad_token_id=0)
+    assert st_llm.answer(VIDEOS, QUESTIONS, 6, generation_config=config) == expected
 
 
 # --- bad input

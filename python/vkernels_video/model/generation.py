@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -148,7 +149,11 @@ def answer(
     **options: Any,
 ) -> list[Answer]:
     """What `VideoLLM.answer` returns, from prompts that are ready."""
-    copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+    said = options.get("generation_config")
+    asked = {name: options.get(name, getattr(said, name, None)) for name in ("num_beams", "num_return_sequences")}
+    copies = max(count or 1 for count in asked.values())
+    ends = options.get("eos_token_id", model.text.end)
+    marks = set(ends if isinstance(ends, list) else [ends])
     steps = _Steps(Session(model, inputs, tokens, impl, copies), model.text.end)
     placeholder = torch.zeros(len(inputs), 1, 1, device=steps.device)
     shown = torch.ones(len(inputs), 1, dtype=torch.int64, device=steps.device)
@@ -160,7 +165,7 @@ def answer(
         )
     answers = []
     for row in rows.tolist():
-        ids = row[: row.index(model.text.end)] if model.text.end in row else row
+        ids = list(takewhile(lambda token: token not in marks, row))
         answers.append(Answer(ids, model.text.decode(ids)))
     return answers
 

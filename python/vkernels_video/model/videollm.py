@@ -355,7 +355,8 @@ class VideoLLM(nn.Module):
     def stream(
         self, pixels: Tensor, question: str, tokens: int = 256, impl: Impl = "vkernels", **options: Any
     ) -> Iterator[int]:
-        """The tokens of one answer as they come; `options` and `seed` as in `answer`, one beam."""
+        """The tokens of one answer as they come; `options` and `seed` as in `answer`, one beam. A thread makes them:
+        until the last has come, a seeded stream has torch's generator to itself."""
         require(tokens >= 1, "VideoLLM", "tokens", "be at least 1", tokens)
         with torch.no_grad():
             inputs = self.prepare(pixels, question, impl)
