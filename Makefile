@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 CPP := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: dev build demo test check bench bench-model gpu table format sanitize clean
+.PHONY: dev build demo test check bench gpu table format sanitize clean
 
 dev: build
 
@@ -48,6 +48,7 @@ bench: build
 	$(PY) -m benchmarks $(ARGS)
 
 # The reference model's stages, plain against vkernels, into the README.
+.PHONY: bench-model
 bench-model: build
 	$(PY) -m benchmarks.model $(ARGS)
 	$(PY) -m benchmarks.readme
