@@ -47,6 +47,12 @@ format: $(VENV)/.installed
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
+# The reference model's stages, plain against vkernels, into the README.
+.PHONY: bench-model
+bench-model: build
+	$(PY) -m benchmarks.model $(ARGS)
+	$(PY) -m benchmarks.readme
+
 # On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;
 # OUT=folder: where the JSON goes; TUNE=1: also measure tiles.
 gpu:

@@ -15,11 +15,14 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 from vkernels_video.model.bt_adapter import BTAdapter
-from vkernels_video.model.config import BranchConfig, TrunkConfig
+from vkernels_video.model.checkpoint import CheckpointError
+from vkernels_video.model.clip import ROWS
+from vkernels_video.model.config import BranchConfig, TextTowerConfig, TrunkConfig
 from vkernels_video.model.losses import contrast, cosine_alignment
 from vkernels_video.model.masking import dynamic_rate, random_keep, tube_keep
+from vkernels_video.model.text_tower import Pretraining, TextTower
 
 TRUNK = TrunkConfig(width=64, heads=4, layers=5, mlp=128, image=42, projection=32)
 PATCHES = 9
@@ -87,6 +90,42 @@ def test_implementations_agree_with_dropped_paths():
         sides.append(model(clip(4), impl)[1])
     close(sides[1], sides[0])
     assert not torch.allclose(sides[0], model.eval()(clip(4), "eager")[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_what_is_spared_without_gradients_changes_nothing(activation, key_bias):
+    """Biases left out of products, products that write into the residual, an MLP by rows (here over several borders):
+    all of it happens under no_grad alone, and gives what the plain way gives."""
+    trunk = replace(TRUNK, activation=activation, key_bias=key_bias)
+    model, frames = adapter(trunk=trunk), clip(6, b=10)
+    assert 10 * 6 * (1 + PATCHES) > ROWS
+    expected, kept = model(frames, "eager"), frames.clone()
+    with torch.no_grad():
+        for got, want in zip(model(frames), expected, strict=True):
+            close(got, want)
+        taps = model.taps(frames, 2, 5, "vkernels")
+        before = [tap.clone() for tap in taps]
+        model.run_branch(taps)
+    assert torch.equal(frames, kept)
+    assert all(torch.equal(a, b) for a, b in zip(taps, before, strict=True))  # nothing is written where others read
+
+
+def test_an_adapter_around_a_map_is_not_passed_by():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    places = ["layers.0.self_attn.", "btadapter_T_layers.0.self_attn.", "btadapter_S_layers.1.self_attn."]
+    names = [place + name for place in places for name in ("k_proj", "v_proj", "out_proj")]
+    for name in [*names, "btadapter_T_layers.1.temporal_fc", "layers.1.mlp.fc1", "btadapter_S_layers.0.mlp.fc2"]:
+        model = adapter()
+        old = model.get_submodule(name)
+        new = Doubled(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict())
+        model.set_submodule(name, new)
+        with torch.no_grad():
+            close(model(clip(2))[1], model(clip(2), "eager")[1])
 
 
 # --- the trunk is CLIP
@@ -292,7 +331,89 @@ def test_pretraining_learns(impl):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+# --- the text side
+
+
+TEXT = TextTowerConfig(width=48, heads=4, layers=3, mlp=96, vocab=60, context=12, projection=32, end=59)
+
+
+def test_text_tower_is_transformers_clip(tmp_path):
+    """From the whole CLIP's file; texts of unequal length, whatever stands behind their end marks."""
+    text = {
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60,
+        "max_position_embeddings": 12, "eos_token_id": 59, "bos_token_id": 58, "pad_token_id": 1,
+    }  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    tower = TextTower(TEXT)
+    tower.load(tmp_path)
+    ids = torch.randint(2, 58, (3, 9), generator=generator)
+    ids[0, 8] = ids[1, 4] = ids[2, 0] = 59
+    states = theirs.text_model(ids).last_hidden_state[[0, 1, 2], [8, 4, 0]]
+    expected = theirs.text_projection(states)
+    for impl in ("eager", "vkernels"):
+        close(tower(ids, impl), expected)
+    with pytest.raises(CheckpointError, match=r"encoder\.layers\.0\.mlp\.fc1\.weight \(96, 48\) for \(90, 48\)"):
+        TextTower(replace(TEXT, mlp=90)).load(tmp_path)
+
+
+def test_pretraining_trains_the_branch_alone_and_implementations_agree():
+    torch.manual_seed(1)
+    model = Pretraining(TRUNK, BranchConfig(layers=3, frames=6, drop_path=0.0, pretraining=True), TEXT)
+    ids = torch.randint(0, 59, (2, 7))
+    ids[:, -1] = 59
+    keep, sides = tube_keep(2, 4, PATCHES, 0.5), []
+    for impl in ("eager", "vkernels"):
+        model.zero_grad()
+        losses = model(clip(4), ids, keep, impl)
+        losses["total"].backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        sides.append((losses, grads))
+    assert all(any(part in n for part in ("btadapter", "extra_proj", "balance")) for n in sides[0][1])
+    for name, loss in sides[0][0].items():
+        torch.testing.assert_close(sides[1][0][name], loss, rtol=1e-4, atol=1e-5)
+    largest = max(float(g.norm()) for g in sides[0][1].values())
+    for name, grad in sides[0][1].items():
+        assert (sides[1][1][name] - grad).norm() <= 1e-3 * grad.norm() + 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("impl", ["eager", "vkernels"])
+def test_the_published_eva_branch_drops_whole_videos(impl):
+    """Behind the MLP a video's tokens become zero, residual and all, or 1 / (1 - rate) of themselves."""
+    model = adapter(drop_path=0.5, drop_whole=True).train()
+    layer = model.btadapter_S_layers[2]
+    z = torch.randn(64, 1 + PATCHES * 2, 64)
+    torch.manual_seed(0)
+    got = layer(z, 2, 2, impl)
+    gone = (got == 0).flatten(1).all(1)
+    assert 16 < int(gone.sum()) < 48
+    layer.drop_whole = False
+    torch.manual_seed(0)  # the same paths inside
+    plain = layer(z, 2, 2, impl)
+    close(got[~gone], 2 * plain[~gone])
+    assert bool(((plain != 0).flatten(1).any(1)).all())
+    assert bool((model.eval().btadapter_S_layers[2](z, 2, 2, impl) != 0).flatten(1).any(1).all())
+
+
 # --- bad input
+
+
+def test_text_refusals():
+    tower = TextTower(TEXT)
+    for ids, sentence in (
+        (torch.zeros(1, 13, dtype=torch.int64), r"ids must be \(b s\) with s in 1\.\.12, got \(1, 13\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"ids must be \(b s\) with s in 1\.\.12, got \(1, 0\)"),
+        (torch.zeros(1, 3, dtype=torch.int64), r"every text must hold its end mark 59, got \[\[0, 0, 0\]\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            tower(ids)
+    with pytest.raises(ValueError, match=r"text\.projection must be the trunk's 32, got 16"):
+        Pretraining(TRUNK, BranchConfig(layers=3, pretraining=True), replace(TEXT, projection=16))
 
 
 def test_refusals():

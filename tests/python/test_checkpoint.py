@@ -26,7 +26,7 @@ from vkernels_video.model.checkpoint import CheckpointError, read, recognise, tr
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 259,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 259, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 CLIP = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 42,
@@ -307,6 +307,20 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     everything = ["btadapter", "balance", "^projector", "^decoder"]
     with pytest.raises(CheckpointError, match=r"unexpected: encoder\.layers\.4\."):
         VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava", allow_missing=everything)
+
+
+@pytest.mark.parametrize(("name", "value"), [("heads", 8), ("kv_heads", 4), ("eps", 1e-6), ("rope_theta", 500_000.0)])
+def test_a_decoder_of_another_make_is_refused(tmp_path, name, value):
+    """What no shape shows: config.json of the checkpoint says it."""
+    names = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "eps": "rms_norm_eps"}
+    config = VideoLlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **CLIP},
+        text_config={**LLAMA, names.get(name, name): value},
+    )
+    VideoLlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    ours = getattr(preset("tiny_bt_llava").decoder, name)
+    with pytest.raises(CheckpointError, match=rf"decoder\.{name} must be {value} for .*, got {ours}"):
+        VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava")
 
 
 def test_a_key_bias_is_not_dropped():

@@ -14,7 +14,7 @@ pytest.importorskip("einops")
 from transformers import LlamaForCausalLM
 from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.cache import DequantisingCache, dequantise, quantise
-from vkernels_video.model.decoder import Prompt, ntk_base
+from vkernels_video.model.decoder import Prompt, Rotary
 
 import vkernels as vk
 
@@ -191,7 +191,7 @@ def test_prefill_is_transformers_llama(impl):
     x = torch.randn(1, 30, 128)
     with torch.no_grad():
         expected = llama(inputs_embeds=x).logits[:, -1]
-        got = model.decoder(x, 0, 10_000.0, model.new_caches(impl, 30), Prompt(10, 0, 10, 20), impl)
+        got = model.decoder(x, [], Rotary(10_000.0), model.new_caches(impl, 30), [Prompt(10, 0, 10, 20)], impl)
     close(got, expected)
 
 
@@ -203,20 +203,50 @@ def test_steps_equal_recomputation(impl):
     x = torch.randn(1, 32, 128)
     with torch.no_grad():
         caches = model.new_caches(impl, 64)
-        model.decoder(x[:, :25], 0, 20_000.0, caches, prompt, impl)
+        model.decoder(x[:, :25], [], Rotary(20_000.0), caches, [prompt], impl)
         for i in range(25, 32):
-            got = model.decoder(x[:, i : i + 1], i, 20_000.0, caches, None, impl)
+            got = model.decoder(x[:, i : i + 1], [i], Rotary(20_000.0), caches, None, impl)
         longer = Prompt(2, 2, 10, 10)
-        expected = model.decoder(x, 0, 20_000.0, model.new_caches(impl, 64), longer, impl)
+        expected = model.decoder(x, [], Rotary(20_000.0), model.new_caches(impl, 64), [longer], impl)
     close(got, expected)
 
 
 def test_ntk_base_of_the_paper():
     """d = 128: s = 2, 4, 8, 16 turn 10,000 into 20,221.26, 40,889.94, 82,684.62, 167,198.74."""
-    decoder = preset("tiny").with_options(width=128, heads=1, kv_heads=1, context=1000).decoder
-    bases = [ntk_base(decoder, 1000 * s) for s in (1, 2, 4, 8, 16)]
-    assert bases == pytest.approx([10_000, 20_221.26, 40_889.94, 82_684.62, 167_198.74], abs=0.01)
-    assert ntk_base(preset("tiny").with_options(rope_scaling="none").decoder, 10**6) == 10_000
+    expected = [10_000, 20_221.26, 40_889.94, 82_684.62, 167_198.74]
+    wide = preset("tiny").with_options(width=128, heads=1, kv_heads=1, context=1000)
+    for scaling in ("ntk", "dynamic"):
+        decoder = wide.with_options(rope_scaling=scaling).decoder
+        bases = [Rotary.scaled(decoder, 1000 * s).base for s in (1, 2, 4, 8, 16)]
+        assert bases == pytest.approx(expected, abs=0.01)
+    explicit = wide.with_options(rope_factor=4.0)
+    assert Rotary.scaled(explicit.decoder, 10).base == pytest.approx(40_889.94, abs=0.01)
+    later = explicit.with_options(rope_scaling="dynamic").decoder  # 4 x 1250 / 1000 - 3 = 2
+    assert Rotary.scaled(later, 1250).base == pytest.approx(20_221.26, abs=0.01)
+    assert Rotary.scaled(preset("tiny").with_options(rope_scaling="none").decoder, 10**6) == Rotary(10_000)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "dynamic", "yarn"])
+def test_scaled_frequencies(scaling):
+    """s = 4. Without scaling nothing changes; otherwise the slowest pair turns exactly four times slower, and the
+    fastest only where positions themselves are divided."""
+    decoder = preset("tiny").with_options(rope_scaling=scaling, context=64).decoder
+    plain = Rotary.scaled(decoder, 64).spec(32).freq
+    assert plain == Rotary(10_000.0).spec(32).freq
+    freq = Rotary.scaled(decoder, 256).spec(32).freq
+    ratio = {"none": 1.0}.get(scaling, 0.25)
+    assert freq[-1] / plain[-1] == pytest.approx(ratio, rel=1e-12)
+    assert freq[0] / plain[0] == pytest.approx(0.25 if scaling == "linear" else 1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn"])
+def test_implementations_agree_beyond_the_context(scaling):
+    model = tiny(rope_scaling=scaling, rope_factor=None if scaling != "dynamic" else 2.0, kv="none")
+    sides = [model.generate(pixels(10), QUESTION, 12, impl) for impl in ("eager", "vkernels")]
+    assert sides[0].tokens == sides[1].tokens
+    close(sides[1].logits, sides[0].logits)
+    plain = tiny(rope_scaling="ntk", kv="none").generate(pixels(10), QUESTION, 1)
+    assert (plain.logits - sides[0].logits[:1]).norm() > 1e-3 * plain.logits.norm()
 
 
 # --- the plain cache
@@ -279,6 +309,8 @@ def test_cache_token_by_token_equals_in_bulk():
     [
         ({"heads": 5}, r"config: decoder\.heads must divide decoder\.width, got 5"),
         ({"kv_heads": 3}, r"config: decoder\.kv_heads must divide decoder\.heads, got 3"),
+        ({"rope_scaling": "longer"}, r"config: decoder\.rope_scaling must be one of none, linear, .*, got longer"),
+        ({"rope_factor": 0.5}, r"config: decoder\.rope_factor must be None or at least 1, got 0\.5"),
         ({"kv": "int3"}, r"config: kv must be one of none, int8, int4, int2, got int3"),
     ],
 )

@@ -6,12 +6,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
-from vkernels_video.model import VideoLLM, preset, presets
+from transformers import GPT2Config, GPT2Model, OPTConfig, OPTModel, T5Config, T5EncoderModel
+from vkernels_video.model import TaskModel, VideoLLM, from_preset, preset, presets
 from vkernels_video.model.masking import random_keep
+from vkernels_video.model.presets import PRESETS, TASK_PRESETS, gpt2, t5
 from vkernels_video.model.sequence import Example
 from vkernels_video.model.st_llm import training_losses
 
-TINY = [name for name in presets() if name.startswith("tiny")]
+TINY = [name for name in PRESETS if name.startswith("tiny")]
+EXACT = [name for name in TINY if PRESETS[name].kv == "none"]  # quantised caches agree to a code: test_model.py
 QUESTION = "what moves?"
 
 
@@ -21,7 +24,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 8])
-@pytest.mark.parametrize("name", [name for name in TINY if name != "tiny"])  # its cache is quantised: test_model.py
+@pytest.mark.parametrize("name", EXACT)
 def test_implementations_generate_the_same(name, frames):
     model = VideoLLM.from_preset(name, seed=2).eval()
     pixels = torch.randn(frames, 3, 42, 42)
@@ -93,3 +96,65 @@ def test_too_long_a_prompt_is_refused_not_cut():
         model.generate(torch.randn(8, 3, 42, 42), QUESTION, 300)
     with pytest.raises(ValueError, match="pixels must hold at least one frame, got 0"):
         model.generate(torch.zeros(0, 3, 42, 42), QUESTION, 3)
+
+
+# --- VideoLLM's
+
+
+def test_every_preset_builds():
+    """The large ones on the meta device; each names itself, and every 7B model has a small one of its shape."""
+    for name in presets():
+        with torch.device("cpu" if name.startswith(("tiny", "digits")) else "meta"):
+            model = (TaskModel if name in TASK_PRESETS else VideoLLM)(TASK_PRESETS.get(name) or preset(name))
+        assert model.config.name == name
+    for name in presets():
+        assert "_7b" not in name or f"tiny_{name.replace('_7b', '')}" in presets()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("videollm_opt", lambda: OPTModel(OPTConfig(
+            hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048))),
+        ("videollm_gpt2", lambda: GPT2Model(GPT2Config(n_embd=1024, n_layer=24, n_head=16))),
+        ("videollm_t5", lambda: T5EncoderModel(T5Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16))),
+    ],
+)  # fmt: skip
+def test_reasoners_have_transformers_sizes(name, theirs):
+    with torch.device("meta"):
+        ours, theirs = TaskModel(TASK_PRESETS[name]).reasoner, theirs()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_reasoners_by_size():
+    assert (gpt2("xl").width, gpt2("xl").heads, gpt2().vocab) == (1600, 25, 50257)
+    assert (t5("small").width, t5("small").mlp, t5("small").head) == (512, 2048, 64)
+    with pytest.raises(ValueError, match=r"t5: size must be one of small, base, large, got '3b'"):
+        t5("3b")
+
+
+@pytest.mark.parametrize("name", ["tiny_videollm", "tiny_videollm_t5"])
+def test_a_task_model_agrees_forward_and_backward(name):
+    model = from_preset(name, seed=4)
+    assert torch.equal(model.translator.linear.weight, TaskModel.from_preset(name, 4).translator.linear.weight)
+    units, labels = torch.randn(2, 9, 4, 32), torch.randint(0, 7, (2, 9))
+    sides = []
+    for impl in ("eager", "vkernels"):
+        model.zero_grad()
+        outputs = model(units, impl=impl)
+        model.loss(outputs, labels).backward()
+        sides.append([*outputs.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for eager, fast in zip(*sides, strict=True):
+        assert (fast - eager).norm() <= 1e-4 * eager.norm() + 1e-6
+
+
+def test_presets_go_to_their_class():
+    assert isinstance(from_preset("tiny"), VideoLLM)
+    changed = TaskModel.from_preset("tiny_videollm", task="action_segmentation", classes=3)
+    assert changed(torch.randn(1, 5, 32))["dense"].shape == (1, 5, 3)
+    with pytest.raises(ValueError, match=r"config: tiny_videollm must be built by TaskModel\.from_preset"):
+        VideoLLM.from_preset("tiny_videollm")
+    with pytest.raises(ValueError, match=r"config: size must be one of videollm_opt, .*, got tiny"):
+        TaskModel.from_preset("tiny")
+    with pytest.raises(ValueError, match=r"task must be one of online_action_detection, .*, got 'chess'"):
+        TaskModel.from_preset("tiny_videollm", task="chess")

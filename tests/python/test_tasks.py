@@ -18,8 +18,9 @@ pytest.importorskip("scipy")
 
 from transformers import GPT2Config, GPT2Model, OPTConfig, OPTModel
 from vkernels_video.model.config import ReasonerConfig, TaskConfig
+from vkernels_video.model.presets import opt
 from vkernels_video.model.reasoner import Reasoner, Stream
-from vkernels_video.model.tasks import FAMILIES, ManyNorms, Segments, TaskModel, opt, retrieval_loss, span_iou, tune
+from vkernels_video.model.tasks import FAMILIES, ManyNorms, Segments, TaskModel, retrieval_loss, span_iou, tune
 
 CONFIG = ReasonerConfig(width=32, heads=4, layers=2, mlp=48, vocab=40, context=24)
 IMPLS = ("eager", "vkernels")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels_video.model.branch_plans import fuse_rows, merge_frames, merge_video, start_rows
-from vkernels_video.model.clip import Block, SelfAttention, Trunk
+from vkernels_video.model.clip import Block, SelfAttention, Trunk, linear, plus
 from vkernels_video.model.config import BranchConfig, TrunkConfig
 from vkernels_video.model.losses import contrast, cosine_alignment
 
@@ -61,33 +61,48 @@ class TemporalLayer(nn.Module):
 
     def _vkernels(self, z: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         attention, fc = self.self_attn, self.temporal_fc
-        q, k, v = attention.project(self.layer_norm1(z))
         grid = vk.Grid(t, 1, (z.shape[1] - 1) // t)
+        x = self.layer_norm1(z)
+        q, k, v, bias = attention.projected(x)
         x = vk.divided_attention(q, k, v, grid, cls=1, order="patch", frames_per_group=frames).flatten(2)
-        # Nothing but a factor per row stands between the two projections: they are one.
-        weight, bias = fc.weight @ attention.out_proj.weight, fc.weight @ attention.out_proj.bias
-        if factor is None:
-            x = F.linear(x, weight, bias + fc.bias)
+        of_token = None
+        if factor is not None:
+            of_token = F.pad(factor.repeat_interleave(frames, dim=1), (1, 0))[..., None]
+        if x[..., 0].numel() > fc.in_features and linear(fc, attention.out_proj):
+            # Nothing but a factor per row stands between the two projections: they are one.
+            weight = fc.weight @ attention.out_proj.weight
+            bias = fc.weight @ (attention.out_proj.bias if bias is None else bias)
+            if of_token is None:
+                x = F.linear(x, weight, bias + fc.bias)
+            else:
+                x = F.linear(x, weight, bias) * of_token + fc.bias
         else:
-            of_token = F.pad(factor.repeat_interleave(frames, dim=1), (1, 0))
-            x = F.linear(x, weight, bias) * of_token[..., None] + fc.bias
+            x = attention.out(x, bias)
+            x = fc(x if of_token is None else x * of_token)
         x[:, 0] = 0  # the CLS passes by
-        return z + x
+        return plus(x, z)
 
 
 class SpatialLayer(Block):
     """Attention inside every frame with the CLS of the video at its head, whose output is the mean over the frames."""
 
-    def __init__(self, config: TrunkConfig, drop_path: float, eps: float | None):
-        super().__init__(config, eps)
-        self.drop_path = drop_path
+    def __init__(self, config: TrunkConfig, drop_path: float, branch: BranchConfig):
+        super().__init__(config, branch.spatial_eps)
+        self.drop_path, self.drop_whole = drop_path, branch.drop_whole
 
     def forward(self, z: Tensor, t: int, frames: int, impl: str) -> Tensor:  # type: ignore[override]
         """z [b 1 + l t c]; frames f, f + frames, f + 2 frames ... of the t attend together."""
         factor = drop_rows((z.shape[0], frames), self.drop_path, self.training, z)
         step = self._eager if impl == "eager" or factor is not None else self._vkernels
-        z = z + step(self.layer_norm1(z), t, frames, factor)
-        return z + self.mlp(self.layer_norm2(z))
+        attended = step(self.layer_norm1(z), t, frames, factor)
+        if impl == "eager":
+            z = z + attended
+            z = z + self.mlp(self.layer_norm2(z))
+        else:
+            z = plus(attended, z)
+            z = self.mlp.onto(z, self.layer_norm2(z))
+        whole = drop_rows((len(z), 1), self.drop_path, self.training, z) if self.drop_whole else None
+        return z if whole is None else z * whole[..., None]
 
     def _eager(self, x: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         patches = rearrange(x[:, 1:], "b (p f) c -> (b f) p c", f=frames)
@@ -100,11 +115,11 @@ class SpatialLayer(Block):
 
     def _vkernels(self, x: Tensor, t: int, frames: int, factor: Tensor | None) -> Tensor:
         # The projection behind the attention is affine: averaging before it is averaging after it.
-        q, k, v = self.self_attn.project(x)
+        q, k, v, bias = self.self_attn.projected(x)
         grid = vk.Grid(t, 1, (x.shape[1] - 1) // t)
         together = t // frames
-        out = vk.divided_attention(q, k, v, grid, axis="spatial", cls=1, order="patch", frames_per_group=together)
-        return self.self_attn.out_proj(out.flatten(2))
+        x = vk.divided_attention(q, k, v, grid, axis="spatial", cls=1, order="patch", frames_per_group=together)
+        return self.self_attn.out(x.flatten(2), bias)
 
 
 class BTAdapter(Trunk):
@@ -128,7 +143,7 @@ class BTAdapter(Trunk):
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.btadapter_time_embed = nn.Embedding(branch.frames, width)
         self.btadapter_T_layers = nn.ModuleList(TemporalLayer(config, rate) for rate in rates)
-        self.btadapter_S_layers = nn.ModuleList(SpatialLayer(config, rate, branch.spatial_eps) for rate in rates)
+        self.btadapter_S_layers = nn.ModuleList(SpatialLayer(config, rate, branch) for rate in rates)
         if branch.gated:
             self.balance1 = nn.Parameter(torch.zeros(width))
             self.balance2 = nn.Parameter(torch.zeros(width))

@@ -8,6 +8,7 @@ every step dequantises the whole history and concatenates the new tokens; unlike
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class GrowingCache:
         self.kv = k, v
         return k, v
 
+    def copy(self) -> GrowingCache:
+        """Another cache with the same past: every update makes new tensors, so the past itself is shared."""
+        return copy(self)
+
     @property
     def bytes(self) -> int:
         """Bytes the cache holds between steps."""
@@ -88,6 +93,12 @@ class DequantisingCache:
             keys, values = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         self.recent = self._retire(k, v)
         return keys, values
+
+    def copy(self) -> DequantisingCache:
+        """Another cache with the same past: every update makes new tensors, so the past itself is shared."""
+        other = copy(self)
+        other.k, other.v = list(self.k), list(self.v)
+        return other
 
     @property
     def bytes(self) -> int:
@@ -116,3 +127,6 @@ def _append(history: list[Tensor], fresh: tuple[Tensor, ...]) -> None:
         history.extend(fresh)
     else:
         history[:] = [torch.cat(pair, dim=2) for pair in zip(history, fresh, strict=True)]
+
+
+RowCache = GrowingCache | DequantisingCache

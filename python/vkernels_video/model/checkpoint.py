@@ -174,6 +174,79 @@ SOURCES = (
 )
 
 
+def _gpt2(state: State) -> State:
+    """GPT-2 keeps its maps transposed and its three projections in one."""
+    made: State = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"(.*self_attn)\.c_attn\.(weight|bias)", name):
+            for part, letter in zip(tensor.T.chunk(3) if tensor.dim() == 2 else tensor.chunk(3), "qkv", strict=True):
+                made[f"{match[1]}.{letter}_proj.{match[2]}"] = part
+        else:
+            transposed = re.search(r"(out_proj|fc[12])\.weight$", name) and tensor.dim() == 2
+            made[name] = tensor.T if transposed else tensor
+    return made
+
+
+def t5(decoder: bool) -> Source:
+    """One of T5's stacks. What belongs to the other, and the attention from one to the other, has no use here."""
+    mine, other = ("decoder", "encoder") if decoder else ("encoder", "decoder")
+    mlp = rf"^{mine}\.block\.(\d+)\.layer\.{2 if decoder else 1}\."
+    return Source(
+        f"T5 {mine}",
+        (r"relative_attention_bias\.weight$",),
+        (
+            (rf"^{mine}\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.", "relative_attention_bias."),
+            (rf"^{mine}\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkv])\.", r"layers.\1.self_attn.\2_proj."),
+            (rf"^{mine}\.block\.(\d+)\.layer\.0\.SelfAttention\.o\.", r"layers.\1.self_attn.out_proj."),
+            (rf"^{mine}\.block\.(\d+)\.layer\.0\.layer_norm\.", r"layers.\1.self_attn_layer_norm."),
+            (rf"{mlp}DenseReluDense\.wi(?:_0)?\.", r"layers.\1.wi."),
+            (rf"{mlp}DenseReluDense\.wi_1\.", r"layers.\1.wg."),
+            (rf"{mlp}DenseReluDense\.wo\.", r"layers.\1.wo."),
+            (rf"{mlp}layer_norm\.", r"layers.\1.final_layer_norm."),
+            (rf"^{mine}\.final_layer_norm\.", "final_layer_norm."),
+            (r"^shared\.", "embed_tokens."),
+        ),
+        (rf"^{other}\.", rf"^{mine}\.embed_tokens\.", r"^lm_head\.", r"^decoder\.block\.\d+\.layer\.1\."),
+    )  # fmt: skip
+
+
+REASONERS = (
+    Source(
+        "OPT",
+        (r"decoder\.embed_positions\.weight$",),
+        ((r"^(?:model\.)?decoder\.", ""),),
+        (r"^lm_head\.",),
+    ),
+    Source(
+        "GPT-2",
+        (r"^(?:transformer\.)?wpe\.weight$", r"\.c_attn\.weight$"),
+        (
+            (r"^transformer\.", ""),
+            (r"^wte\.", "embed_tokens."),
+            (r"^wpe\.", "embed_positions."),
+            (r"^ln_f\.", "final_layer_norm."),
+            (r"^h\.(\d+)\.ln_1\.", r"layers.\1.self_attn_layer_norm."),
+            (r"^h\.(\d+)\.ln_2\.", r"layers.\1.final_layer_norm."),
+            (r"^h\.(\d+)\.attn\.c_attn\.", r"layers.\1.self_attn.c_attn."),
+            (r"^h\.(\d+)\.attn\.c_proj\.", r"layers.\1.self_attn.out_proj."),
+            (r"^h\.(\d+)\.mlp\.c_fc\.", r"layers.\1.fc1."),
+            (r"^h\.(\d+)\.mlp\.c_proj\.", r"layers.\1.fc2."),
+        ),
+        (r"^lm_head\.", r"\.attn\.(masked_)?bias$"),
+        _gpt2,
+    ),
+    Source("T5", (r"^shared\.weight$", r"relative_attention_bias\.weight$"), ()),
+)
+
+
+CLIP_TEXT = Source(
+    "CLIP text",
+    (r"^text_model\.",),
+    ((r"^text_model\.", ""),),
+    (*BUFFERS, r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"),
+)
+
+
 def read(path: str | Path) -> State:
     """All tensors of a file, or of the (sharded) checkpoint in a folder."""
     path = Path(path)
@@ -223,12 +296,12 @@ def _file(path: Path) -> State:
     return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def recognise(state: State) -> Source:
+def recognise(state: State, among: Sequence[Source] = SOURCES) -> Source:
     """Whose layout this is."""
-    for source in SOURCES:
+    for source in among:
         if all(any(re.search(sign, name) for name in state) for sign in source.signs):
             return source
-    known = ", ".join(source.name for source in SOURCES)
+    known = ", ".join(source.name for source in among)
     raise CheckpointError(f"checkpoint: names must be those of {known}, got {sorted(state)[:3]} ...")
 
 

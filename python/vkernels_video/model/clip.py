@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
-from vkernels_video.model.config import TrunkConfig
+from vkernels_video.model.config import TextTowerConfig, TrunkConfig
+
+QUICK = 1.702
+ROWS = 512  # of an MLP at a time
+
+
+def linear(*maps: nn.Module) -> bool:
+    """Whether these are linear maps and nothing more, to be taken apart at will: an adapter put around one is more."""
+    return all(type(each) is nn.Linear for each in maps)
+
+
+def spared(*maps: nn.Module) -> bool:
+    """`linear`, and no gradient is wanted."""
+    return not torch.is_grad_enabled() and linear(*maps)
+
+
+def plus(own: Tensor, x: Tensor) -> Tensor:
+    """own + x; `own` is spent where no gradient is wanted."""
+    return own + x if torch.is_grad_enabled() else own.add_(x)
+
+
+def by_rows(z: Tensor, x: Tensor, inner: Callable[[Tensor], Tensor], last: nn.Linear, scale: float = 1.0) -> Tensor:
+    """z + last(scale inner(x)) written into z, without gradients: some rows at a time, so that the wide states in the
+    middle stay in the cache and never exist as a whole."""
+    into, rows = z.flatten(0, -2), x.flatten(0, -2)
+    for first in range(0, len(into), ROWS):
+        part = slice(first, first + ROWS)
+        into[part].addmm_(inner(rows[part]), last.weight.T, alpha=scale)
+    if last.bias is not None:
+        into.add_(last.bias)
+    return into.view_as(z)
 
 
 class QuickGELU(nn.Module):
     """CLIP's activation, x sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(QUICK * x)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TrunkConfig):
+    def __init__(self, config: TrunkConfig | TextTowerConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.act = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
@@ -27,11 +59,25 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
+    def onto(self, z: Tensor, x: Tensor) -> Tensor:
+        """z + self(x); z is spent."""
+        if not spared(self.fc1, self.fc2):
+            return z + self(x)
+        if not isinstance(self.act, QuickGELU):
+            return by_rows(z, x, lambda rows: self.act(self.fc1(rows)), self.fc2)
+        # x sigmoid(a x) is silu(a x) / a: the two products take the factors in.
+        bias, weight = self.fc1.bias * QUICK, self.fc1.weight.T
+
+        def inner(rows: Tensor) -> Tensor:
+            return F.silu(torch.addmm(bias, rows, weight, alpha=QUICK), inplace=True)
+
+        return by_rows(z, x, inner, self.fc2, 1 / QUICK)
+
 
 class SelfAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v between biased projections; EVA's keys have no bias."""
 
-    def __init__(self, config: TrunkConfig):
+    def __init__(self, config: TrunkConfig | TextTowerConfig):
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -45,22 +91,34 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def forward(self, x: Tensor, impl: str) -> Tensor:
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v [b s n d], and the bias `out` then wants, None for its own. Without gradients two biases stay out of
+        the products: a key's moves all scores of a query alike, a value's passes through into the output's."""
+        if not spared(self.k_proj, self.v_proj, self.out_proj):
+            return *self.project(x), None
+        maps = self.q_proj(x), x @ self.k_proj.weight.T, x @ self.v_proj.weight.T
+        q, k, v = (heads.unflatten(-1, (self.heads, -1)) for heads in maps)
+        return q, k, v, torch.addmv(self.out_proj.bias, self.out_proj.weight, self.v_proj.bias)
+
+    def out(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.out_proj(x) if bias is None else F.linear(x, self.out_proj.weight, bias)
+
+    def forward(self, x: Tensor, impl: str, causal: bool = False) -> Tensor:
         """Sequences [p s c], each attending to itself."""
-        q, k, v = self.project(x)
         if impl == "vkernels":
-            out = vk.attention(q, k, v)
+            q, k, v, bias = self.projected(x)
+            out = vk.attention(q, k, v, mask=vk.VideoMask.causal(x.shape[1]) if causal else None)
             assert isinstance(out, Tensor)
-        else:
-            q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.out(out.flatten(2), bias)
+        q, k, v = (heads.transpose(1, 2) for heads in self.project(x))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
         return self.out_proj(out.flatten(2))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block; the keys of its state are those of transformers' CLIPEncoderLayer."""
 
-    def __init__(self, config: TrunkConfig, eps: float | None = None):
+    def __init__(self, config: TrunkConfig | TextTowerConfig, eps: float | None = None):
         super().__init__()
         eps = config.eps if eps is None else eps
         self.layer_norm1 = nn.LayerNorm(config.width, eps)
@@ -68,9 +126,13 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width, eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, impl: str) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), impl)
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x: Tensor, impl: str, causal: bool = False) -> Tensor:
+        attended = self.self_attn(self.layer_norm1(x), impl, causal)
+        if impl == "eager":
+            x = x + attended
+            return x + self.mlp(self.layer_norm2(x))
+        x = plus(attended, x)
+        return self.mlp.onto(x, self.layer_norm2(x))
 
 
 class Trunk(nn.Module):

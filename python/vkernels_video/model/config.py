@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+IMPLS = ("eager", "vkernels")
+ROPE_SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn")
 KV_BITS = {"int8": 8, "int4": 4, "int2": 2}
 CONNECTORS = ("linear", "mlp2x", "qformer")
 ARRANGEMENTS = ("interleave", "all", "mean", "global_local")
@@ -59,6 +61,23 @@ class TrunkConfig:
 
 
 @dataclass(frozen=True)
+class TextTowerConfig:
+    """CLIP's text tower, beside ViT-L/14 by default."""
+
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    mlp: int = 3072
+    vocab: int = 49408
+    context: int = 77
+    projection: int = 768
+    end: int = 49407  # the end mark
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    key_bias: bool = True
+
+
+@dataclass(frozen=True)
 class BranchConfig:
     """BT-Adapter's temporal branch beside the last blocks of a trunk."""
 
@@ -68,6 +87,8 @@ class BranchConfig:
     gate_factor: float = 1e2
     output_factor: float = 1e4
     drop_path: float = 0.1  # of the last layer; earlier ones less, linearly
+    # Drop a video's tokens, residual and all, behind a spatial layer's MLP: what the published EVA branch does.
+    drop_whole: bool = False
     spatial_eps: float | None = None  # None: the trunk's
     output: Literal["chat", "frames"] = "chat"  # one pooled frame (LLaVA), or every frame (ST-LLM)
     pretraining: bool = False  # with the projection that aligns it with the trunk
@@ -101,7 +122,8 @@ class DecoderConfig:
     vocab: int = 259  # bytes, then begin, end, and the mark of a video token
     context: int = 2304  # positions the weights were made for; longer prompts scale the rotary base
     rope_theta: float = 10_000.0
-    rope_scaling: Literal["ntk", "none"] = "ntk"
+    rope_scaling: Literal["none", "linear", "ntk", "dynamic", "yarn"] = "ntk"
+    rope_factor: float | None = None  # what positions are scaled for; None: length / context, where that is above 1
     frame_attention: Literal["bidirectional", "causal"] = "bidirectional"
     eps: float = 1e-5
 
@@ -130,16 +152,36 @@ class ReasonerConfig:
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """One stack of T5 as a reasoner: its decoder, without the attention to an encoder; causal=False: its encoder."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    head: int = 64
+    vocab: int = 32128
+    gated: bool = False  # T5 v1.1's and Flan's MLP
+    causal: bool = True
+    buckets: int = 32
+    distance: int = 128
+    prompt: int = 0
+    prefix: int = 0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One of VideoLLM's tasks."""
 
     task: str
     features: int  # width of a unit's features
     classes: int
-    reasoner: ReasonerConfig
+    reasoner: ReasonerConfig | T5Config
     steps: int = 1  # anticipated steps, or slots of a retrieval
     pool: Literal["mean", "max"] = "mean"
     generator: ReasonerConfig | None = None  # of captions
+    name: str = field(default="custom", compare=False)
 
 
 @dataclass(frozen=True)
@@ -159,6 +201,9 @@ class VideoLLMConfig:
     kv: Literal["none", "int8", "int4", "int2"] = "int4"  # none: the dtype of the weights
     kv_group: int = 64
     kv_residual: int = 128
+    template: str = "{video}{question}"  # of a prompt
+    begin: bool = True  # a begin mark in front
+    tokenizer: Literal["bytes", "checkpoint"] = "bytes"  # a token per byte, or the checkpoint's own tokenizer
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self):
@@ -167,9 +212,18 @@ class VideoLLMConfig:
         _must(encoder.image % encoder.patch == 0, "encoder.patch", "divide encoder.image", encoder.patch)
         _must(decoder.width % decoder.heads == 0, "decoder.heads", "divide decoder.width", decoder.heads)
         _must(decoder.heads % decoder.kv_heads == 0, "decoder.kv_heads", "divide decoder.heads", decoder.kv_heads)
+        _must(
+            decoder.rope_scaling in ROPE_SCALINGS, "decoder.rope_scaling", f"be one of {', '.join(ROPE_SCALINGS)}",
+            decoder.rope_scaling,
+        )  # fmt: skip
+        factor = decoder.rope_factor
+        _must(factor is None or factor >= 1, "decoder.rope_factor", "be None or at least 1", factor)
         _must(self.kv in ("none", *KV_BITS), "kv", f"be one of none, {', '.join(KV_BITS)}", self.kv)
         _must(self.connector in CONNECTORS, "connector", f"be one of {', '.join(CONNECTORS)}", self.connector)
         _must(self.arrange in ARRANGEMENTS, "arrange", f"be one of {', '.join(ARRANGEMENTS)}", self.arrange)
+        _must(self.tokenizer in ("bytes", "checkpoint"), "tokenizer", "be bytes or checkpoint", self.tokenizer)
+        marks = [self.template.count(mark) for mark in ("{video}", "{question}")]
+        _must(marks == [1, 1], "template", "hold {video} and {question} once each", repr(self.template))
         depth = range(-encoder.layers, 0)
         _must(encoder.select_layer in depth, "encoder.select_layer", f"lie in {depth[0]}..-1", encoder.select_layer)
         clips = isinstance(encoder, EncoderConfig)

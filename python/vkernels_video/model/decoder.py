@@ -6,8 +6,9 @@ dequantises. `_vkernels` runs the same layers on the library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import vkernels as vk
-from vkernels_video.model.cache import DequantisingCache
+from vkernels_video.model.cache import RowCache
+from vkernels_video.model.clip import by_rows, plus, spared
 from vkernels_video.model.config import DecoderConfig
 
 
@@ -63,12 +65,46 @@ class Prompt:
         return causal if frame_attention == "causal" else causal + later_in_frame
 
 
-def ntk_base(config: DecoderConfig, length: int) -> float:
-    """The rotary base for prompts of `length`: b s^(d / (d - 2)), s = length / context (arXiv:2409.12963, Eq. 3.6)."""
-    if config.rope_scaling == "none" or length <= config.context:
-        return config.rope_theta
-    d = config.head
-    return config.rope_theta * (length / config.context) ** (d / (d - 2))
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary frequencies: of a base, and for "linear" and "yarn" scaled from `context` positions to `factor` times."""
+
+    base: float
+    kind: Literal["default", "linear", "yarn"] = "default"
+    factor: float = 1.0
+    context: int = 0
+
+    @classmethod
+    def scaled(cls, config: DecoderConfig, length: int) -> Rotary:
+        """For prompts of `length`, as the config scales them (arXiv:2409.12963, Eq. 3.5 and 3.6), s = length / context
+        or the config's factor a:
+
+        linear: positions / s.  ntk: base b s^(d / (d - 2)).  dynamic: the same of s = a length / context - a + 1, where
+        a = 1 by default.  yarn: pairs that turn often keep their speed, slow ones are linear.
+        """
+        d, longer = config.head, length / config.context
+        s = max(longer, 1.0) if config.rope_factor is None else config.rope_factor
+        if config.rope_scaling == "dynamic":
+            a = config.rope_factor or 1.0
+            s = max(a * longer - a + 1, 1.0)
+        if config.rope_scaling == "none" or s == 1.0:
+            return cls(config.rope_theta)
+        if config.rope_scaling in ("ntk", "dynamic"):
+            return cls(config.rope_theta * s ** (d / (d - 2)))
+        return cls(config.rope_theta, cast(Any, config.rope_scaling), s, config.context)
+
+    def spec(self, d: int) -> vk.RopeSpec:
+        more: dict[str, Any] = {"linear": {"factor": self.factor}, "default": {}}.get(
+            self.kind, {"factor": self.factor, "original": self.context}
+        )
+        return vk.RopeSpec.build(d, self.base, self.kind, **more)
+
+    def parameters(self) -> dict[str, Any]:
+        """transformers' rope_parameters."""
+        made: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.base}
+        if self.kind != "default":
+            made |= {"factor": self.factor, "original_max_position_embeddings": self.context}
+        return made
 
 
 class SelfAttention(nn.Module):
@@ -91,31 +127,55 @@ class SelfAttention(nn.Module):
         q, k, v = (proj(x).view(*x.shape[:2], -1, self.head) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v  # b s n d, b s m d
 
-    def _eager(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: DequantisingCache | None
-    ) -> Tensor:
+    def _eager(self, x: Tensor, rotary: tuple[Tensor, Tensor], masks: Any, caches: list[RowCache] | None) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self._heads(x))  # b n s d
         q, k = apply_rotary_pos_emb(q, k, *rotary)
-        if cache is not None:
+        if caches is None:
+            return self._attend(q, k, v, masks).reshape(x.shape)
+        if masks is None:  # one new token of every sequence
+            rows, masks, axis = [t.split(1) for t in (q, k, v)], [None] * len(x), 0
+        else:  # prompts, one after the other
+            lengths, masks = zip(*masks, strict=True)
+            rows, axis = [t.split(lengths, dim=2) for t in (q, k, v)], 1
+        outs = []
+        for q, k, v, mask, cache in zip(*rows, masks, caches, strict=True):
             k, v = cache.update(k, v)
+            outs.append(self._attend(q, k, v, mask))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=axis)
+        return out.reshape(x.shape)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         groups = self.config.heads // self.config.kv_heads
         causal = mask is None and q.shape[2] > 1
         if groups > 1 and mask is not None:  # transformers repeats the heads whenever there is a mask
             k, v, groups = repeat_kv(k, groups), repeat_kv(v, groups), 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
-        return out.transpose(1, 2).reshape(x.shape)
+        return out.transpose(1, 2)  # b s n d
 
-    def _vkernels(
-        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], mask: vk.VideoMask | None, cache: vk.KVCache | None
-    ) -> Tensor:
+    def _vkernels(self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], masks: Any, cache: vk.KVCache | None) -> Tensor:
         q, k, v = self._heads(x)
         spec, positions = rotary
         q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())
-        if cache is not None:
-            cache.append(k, v)
-        out = vk.attention(q, k, v, mask=mask) if mask is not None or cache is None else vk.decode_attention(q, cache)
+        if cache is not None and masks is None:
+            out = vk.decode_attention(q, cache.append(k, v))
+        elif cache is not None:
+            lengths, mask = masks
+            _remember(cache, k, v, lengths)
+            out = vk.attention(q, k, v, mask=mask)
+        else:
+            out = vk.attention(q, k, v, mask=masks)
         assert isinstance(out, Tensor)
         return out.flatten(2)
+
+
+def _remember(cache: vk.KVCache, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+    """Prompts [1 total m d], one after the other, into the cache; each as often as the cache has rows for it."""
+    if len(lengths) > 1:
+        k, v = (nn.utils.rnn.pad_sequence(x[0].split(lengths), batch_first=True) for x in (k, v))
+    copies = cache.b // len(lengths)
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
+    cache.append(k, v, count=[length for length in lengths for _ in range(copies)])
 
 
 class DecoderLayer(nn.Module):
@@ -129,8 +189,17 @@ class DecoderLayer(nn.Module):
         self.mlp = LlamaMLP(llama)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, impl)
+        mlp = self.mlp
+        if impl == "eager" or not spared(mlp.down_proj):
+            x = x + attended
+            return x + mlp(self.post_attention_layernorm(x))
+
+        def inner(rows: Tensor) -> Tensor:
+            return F.silu(mlp.gate_proj(rows), inplace=True).mul_(mlp.up_proj(rows))
+
+        x = plus(attended, x)
+        return by_rows(x, self.post_attention_layernorm(x), inner, mlp.down_proj)
 
 
 class Decoder(nn.Module):
@@ -156,18 +225,36 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
 
     def forward(
-        self, x: Tensor, start: int, base: float, caches: list[Any], prompt: Prompt | None, impl: str
+        self,
+        x: Tensor,
+        starts: Sequence[int],
+        rotary: Rotary,
+        caches: list[Any],
+        prompts: list[Prompt] | None,
+        impl: str,
     ) -> Tensor:
-        """`start` is the position of the first token; `prompt` describes a prefill and is None for a later token."""
-        positions = torch.arange(start, start + x.shape[1])
-        mask: Any
-        if impl == "eager":
-            mask = self._dense_mask(x, prompt)
-        else:
-            mask = prompt.mask(self.config.frame_attention) if prompt else None
-        return self.lm_head(self.norm(self._layers(x, positions, base, mask, caches, impl)[:, -1]))
+        """Logits [b vocab] after the last token of every sequence.
 
-    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, base: float | None = None) -> Tensor:
+        prompts: a prefill of these, x [1 total c] with one after the other. None: one more token each, x [b 1 c], at
+        positions `starts`. A cache of a layer is a `RowCache` per sequence ("eager") or one `vkernels.KVCache`.
+        """
+        if prompts is None:
+            positions = torch.tensor(starts, device=x.device)[:, None]
+            states = self._layers(x, positions, rotary, None, caches, impl)[:, -1]
+        else:
+            lengths = [prompt.length for prompt in prompts]
+            positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
+            masks: Any
+            if impl == "eager":
+                masks = [(prompt.length, self._dense_mask(x, prompt)) for prompt in prompts]
+            else:
+                every = [prompt.mask(self.config.frame_attention) for prompt in prompts]
+                masks = lengths, every[0] if len(every) == 1 else vk.VideoMask.pack(every)
+            last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
+            states = self._layers(x, positions, rotary, masks, caches, impl)[0, last]
+        return self.lm_head(self.norm(states))
+
+    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str) -> Tensor:
         """Normalised states of causal sequences, with gradients and without a cache.
 
         "eager": padded rows x [b s c] and positions [b s]. "vkernels": one after the other, x [1 total c] and positions
@@ -179,26 +266,24 @@ class Decoder(nn.Module):
             mask = create_causal_mask(self.llama, x, shown.to(x.device), None)
         else:
             mask = vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths])
-        base = self.config.rope_theta if base is None else base
-        return self.norm(self._layers(x, positions, base, mask, [None] * len(self.layers), impl))
+        rotary = Rotary(self.config.rope_theta)
+        return self.norm(self._layers(x, positions, rotary, mask, [None] * len(self.layers), impl))
 
-    def _layers(self, x: Tensor, positions: Tensor, base: float, mask: Any, caches: list[Any], impl: str) -> Tensor:
-        rotary: Any
+    def _layers(self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Any, caches: list[Any], impl: str) -> Tensor:
+        turn: Any
         if impl == "eager":
-            rotary = self._rotary(base)(x, positions if positions.dim() == 2 else positions[None])
+            self.llama.rope_parameters = rotary.parameters()
+            turn = LlamaRotaryEmbedding(self.llama)(x, positions if positions.dim() == 2 else positions[None])
         else:
-            rotary = vk.RopeSpec.build(self.config.head, base=base), positions
+            turn = rotary.spec(self.config.head), positions
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, mask, cache, impl)
+            x = layer(x, turn, mask, cache, impl)
         return x
 
-    def _rotary(self, base: float) -> LlamaRotaryEmbedding:
-        self.llama.rope_parameters = {"rope_type": "default", "rope_theta": base}
-        return LlamaRotaryEmbedding(self.llama)
-
-    def _dense_mask(self, x: Tensor, prompt: Prompt | None) -> Tensor | None:
-        if prompt is None or self.config.frame_attention == "causal":
+    def _dense_mask(self, x: Tensor, prompt: Prompt) -> Tensor | None:
+        if self.config.frame_attention == "causal":
             return None
-        mask = create_causal_mask(self.llama, x, None, None, block_sequence_ids=prompt.blocks())
+        own = x[:, :1].expand(-1, prompt.length, -1)
+        mask = create_causal_mask(self.llama, own, None, None, block_sequence_ids=prompt.blocks())
         assert isinstance(mask, Tensor)  # what transformers makes for SDPA
         return mask

@@ -6,12 +6,15 @@ Token order is frame-major, b (clips) x t (frames) x l (CLS and patches).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 import vkernels as vk
+from vkernels_video.model.clip import by_rows, plus, spared
 from vkernels_video.model.config import EncoderConfig
 
 
@@ -54,8 +57,14 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, frames: int, impl: str) -> Tensor:
         """x [b (t l) c]."""
-        x = self._eager(x, frames) if impl == "eager" else self._vkernels(x, frames)
-        return x + self.mlp(self.layer_norm2(x))
+        if impl == "eager":
+            x = self._eager(x, frames)
+            return x + self.mlp(self.layer_norm2(x))
+        x = self._vkernels(x, frames)
+        wide, act, last = self.mlp
+        if not spared(wide, last):
+            return x + self.mlp(self.layer_norm2(x))
+        return by_rows(x, self.layer_norm2(x), lambda rows: act(wide(rows)), cast(nn.Linear, last))
 
     def _eager(self, x: Tensor, frames: int) -> Tensor:
         # LanguageBind's layer: the permutes make each attention a batch of plain sequences.
@@ -71,8 +80,8 @@ class EncoderLayer(nn.Module):
         # The tokens stay where they are; CLS has a place of its own in every frame, so it is one more column here.
         grid = vk.Grid(frames, 1, x.shape[1] // frames)
         x = (x.unflatten(1, (frames, -1)) + self.temporal_embedding[:, :frames, None]).flatten(1, 2)
-        x = x + self.temporal_attn.vkernels(self.temporal_layer_norm1(x), grid, "temporal")
-        return x + self.self_attn.vkernels(self.layer_norm1(x), grid, "spatial")
+        x = plus(self.temporal_attn.vkernels(self.temporal_layer_norm1(x), grid, "temporal"), x)
+        return plus(self.self_attn.vkernels(self.layer_norm1(x), grid, "spatial"), x)
 
 
 class Encoder(nn.Module):

@@ -1,4 +1,4 @@
-"""A causal language model as a reasoner over a stream of units: OPT's and GPT-2's blocks with learned positions.
+"""A language model as a reasoner over a stream of units: OPT's and GPT-2's blocks with learned positions, or T5's.
 
 All positions at once for training, one unit at a time against a ring of keys and values for a live stream. Virtual
 prompt embeddings and learned prefix keys and values are part of it. The keys of its state are OPT's.
@@ -6,6 +6,7 @@ prompt embeddings and learned prefix keys and values are part of it. The keys of
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
+from vkernels_video.model import checkpoint
 from vkernels_video.model.cache import FULL_PRECISION
-from vkernels_video.model.config import ReasonerConfig
+from vkernels_video.model.config import ReasonerConfig, T5Config
+from vkernels_video.model.published import refuse_other_reasoner
+from vkernels_video.model.t5 import T5Layer, T5SelfAttention, bucket
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
@@ -88,20 +92,58 @@ class Layer(nn.Module):
 class Reasoner(nn.Module):
     """Embeddings [b s c] -> final states [b s c]."""
 
-    def __init__(self, config: ReasonerConfig):
+    def __init__(self, config: ReasonerConfig | T5Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.width)
-        self.embed_positions = nn.Embedding(config.context + config.position_offset, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.final_layer_norm = nn.LayerNorm(config.width, config.eps)
-        self.prompt = nn.Parameter(torch.randn(1, config.prompt, config.width) * 0.02) if config.prompt else None
+        width, layers = config.width, range(config.layers)
+        self.embed_tokens = nn.Embedding(config.vocab, width)
+        if isinstance(config, T5Config):
+            self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+            self.layers = nn.ModuleList(T5Layer(config, self.bias) for _ in layers)
+            self.final_layer_norm: nn.Module = nn.RMSNorm(width, config.eps)
+        else:
+            self.embed_positions = nn.Embedding(config.context + config.position_offset, width)
+            self.layers = nn.ModuleList(Layer(config) for _ in layers)
+            self.final_layer_norm = nn.LayerNorm(width, config.eps)
+        self.prompt = nn.Parameter(torch.randn(1, config.prompt, width) * 0.02) if config.prompt else None
 
-    def positions(self, start: int, count: int) -> Tensor:
-        if start + count > self.config.context:
-            raise ValueError(f"Reasoner: tokens must fit the {self.config.context} positions, got {start + count}")
-        first = start + self.config.position_offset
+    def positions(self, start: int, count: int) -> Tensor | float:
+        """What is added to `count` tokens from `start` on; nothing for T5."""
+        config = self.config
+        if isinstance(config, T5Config):
+            return 0.0
+        if start + count > config.context:
+            raise ValueError(f"Reasoner: tokens must fit the {config.context} positions, got {start + count}")
+        first = start + config.position_offset
         return self.embed_positions.weight[first : first + count]
+
+    def bias(self, s_q: int, s_k: int) -> Tensor:
+        """T5's bias [n s_q s_k] on the scores of the last s_q of s_k tokens."""
+        config = self.config
+        assert isinstance(config, T5Config)
+        places = torch.arange(s_k, device=self.relative_attention_bias.weight.device)
+        distance = places - places[s_k - s_q :, None]
+        rows = bucket(distance, config.causal, config.buckets, config.distance)
+        return self.relative_attention_bias(rows).permute(2, 0, 1)
+
+    def load(self, *paths: str | Path) -> list[str]:
+        """Weights of an OPT, GPT-2 or T5 checkpoint of this size. Returns the names of what stays as initialised, which
+        may only be a virtual prompt or prefix; CheckpointError names everything else that does not fit."""
+        config = self.config
+        state: checkpoint.State = {}
+        for path in map(Path, paths):
+            refuse_other_reasoner(config, path)
+            state |= checkpoint.read(path)
+        source = checkpoint.recognise(state, checkpoint.REASONERS)
+        own = "T5" if isinstance(config, T5Config) else "OPT" if config.position_offset else "GPT-2"
+        if source.name != own:
+            raise checkpoint.CheckpointError(
+                f"checkpoint: this reasoner's weights must be {own}'s, got {source.name}'s"
+            )
+        if isinstance(config, T5Config):
+            source = checkpoint.t5(decoder=config.causal)
+        made, _ = checkpoint.translate(state, source)
+        return checkpoint.load(self, made, source.name, (r"^prompt$", r"\.prefix$"))
 
     def forward(self, x: Tensor, impl: str = "vkernels", window: int | None = None) -> Tensor:
         """`window`: a token sees itself and the window - 1 before it."""
@@ -126,10 +168,12 @@ class Stream:
             raise ValueError("Stream: the reasoner must be causal, got causal=False")
         if window is not None and window < 1:
             raise ValueError(f"Stream: window must be at least 1, got {window}")
+        if isinstance(config, T5Config):
+            impl = "eager"  # its bias is in no kernel
         self.reasoner, self.window, self.impl, self.seen = reasoner, window, impl, 0
-        weight = reasoner.embed_positions.weight
+        weight = reasoner.embed_tokens.weight
         self.caches: list = [None] * config.layers
-        if impl != "eager":
+        if impl != "eager" and isinstance(config, ReasonerConfig):
             scheme, m, d = FULL_PRECISION[weight.dtype], config.heads, config.width // config.heads
             capacity, ring = window or config.context, window is not None
             self.caches = [
@@ -147,13 +191,13 @@ class Stream:
             raise ValueError(f"Stream.step: unit must have shape (b 1 c), got {tuple(unit.shape)}")
         x = unit + self.reasoner.positions(self.seen, 1)
         self.seen += 1
-        for i, layer in enumerate(cast(list[Layer], list(self.reasoner.layers))):
+        for i, layer in enumerate(cast("list[Layer | T5Layer]", list(self.reasoner.layers))):
             x = layer.after(x, self._attend(i, layer.self_attn, layer.self_attn_layer_norm(x)))
         return self.reasoner.final_layer_norm(x)
 
-    def _attend(self, i: int, attention: SelfAttention, x: Tensor) -> Tensor:
+    def _attend(self, i: int, attention: SelfAttention | T5SelfAttention, x: Tensor) -> Tensor:
         q, k, v = attention.project(x)
-        if self.impl != "eager":
+        if self.impl != "eager" and isinstance(attention, SelfAttention):
             out, lse = vk.decode_attention(q, self.caches[i].append(k, v), return_lse=True)
             return attention.with_prefix(q, out, lse)
         if self.caches[i] is not None:

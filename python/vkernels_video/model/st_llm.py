@@ -70,6 +70,12 @@ def _rows(h: Tensor, rows: Tensor, impl: str) -> Tensor:
     return out[0]
 
 
+def refuse_too_long(decoder: Decoder, longest: int) -> None:
+    context = decoder.config.context
+    if longest > context:
+        raise ValueError(f"ST-LLM: video and text must fit the decoder's {context} positions, got {longest}")
+
+
 def states(
     decoder: Decoder, examples: list[Example], video: Tensor, keep: Tensor | None, impl: str, positions: str
 ) -> tuple[Tensor, Laid]:
@@ -78,9 +84,7 @@ def states(
     kept = n if keep is None else keep.shape[1]
     own = keep if positions == "original" else None
     laid = lay(examples, kept, packed=impl != "eager", keep=own, uncut=n)
-    longest, context = int(laid.positions.max()) + 1, decoder.config.context
-    if longest > context:
-        raise ValueError(f"ST-LLM: video and text must fit the decoder's {context} positions, got {longest}")
+    refuse_too_long(decoder, int(laid.positions.max()) + 1)
     x = inputs(examples, video, keep, decoder.embed_tokens, impl, laid)
     place = laid.positions.to(x.device)
     return decoder.hidden(x, place.view(x.shape[:2]) if impl == "eager" else place, laid.lengths, impl), laid
@@ -122,8 +126,12 @@ def training_losses(
     h, laid = states(decoder, examples, video, keep, impl, positions)
     losses = {"answer": answer_loss(decoder, h, laid, impl)}
     if mvm is not None and keep is not None:
+        seen = examples
+        if impl != "eager":  # what stands behind the video is seen by none of its rows
+            refuse_too_long(decoder, max(len(example.text) for example in examples) + video.shape[1])
+            seen = [Example(example.before, [], []) for example in examples]
         with torch.no_grad():
-            full, everywhere = states(decoder, examples, video, None, impl, positions)
+            full, everywhere = states(decoder, seen, video, None, impl, positions)
             teacher = _rows(full, everywhere.video.gather(1, keep.cpu()).flatten(), impl)
         student = mvm(_rows(h, laid.video.flatten(), impl))
         losses["mvm"] = mvm_loss(student, teacher, kind)

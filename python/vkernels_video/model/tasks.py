@@ -5,16 +5,17 @@ Eight tasks in four families. Only final states are supervised; no head has more
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels.rearrangement import csr
-from vkernels_video.model.config import ReasonerConfig, TaskConfig
+from vkernels_video.model.config import IMPLS, TaskConfig
+from vkernels_video.model.presets import task_preset
 from vkernels_video.model.reasoner import Reasoner
 
 FAMILIES = {
@@ -119,8 +120,18 @@ class TaskModel(nn.Module):
         else:
             self.classify = nn.Linear(width, config.classes if self.family == "dense" else 1)
 
+    @classmethod
+    def from_preset(cls, name: str, seed: int = 0, **changes: Any) -> TaskModel:
+        """A preset with seeded random weights; `changes` are fields of its config, `task` and `classes` say.
+        `model.reasoner.load(folder)` then reads a checkpoint of its language model."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(replace(task_preset(name), **changes))
+
     def states(self, features: Tensor, text: Tensor | None = None, impl: str = "vkernels") -> Tensor:
         """Final states of the units, of the text after them, and of the query at the end where the task has one."""
+        if impl not in IMPLS:
+            raise ValueError(f"TaskModel: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         if features.dim() not in (3, 4) or features.shape[1] == 0:
             raise ValueError(f"TaskModel: features must have shape (b N d) or (b N u d), got {tuple(features.shape)}")
         parts = [self.translator(features, impl)]
@@ -199,6 +210,8 @@ def retrieval_loss(classes: Tensor, spans: Tensor, targets: list[Segments]) -> T
 
     classes [b m C + 1], spans [b m 2]. Refuses more targets than slots.
     """
+    from scipy.optimize import linear_sum_assignment  # half of what importing this module would otherwise take
+
     total = classes.new_zeros(())
     for logits, found, target in zip(classes, spans, targets, strict=True):
         k, m = len(target.classes), len(found)
@@ -247,12 +260,3 @@ def tune(model: TaskModel, scheme: str, rank: int = 8) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("reasoner.") or (chosen is not None and chosen in name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def opt(size: str = "125m", **changes) -> ReasonerConfig:
-    """OPT by size."""
-    sizes = {"125m": (768, 12, 12), "1.3b": (2048, 32, 24), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32)}
-    if size not in sizes:
-        raise ValueError(f"opt: size must be one of {', '.join(sizes)}, got {size!r}")
-    width, heads, layers = sizes[size]
-    return ReasonerConfig(width=width, heads=heads, layers=layers, mlp=4 * width, **changes)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -17,22 +17,36 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
 
 import vkernels as vk
+from vkernels.check import require
 from vkernels.rearrangement import assemble, interleave_clips
-from vkernels_video.model import checkpoint, connector
+from vkernels_video.model import checkpoint, connector, generation
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.cache import FULL_PRECISION, DequantisingCache, GrowingCache, dequantise
 from vkernels_video.model.clip import Trunk
 from vkernels_video.model.config import EncoderConfig, VideoLLMConfig
-from vkernels_video.model.decoder import Decoder, Prompt, ntk_base
+from vkernels_video.model.decoder import Decoder, Prompt
 from vkernels_video.model.encoder import Encoder
+from vkernels_video.model.generation import Answer, Session
 from vkernels_video.model.presets import preset
+from vkernels_video.model.published import refuse_other_decoder
 from vkernels_video.model.st_llm import GlobalLocal, MVMHead
+from vkernels_video.model.text import (
+    BEGIN,
+    END,
+    FOLDERS,
+    QUESTION_FOLDERS,
+    Bytes,
+    Missing,
+    Text,
+    Tokenizer,
+    find,
+)
 
 log = logging.getLogger("vkernels_video")
 CONFIG_FILE = "vkernels_video.json"
 Impl = Literal["eager", "vkernels"]
+__all__ = ["BEGIN", "END", "IMPLS", "Answer", "Generated", "Impl", "VideoLLM"]
 IMPLS: tuple[Impl, ...] = ("eager", "vkernels")
-BEGIN, END = 256, 257
 Stage = Callable[[str], AbstractContextManager]
 
 
@@ -69,6 +83,9 @@ class VideoLLM(nn.Module):
         self.mvm = MVMHead(width) if config.mvm else None
         self.decoder = Decoder(config.decoder)
         self.dequantise = dequantise
+        small = config.tokenizer == "bytes"
+        self.text: Text = Bytes() if small else Missing("the tokenizer")
+        self.question_text: Text = Bytes() if small else Missing("the Q-Former's tokenizer")
 
     @classmethod
     def from_preset(cls, name: str, seed: int = 0) -> VideoLLM:
@@ -99,6 +116,7 @@ class VideoLLM(nn.Module):
         state: checkpoint.State = {}
         names = []
         for each in paths:
+            refuse_other_decoder(model.config.decoder, each)
             found = checkpoint.read(each)
             source = checkpoint.recognise(found)
             fresh, unused = checkpoint.translate(found, source)
@@ -112,6 +130,7 @@ class VideoLLM(nn.Module):
         left = checkpoint.load(model, state, " + ".join(names), allow_missing)
         if left:
             log.warning("from_pretrained: %d tensors stay as initialised: %s", len(left), checkpoint.few(left))
+        model.read_tokenizers(paths)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -120,6 +139,17 @@ class VideoLLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         save_torch_state_dict(dict(self.state_dict()), folder)
+        for text, place in ((self.text, "."), (self.question_text, QUESTION_FOLDERS[0])):
+            if isinstance(text, Tokenizer):
+                text.save(folder / place)
+
+    def read_tokenizers(self, folders: Sequence[Path]) -> None:
+        """The tokenizers of a checkpoint, where the config takes them from there."""
+        if self.config.tokenizer == "checkpoint":
+            self.text = find(folders, FOLDERS, self.config.decoder.vocab, "the tokenizer")
+            if self.config.qformer is not None and self.reads:
+                what, vocab = "the Q-Former's tokenizer", self.config.qformer.vocab
+                self.question_text = find(folders, QUESTION_FOLDERS, vocab, what, special=True)
 
     def init_weights(self, seed: int) -> VideoLLM:
         """Random weights, the same for the same seed: linear maps keep the size of their input, so that attention is
@@ -155,8 +185,16 @@ class VideoLLM(nn.Module):
         spans the whole video. The last frame is repeated to fill the last slots; `connect` drops the copies.
         BT-Adapter's pooled output is one frame.
         """
-        if len(pixels) == 0:
-            raise ValueError("VideoLLM: pixels must hold at least one frame, got 0")
+        require(impl in IMPLS, "VideoLLM", "impl", f"be one of {', '.join(IMPLS)}", repr(impl))
+        side, given = self.config.encoder.image, tuple(pixels.shape)
+        require(
+            len(given) == 4 and given[1:] == (3, side, side),
+            "VideoLLM",
+            "pixels",
+            f"be frames (f, 3, {side}, {side})",
+            given,
+        )
+        require(len(pixels) > 0, "VideoLLM", "pixels", "hold at least one frame", 0)
         if not isinstance(self.encoder, Encoder):
             return self.features(pixels[None], impl)
         capacity = self.encoder.config.frames
@@ -197,12 +235,19 @@ class VideoLLM(nn.Module):
         return x
 
     def connect(
-        self, features: Tensor, frames: int, before: list[int], after: list[int], impl: Impl = "vkernels"
+        self,
+        features: Tensor,
+        frames: int,
+        before: list[int],
+        after: list[int],
+        impl: Impl = "vkernels",
+        asked: list[int] | None = None,
     ) -> tuple[Tensor, Prompt]:
-        """Features of one video and text -> decoder inputs [1 s d]: text, frames in the order of time, text."""
+        """Features of one video and text -> decoder inputs [1 s d]: text, frames in the order of time, text.
+        A Q-Former reads the ids `asked`; None: those after the video."""
         config = self.config
-        reads = config.qformer is not None and config.qformer.vocab > 0
-        x = self.visual(features, impl, torch.tensor([after]) if reads else None)
+        asked = after if asked is None else asked
+        x = self.visual(features, impl, torch.tensor([asked], dtype=torch.int64) if self.reads else None)
         text = self.decoder.embed_tokens(torch.tensor([before + after], dtype=torch.int64))
         shown = frames if config.arrange == "interleave" else x.shape[1]
         prompt = Prompt(len(before), shown, x.shape[2], len(after))
@@ -215,21 +260,40 @@ class VideoLLM(nn.Module):
         assert isinstance(inputs, Tensor)
         return inputs, prompt
 
-    def new_caches(self, impl: Impl, length: int) -> list:
-        """An empty cache per layer with room for `length` tokens."""
+    def new_caches(self, impl: Impl, length: int, rows: int = 1) -> list:
+        """An empty cache per layer with room for `length` tokens of each of `rows` sequences."""
         config = self.config
         layers, group, residual = range(config.decoder.layers), config.kv_group, config.kv_residual
         if impl == "eager":
             if config.kv == "none":
-                return [GrowingCache() for _ in layers]
-            return [DequantisingCache(config.kv, group, residual, self.dequantise) for _ in layers]
-        m, d, dtype = config.decoder.kv_heads, config.decoder.head, self.decoder.lm_head.weight.dtype
-        if config.kv == "none":
-            return [vk.KVCache(FULL_PRECISION[dtype], b=1, m=m, d=d, capacity=length) for _ in layers]
-        return [
-            vk.KVCache(config.kv, b=1, m=m, d=d, capacity=length, group=group, residual=residual, dtype=dtype)
-            for _ in layers
-        ]
+                return [[GrowingCache() for _ in range(rows)] for _ in layers]
+            return [
+                [DequantisingCache(config.kv, group, residual, self.dequantise) for _ in range(rows)] for _ in layers
+            ]
+        m, d, weight = config.decoder.kv_heads, config.decoder.head, self.decoder.lm_head.weight
+        quantised = config.kv != "none"
+        scheme = config.kv if quantised else FULL_PRECISION[weight.dtype]
+        more: dict[str, Any] = {"group": group, "residual": residual, "dtype": weight.dtype} if quantised else {}
+        return [vk.KVCache(scheme, b=rows, m=m, d=d, capacity=length, device=weight.device, **more) for _ in layers]
+
+    def prompt_ids(self, question: str) -> tuple[list[int], list[int], list[int]]:
+        """The config's template around a question: ids before the video, ids after it, and those a Q-Former reads."""
+        before, after = (
+            self.text.encode(part.replace("{question}", question)) if part else []
+            for part in self.config.template.split("{video}")
+        )
+        begin = [self.text.begin] if self.config.begin and self.text.begin is not None else []
+        return begin + before, after, self.question_text.encode(question) if self.reads else []
+
+    @property
+    def reads(self) -> bool:
+        """Whether the connector reads the question."""
+        return self.config.qformer is not None and self.config.qformer.vocab > 0
+
+    def prepare(self, pixels: Tensor, question: str, impl: Impl = "vkernels") -> tuple[Tensor, Prompt]:
+        """One video [f 3 h w] and a question as the decoder's input [1 s d], and where everything stands in it."""
+        before, after, asked = self.prompt_ids(question)
+        return self.connect(self.encode(pixels, impl), len(pixels), before, after, impl, asked)
 
     @torch.inference_mode()
     def generate(
@@ -240,36 +304,71 @@ class VideoLLM(nn.Module):
         impl: Impl = "vkernels",
         stage: Stage = lambda name: nullcontext(),
     ) -> Generated:
-        """Greedy decoding of `tokens` tokens about frames [f 3 h w]. `stage(name)` wraps each stage, for clocks."""
-        text = list(question.encode())
+        """Greedy decoding of `tokens` tokens about frames [f 3 h w], past any end mark, with the logits of each.
+        `stage(name)` wraps each stage, for clocks."""
+        require(tokens >= 1, "VideoLLM", "tokens", "be at least 1", tokens)
+        before, after, asked = self.prompt_ids(question)
         with stage("encoder"):
             features = self.encode(pixels, impl)
         with stage("connector"):
-            x, prompt = self.connect(features, len(pixels), [BEGIN], text, impl)
+            inputs = self.connect(features, len(pixels), before, after, impl, asked)
         del features
-        context = self.config.decoder.context
-        if self.config.decoder.rope_scaling == "none" and prompt.length + tokens > context:
-            length = f"{prompt.length} + {tokens}"
-            raise ValueError(f"VideoLLM: prompt and answer must fit the decoder's {context} positions, got {length}")
-        base = ntk_base(self.config.decoder, prompt.length + tokens)
+        session = Session(self, [inputs], tokens, impl)
+        del inputs
         with stage("prefill"):
-            caches = self.new_caches(impl, prompt.length + tokens)
-            logits = [self.decoder(x, 0, base, caches, prompt, impl)]
-        del x
+            logits = [session.start()]
         with stage("decode"):
-            chosen = [int(logits[0].argmax())]
+            chosen = [logits[0].argmax(-1)]
             while len(chosen) < tokens:
-                x = self.decoder.embed_tokens(torch.tensor([chosen[-1:]]))
-                position = prompt.length + len(chosen) - 1
-                logits.append(self.decoder(x, position, base, caches, None, impl))
-                chosen.append(int(logits[-1].argmax()))
-        return Generated(chosen, torch.cat(logits), prompt, base, sum(cache.bytes for cache in caches))
+                logits.append(session.step(chosen[-1]))
+                chosen.append(logits[-1].argmax(-1))
+        ids = [int(token) for token in chosen]
+        return Generated(ids, torch.cat(logits), session.prompts[0], session.rotary.base, session.bytes)
+
+    def answer(
+        self,
+        videos: Sequence[Tensor],
+        questions: Sequence[str],
+        tokens: int = 256,
+        impl: Impl = "vkernels",
+        *,
+        seed: int | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answers about a batch of videos [f 3 h w], of as many frames each as it likes, up to the end mark.
+
+        options: what transformers' `generate` takes: do_sample, temperature, top_k, top_p, num_beams, length_penalty,
+                 repetition_penalty, num_return_sequences (that many answers per video, side by side), streamer ...
+        seed:    of the sampling; None draws from torch's generator
+        A video's answer does not depend on the others of its batch, except that one rotary base, that of the longest,
+        serves all where the context is scaled.
+        """
+        require(len(videos) > 0, "VideoLLM", "videos", "hold at least one", len(videos))
+        require(
+            len(videos) == len(questions), "VideoLLM", "questions", f"be {len(videos)}, one a video", len(questions)
+        )
+        require(tokens >= 1, "VideoLLM", "tokens", "be at least 1", tokens)
+        with torch.no_grad():
+            inputs = [self.prepare(video, question, impl) for video, question in zip(videos, questions, strict=True)]
+        return generation.answer(self, inputs, tokens, impl, seed, **options)
+
+    def stream(
+        self, pixels: Tensor, question: str, tokens: int = 256, impl: Impl = "vkernels", **options: Any
+    ) -> Iterator[int]:
+        """The tokens of one answer as they come; `options` and `seed` as in `answer`, one beam. A thread makes them:
+        until the last has come, a seeded stream has torch's generator to itself."""
+        require(tokens >= 1, "VideoLLM", "tokens", "be at least 1", tokens)
+        with torch.no_grad():
+            inputs = self.prepare(pixels, question, impl)
+        return generation.stream(self, inputs, tokens, impl, **options)
 
 
 def _local(path: str | Path) -> Path:
     if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json"]))
+    return Path(
+        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"])
+    )
 
 
 def _own_config(folder: Path) -> VideoLLMConfig:
