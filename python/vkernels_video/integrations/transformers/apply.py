@@ -16,7 +16,7 @@ from vkernels.check import refusal, require
 from vkernels_video.integrations.transformers import cache as caches
 from vkernels_video.integrations.transformers import host, rope
 from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register, weights_refused
-from vkernels_video.integrations.transformers.methods import METHODS, Method
+from vkernels_video.integrations.transformers.methods import INLINE, METHODS, Method
 from vkernels_video.integrations.transformers.patches import Patches, reads
 from vkernels_video.integrations.transformers.report import Report
 from vkernels_video.integrations.transformers.seams import MARK, Left, Seam
@@ -301,6 +301,8 @@ class _Fitter:
     def _unreached(self) -> None:
         """What computes attention and reads no registry, said by name."""
         for module in self.model.modules():
+            if (why := INLINE.get(type(module).__name__)) is not None:
+                self._leave("merge", module, why)
             if isinstance(module, torch.nn.MultiheadAttention):
                 self._leave("attention", module, "torch.nn.MultiheadAttention reads no registry")
             own = re.search("Attention$", type(module).__name__) and reads_softmax(type(module).forward)

@@ -1,12 +1,22 @@
-"""Methods of known classes that are replaced whole, by class name."""
+"""Methods of known classes that are replaced whole, by class name: window gathers, pooling, shuffles, divided blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
+import vkernels as vk
+from vkernels.rearrangement import RearrangePlan, from_einops, merge_order, pool
+from vkernels_video.integrations.transformers import divided, vjepa2
 from vkernels_video.integrations.transformers.seams import Seam
+
+Made = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,174 @@ class Method:
     name: str
     parameters: tuple[str, ...]
     ours: str
-    make: Callable[[Any, Seam], Callable[..., Any]]
+    make: Callable[[Any, Seam], Made]
     why_not: Callable[[Any], str | None] = lambda module: None
 
 
-METHODS: dict[str, tuple[Method, ...]] = {}
+# ---- Qwen2.5-VL: tokens in the order of windows
+
+
+def _window_gather(module: Any, seam: Seam) -> Made:
+    def permute_input_for_window_attn(self: Any, input_tensor: Tensor, window_index: Tensor, seq_len: int) -> Tensor:
+        seam.called()
+        units = seq_len // self.spatial_merge_unit
+        idx = window_index[None].to(torch.int32)
+        plan = RearrangePlan("window", sources=(units,), n_out=units, idx=idx)  # merged tokens move as one row
+        return vk.rearrange(input_tensor.reshape(1, units, -1), plan).view(seq_len, -1)
+
+    return permute_input_for_window_attn
+
+
+# ---- LLaVA-OneVision, LLaVA-NeXT-Video, VideoLLaMA3: pooled grids
+
+
+@lru_cache(maxsize=32)
+def _pool(h: int, w: int, mode: str, stride: int) -> RearrangePlan:
+    return pool(1, h, w, mode=mode, stride=stride)
+
+
+@lru_cache(maxsize=32)
+def _merged_pool(h: int, w: int, merge: int) -> RearrangePlan:
+    """Tokens in merge order, halved as torch's bilinear interpolation halves their raster."""
+    pooled = pool(1, h, w, mode="bilinear", stride=merge)
+    return merge_order(1, h, w, merge).inverse.compose(pooled) if merge > 1 else pooled
+
+
+def _onevision_pooling(module: Any, seam: Seam) -> Made:
+    def apply_pooling(self: Any, image_features: Tensor) -> Tensor:
+        seam.called()
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return vk.rearrange(image_features, _pool(side, side, "bilinear", 2))
+
+    return apply_pooling
+
+
+def _next_video_pooler(module: Any, seam: Seam) -> Made:
+    mode = "mean" if isinstance(module.pool, torch.nn.AvgPool2d) else "max"
+    stride = module.pool.stride
+
+    def forward(self: Any, image_features: Tensor) -> Tensor:
+        seam.called()
+        side = math.isqrt(image_features.shape[1])
+        return vk.rearrange(image_features, _pool(side, side, mode, stride))
+
+    return forward
+
+
+def _pooler_why_not(module: Any) -> str | None:
+    if isinstance(module.pool, torch.nn.Conv2d):
+        return "it pools by a convolution"
+    size, stride = module.pool.kernel_size, module.pool.stride
+    return None if isinstance(size, int) and size == stride else f"windows of {size} at a stride of {stride}"
+
+
+def _video_llama_unshuffle(module: Any, seam: Seam) -> Made:
+    def pixel_unshuffle(self: Any, hidden_states: Tensor, grid_thw: Tensor, merge_sizes: Tensor) -> Tensor:
+        seam.called()
+        parts, begin = [], 0
+        for (t, h, w), merge in zip(grid_thw.tolist(), merge_sizes.tolist(), strict=True):
+            end = begin + t * h * w
+            frames = hidden_states[begin:end].view(t, h * w, -1)
+            parts.append(vk.rearrange(frames, _merged_pool(h, w, merge)).flatten(0, 1))
+            begin = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+
+    return pixel_unshuffle
+
+
+# ---- InternVL, SmolVLM: space to depth
+
+
+@lru_cache(maxsize=8)
+def _space_to_depth(r: int) -> RearrangePlan:
+    return from_einops("b (x p) (y q) c -> b x y (p q c)", p=r, q=r)
+
+
+def _internvl_shuffle(module: Any, seam: Seam) -> Made:
+    def pixel_shuffle(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
+        r = round(1 / scale_factor)
+        _, width, height, _ = vision_features.shape
+        if r * scale_factor != 1 or width % r or height % r:
+            return type(self).pixel_shuffle(self, vision_features, scale_factor)
+        seam.called()
+        return vk.rearrange(vision_features, _space_to_depth(r))
+
+    return pixel_shuffle
+
+
+def _smolvlm_shuffle(module: Any, seam: Seam) -> Made:
+    def pixel_shuffle(self: Any, x: Tensor, scale_factor: int = 2) -> Tensor:
+        b, s, c = x.shape
+        side = math.isqrt(s)
+        if side * side != s or side % scale_factor:
+            return type(self).pixel_shuffle(self, x, scale_factor)
+        seam.called()
+        return vk.rearrange(x.view(b, side, side, c), _space_to_depth(scale_factor)).flatten(1, 2)
+
+    return pixel_shuffle
+
+
+_REARRANGE = "one pass of vkernels.rearrange"
+
+METHODS: dict[str, tuple[Method, ...]] = {
+    "Qwen2_5_VisionTransformerPretrainedModel": (
+        Method(
+            "window",
+            "permute_input_for_window_attn",
+            ("input_tensor", "window_index", "seq_len"),
+            _REARRANGE,
+            _window_gather,
+        ),
+    ),
+    "LlavaOnevisionModel": (Method("pool", "apply_pooling", ("image_features",), _REARRANGE, _onevision_pooling),),
+    "LlavaNextVideoPooler": (
+        Method("pool", "forward", ("image_features",), _REARRANGE, _next_video_pooler, _pooler_why_not),
+    ),
+    "VideoLlama3VisionModel": (
+        Method(
+            "pool", "pixel_unshuffle", ("hidden_states", "grid_thw", "merge_sizes"), _REARRANGE, _video_llama_unshuffle
+        ),
+    ),
+    "InternVLModel": (
+        Method("pool", "pixel_shuffle", ("vision_features", "scale_factor"), _REARRANGE, _internvl_shuffle),
+    ),
+    "SmolVLMConnector": (Method("pool", "pixel_shuffle", ("x", "scale_factor"), _REARRANGE, _smolvlm_shuffle),),
+    "TimesformerLayer": (
+        Method(
+            "block",
+            "forward",
+            ("hidden_states", "output_attentions"),
+            "vkernels.divided_attention, in time and in space",
+            divided.timesformer_layer,
+            divided.why_not,
+        ),
+    ),
+    "VJEPA2RopeAttention": (
+        Method(
+            "rope",
+            "apply_rotary_embeddings",
+            ("qk", "pos_ids"),
+            "two vkernels.apply_rope, halves of either",
+            vjepa2.rotary,
+        ),
+    ),
+}
+
+# What a model of these classes does inline, where nothing can be replaced without owning its forward.
+INLINE: dict[str, str] = {
+    name: "video rows enter the embeddings by masked_scatter, inline in its forward"
+    for name in (
+        "VideoLlavaModel",
+        "LlavaNextVideoModel",
+        "LlavaOnevisionModel",
+        "Qwen2VLModel",
+        "Qwen2_5_VLModel",
+        "Qwen3VLModel",
+        "VideoLlama3Model",
+        "InternVLModel",
+        "SmolVLMModel",
+        "InstructBlipVideoModel",
+        "InstructBlipVideoForConditionalGeneration",
+    )
+}
