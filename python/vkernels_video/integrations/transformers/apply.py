@@ -22,6 +22,7 @@ from vkernels_video.integrations.transformers.report import Report
 from vkernels_video.integrations.transformers.seams import MARK, Left, Seam
 
 REPORT = "_vkernels_report"
+_CACHE = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
 
 # What is known of classes by name: kinds of seam that must be there. Strict refuses a version that lost one.
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -271,8 +272,8 @@ class _Fitter:
             self._leave("cache", target, "it has no generate")
             return
         stock = type(target)._prepare_cache_for_generation
-        if not host.starts_with(stock, ("self", "generation_config", "model_kwargs")):
-            self._lost("cache", target, "generates without _prepare_cache_for_generation(generation_config, model_kwargs, ...)")
+        if not host.starts_with(stock, ("self", *_CACHE)):
+            self._lost("cache", target, f"generates without _prepare_cache_for_generation({', '.join(_CACHE)})")
             return
         seam = self._count("cache", target, "DynamicCache", f"{self.options['cache']} codes, vkernels.decode_attention")
         made = caches.preparing(stock, self.options["cache"], seam)

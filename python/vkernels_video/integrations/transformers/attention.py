@@ -144,7 +144,7 @@ def _stock(
         s_q, s_k = q.shape[2], k.shape[2]
         plan = packed_plan(cu_q, given["cu_seq_lens_k"].clone(), s_q, s_k)
         plan = _causal_inside(plan, s_q, s_k, cu_q.device) if is_causal else plan
-        mask = StructuredMask(plan, (1, 1, s_q, s_k), False, None, False).dense()[:, None]
+        mask = StructuredMask(lambda: plan, (1, 1, s_q, s_k)).dense()[:, None]
     packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     rest = {name: x for name, x in given.items() if name not in packed}
     sdpa = host.attention_interface()["sdpa"]

@@ -36,9 +36,23 @@ class StructuredMask:
 
     ndim = 4
 
-    def __init__(self, plan: MaskPlan, shape: tuple[int, int, int, int], causal: bool, window: int | None, padded: bool):
-        self.plan, self.shape = plan, shape
+    def __init__(
+        self,
+        make: Callable[[], MaskPlan],
+        shape: tuple[int, int, int, int],
+        causal: bool = False,
+        window: int | None = None,
+        padded: bool = False,
+    ):
+        self._make, self._plan, self.shape = make, None, shape
         self.causal, self.window, self.padded = causal, window, padded
+
+    @property
+    def plan(self) -> MaskPlan:
+        """Made when a layer first asks: a cache of codes never does."""
+        if self._plan is None:
+            self._plan: MaskPlan | None = self._make()
+        return self._plan
 
     def __repr__(self) -> str:
         words = [word for word, told in (("causal", self.causal), ("padded", self.padded)) if told]
@@ -120,7 +134,11 @@ def make_mask(
             device=device,
             **rest | {"allow_is_causal_skip": False},
         )
-    plan = _plan(start - kv_offset, end - kv_offset, keep, kv_length)
+
+
+    def plan() -> MaskPlan:
+        return _plan(start - kv_offset, end - kv_offset, keep, kv_length)
+
     return StructuredMask(plan, (batch_size, 1, q_length, kv_length), causal, window, keep is not None)
 
 
