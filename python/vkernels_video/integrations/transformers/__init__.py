@@ -8,5 +8,16 @@ from vkernels_video.integrations.transformers.apply import accelerated, apply, r
 from vkernels_video.integrations.transformers.attention import register
 from vkernels_video.integrations.transformers.host import MissingSeam
 from vkernels_video.integrations.transformers.report import Mismatch, Report, Verification
+from vkernels_video.integrations.transformers.vision import vision_kwargs
 
-__all__ = ["MissingSeam", "Mismatch", "Report", "Verification", "accelerated", "apply", "register", "restore"]
+__all__ = [
+    "MissingSeam",
+    "Mismatch",
+    "Report",
+    "Verification",
+    "accelerated",
+    "apply",
+    "register",
+    "restore",
+    "vision_kwargs",
+]

@@ -14,49 +14,17 @@ import torch
 
 from vkernels.check import refusal, require
 from vkernels_video.integrations.transformers import cache as caches
-from vkernels_video.integrations.transformers import host, rope
+from vkernels_video.integrations.transformers import host, known
+from vkernels_video.integrations.transformers import rope as ropes
 from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register, weights_refused
 from vkernels_video.integrations.transformers.methods import INLINE, METHODS, Method
-from vkernels_video.integrations.transformers.patches import Patches, reads
+from vkernels_video.integrations.transformers.patches import Patches
 from vkernels_video.integrations.transformers.report import Report
 from vkernels_video.integrations.transformers.seams import MARK, Left, Seam
 
 REPORT = "_vkernels_report"
+_HEAD_SIZES = ("head_dim", "attention_head_size")
 _CACHE = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
-
-# What is known of classes by name: kinds of seam that must be there. Strict refuses a version that lost one.
-KNOWN: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "LlamaAttention",
-            "MistralAttention",
-            "Qwen2Attention",
-            "Qwen3Attention",
-            "Qwen2VLAttention",
-            "Qwen2_5_VLAttention",
-            "Qwen3VLTextAttention",
-            "VisionAttention",
-            "Qwen2_5_VLVisionAttention",
-            "Qwen3VLVisionAttention",
-            "VideoLlama3VisionAttention",
-        ),
-        ("attention", "rope"),
-    ),
-    **dict.fromkeys(
-        (
-            "CLIPAttention",
-            "SiglipAttention",
-            "InternVLVisionAttention",
-            "SmolVLMVisionAttention",
-            "InstructBlipVideoAttention",
-            "InstructBlipVideoQFormerMultiHeadAttention",
-            "VivitAttention",
-            "VideoMAESelfAttention",
-            "VJEPA2RopeAttention",
-        ),
-        ("attention",),
-    ),
-}
 
 
 def apply(
@@ -115,6 +83,8 @@ def _usable(model: torch.nn.Module, options: dict[str, Any]) -> Report | None:
     require(not compiled, "apply", "model", "not be compiled yet (apply, then torch.compile)", type(model).__name__)
     known = (None, *caches.SCHEMES)
     require(options["cache"] in known, "apply", "cache", f"be None, {', '.join(known[1:])}", repr(options["cache"]))
+    fits = options["cache"] is None or options["attention"]
+    require(fits, "apply", "attention", "be True with a cache: only our attention reads codes", False)
     if (report := model.__dict__.get(REPORT)) is not None:
         rule = f"be restored before other options than {report.options} are applied"
         require(report.options == options, "apply", "model", rule, options)
@@ -137,7 +107,9 @@ def restore(model: torch.nn.Module) -> Report:
     """
     report = model.__dict__.get(REPORT) if isinstance(model, torch.nn.Module) else None
     if report is None:
-        raise ValueError(refusal("restore", "model", "be one that apply has changed and restore has not", type(model).__name__))
+        raise ValueError(
+            refusal("restore", "model", "be one that apply has changed and restore has not", type(model).__name__)
+        )
     report.patches.undo()
     return report
 
@@ -170,9 +142,9 @@ class _Fitter:
         for name, module in self.model.named_modules():
             self._refuse_mixed(name, module)
             found = {kind for kind in ("attention", "rope") if self._offer(kind, module)}
-            missing = set(KNOWN.get(type(module).__name__, ())) - found
-            for kind in sorted(missing):
-                self._missing(kind, module)
+            for kind in sorted(set(known.KNOWN.get(type(module).__name__, ())) - found):
+                lost = known.attention_lost if kind == "attention" else known.rope_lost
+                self._lost(kind, module, lost(type(module)))
             for method in METHODS.get(type(module).__name__, ()):
                 if self.options["vision"]:
                     self._method(module, method)
@@ -191,33 +163,34 @@ class _Fitter:
         """Whether `module` has a seam of this kind; it is replaced where the options ask for it."""
         forward = type(module).forward
         if kind == "attention":
-            if not reads_registry(forward):
+            if not known.reads_registry(forward):
                 return False
             if self.options["attention"]:
-                varlen = reads(forward, "is_flash_attention_requested") and "cu_seqlens" in host.parameters(forward)
-                how = "vkernels.attention, all windows in one call" if varlen else "vkernels.attention"
-                config = getattr(module, "config", None)
-                stock = f"{getattr(config, '_attn_implementation', None)} of the registry"
-                self._count(kind, module, stock, how)
+                how = (
+                    "vkernels.attention, all windows in one call" if known.is_varlen(forward) else "vkernels.attention"
+                )
+                stock = getattr(getattr(module, "config", None), "_attn_implementation", None)
+                self._count(kind, module, f"{stock} of the registry", how)
             return True
-        name = rope.rope_name(forward)
-        if name is None:
+        name = ropes.rope_name(forward)
+        if name is None or (reason := ropes.why_not(forward, name)) is not None:
+            if name is not None:
+                self._leave("rope", module, reason)
             return False
-        if not self.options["rope"]:
-            return True
-        if (reason := rope.why_not(forward, name)) is not None:
-            self._leave("rope", module, reason)
-            return False
-        d = _head_size(module)
-        if d is None:
-            self._leave("rope", module, "its head size is not known")
-            return False
-        if "forward" in module.__dict__:
-            self._leave("rope", module, "its forward is bound to the instance already (accelerate, peft, another patch)")
-            return False
-        seam = self._count("rope", module, f"{name} of {type(module).__module__}", "vkernels.apply_rope")
-        self.patches.set(module, "forward", types.MethodType(rope.rotating(forward, name, d // 2, seam), module))
+        if self.options["rope"]:
+            self._turn(module, forward, name)
         return True
+
+    def _turn(self, module: torch.nn.Module, forward: Any, name: str) -> None:
+        d = next((x for x in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(x, int)), None)
+        if d is None:
+            return self._leave("rope", module, f"it has no {' or '.join(_HEAD_SIZES)}")
+        if "forward" in module.__dict__:
+            return self._leave(
+                "rope", module, "its forward is bound to the instance already (accelerate, another patch)"
+            )
+        seam = self._count("rope", module, f"{name} of {type(module).__module__}", "vkernels.apply_rope")
+        self.patches.set(module, "forward", types.MethodType(ropes.rotating(forward, name, d // 2, seam), module))
 
     def _count(self, kind: str, module: torch.nn.Module, stock: str, ours: str) -> Seam:
         key = (kind, type(module))
@@ -242,9 +215,9 @@ class _Fitter:
         owned = {id(m.__dict__["config"]): m.__dict__["config"] for group in users.values() for m in group}
         switched = set()
         for key, config in owned.items():
-            readers = [m for m in users[key] if reads_registry(type(m).forward)]
+            readers = [m for m in users[key] if known.reads_registry(type(m).forward)]
             if readers:
-                varlen = any(reads(type(m).forward, "is_flash_attention_requested") for m in readers)
+                varlen = any(known.is_varlen(type(m).forward) for m in readers)
                 config._attn_implementation_internal = VARLEN if varlen else PLAIN
                 switched.add(key)
         for key, config in owned.items():
@@ -255,10 +228,8 @@ class _Fitter:
     # ---- methods, cache, refusals
 
     def _method(self, module: torch.nn.Module, method: Method) -> None:
-        stock = getattr(type(module), method.name, None)
-        if stock is None or not host.starts_with(stock, ("self", *method.parameters)):
-            signature = f"{type(module).__name__}.{method.name}({', '.join(method.parameters)})"
-            self._lost(method.kind, module, f"has no {signature}")
+        if (lost := known.method_lost(type(module), method)) is not None:
+            self._lost(method.kind, module, lost)
             return
         if (reason := method.why_not(module)) is not None:
             self._leave(method.kind, module, reason)
@@ -273,26 +244,23 @@ class _Fitter:
             return
         stock = type(target)._prepare_cache_for_generation
         if not host.starts_with(stock, ("self", *_CACHE)):
-            self._lost("cache", target, f"generates without _prepare_cache_for_generation({', '.join(_CACHE)})")
+            self._lost(
+                "cache",
+                target,
+                f"{type(target).__name__} generates without _prepare_cache_for_generation({', '.join(_CACHE)})",
+            )
             return
         seam = self._count("cache", target, "DynamicCache", f"{self.options['cache']} codes, vkernels.decode_attention")
         made = caches.preparing(stock, self.options["cache"], seam)
         self.patches.set(target, "_prepare_cache_for_generation", types.MethodType(made, target))
 
-    def _missing(self, kind: str, module: torch.nn.Module) -> None:
-        told = any(left.kind == kind and left.where == type(module).__name__ for left in self.report.left)
-        what = "reads the attention registry" if kind == "attention" else f"calls {' or '.join(rope.FUNCTIONS)}"
-        why = next((left.why for left in self.report.left if told and left.where == type(module).__name__), None)
-        self._lost(kind, module, why or f"has a {type(module).__name__}.forward that no longer {what}", told)
-
-    def _lost(self, kind: str, module: torch.nn.Module, what: str, told: bool = False) -> None:
+    def _lost(self, kind: str, module: torch.nn.Module, what: str | None) -> None:
         if self.options["strict"]:
             raise host.MissingSeam(
-                f"transformers {host.version()} {what} ({kind} of {type(module).__name__}); "
+                f"apply: transformers {host.version()}: {what}, which vkernels replaces ({kind}); "
                 "apply(..., strict=False) leaves it as it is"
             )
-        if not told:
-            self._leave(kind, module, f"transformers {host.version()} {what}")
+        self._leave(kind, module, f"transformers {host.version()}: {what}")
 
     def _leave(self, kind: str, module: torch.nn.Module, why: str) -> None:
         left = Left(kind, type(module).__name__, why)
@@ -306,8 +274,8 @@ class _Fitter:
                 self._leave("merge", module, why)
             if isinstance(module, torch.nn.MultiheadAttention):
                 self._leave("attention", module, "torch.nn.MultiheadAttention reads no registry")
-            own = re.search("Attention$", type(module).__name__) and reads_softmax(type(module).forward)
-            if own and not reads_registry(type(module).forward) and not self._inside_block(module):
+            own = re.search("Attention$", type(module).__name__) and known.reads_softmax(type(module).forward)
+            if own and not known.reads_registry(type(module).forward) and not self._inside_block(module):
                 self._leave("attention", module, "its forward computes attention itself and reads no registry")
 
     def _inside_block(self, module: torch.nn.Module) -> bool:
@@ -315,11 +283,17 @@ class _Fitter:
         return any(module is part for block in blocks for part in block.modules())
 
     def _refuse_mixed(self, name: str, module: torch.nn.Module) -> None:
-        if not reads_registry(type(module).forward):
+        if not known.reads_registry(type(module).forward):
             return
         weights = [p for p in module.parameters() if p.is_floating_point() and p.dim() == 2 and p.element_size() > 1]
         kinds = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
-        require(len(kinds) <= 1, "apply", "model", f"have one dtype within an attention module ({name})", " and ".join(kinds))
+        require(
+            len(kinds) <= 1,
+            "apply",
+            "model",
+            f"have one dtype within an attention module ({name})",
+            " and ".join(kinds),
+        )
 
     def _refuse_weights(self) -> None:
         """Every model inside refuses output_attentions before it runs."""
@@ -333,19 +307,3 @@ class _Fitter:
 def _no_weights(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions"):
         raise ValueError(weights_refused(type(module).__name__))
-
-
-def reads_registry(forward: Any) -> bool:
-    return reads(forward, "ALL_ATTENTION_FUNCTIONS")
-
-
-def reads_softmax(forward: Any) -> bool:
-    code = getattr(forward, "__code__", None)
-    return code is not None and "softmax" in code.co_names
-
-
-def _head_size(module: torch.nn.Module) -> int | None:
-    for name in ("head_dim", "attention_head_size"):
-        if isinstance(size := getattr(module, name, None), int):
-            return size
-    return None

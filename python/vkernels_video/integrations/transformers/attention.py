@@ -170,4 +170,3 @@ def weights_refused(where: str) -> str:
         f"True for {where}",
         'restore(model) and model.set_attn_implementation("eager") give them',
     )
-

@@ -142,9 +142,7 @@ def preparing(stock: Callable[..., Any], scheme: str, seam: Seam) -> Callable[..
         encoder = self.config.is_encoder_decoder
         if own or encoder or not generation_config.use_cache or generation_config.is_assistant:
             seam.left_to_stock("generate has another cache, none, or an encoder")
-            return stock(
-                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest
-            )
+            return stock(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *rest)
         made = partial(_layer_class(), scheme, max_cache_length + SLACK, model_kwargs.get("attention_mask"), seam)
         cache = host.attribute("transformers.cache_utils", "Cache")
         model_kwargs["past_key_values"] = cache(layer_class_to_replicate=made)

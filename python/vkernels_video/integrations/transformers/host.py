@@ -21,7 +21,9 @@ def version() -> str:
     try:
         import transformers
     except ImportError:
-        raise ImportError("vkernels_video.integrations.transformers needs transformers (pip install 'vkernels[hf]')") from None
+        raise ImportError(
+            "vkernels_video.integrations.transformers needs transformers (pip install 'vkernels[hf]')"
+        ) from None
     return transformers.__version__
 
 

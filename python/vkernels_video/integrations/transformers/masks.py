@@ -135,7 +135,6 @@ def make_mask(
             **rest | {"allow_is_causal_skip": False},
         )
 
-
     def plan() -> MaskPlan:
         return _plan(start - kv_offset, end - kv_offset, keep, kv_length)
 

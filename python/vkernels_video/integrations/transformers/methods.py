@@ -61,11 +61,13 @@ def _merged_pool(h: int, w: int, merge: int) -> RearrangePlan:
 
 
 def _onevision_pooling(module: Any, seam: Seam) -> Made:
+    vision = module.config.vision_config
+    side = vision.image_size // vision.patch_size
+    plan = _pool(side, side, "bilinear", 2)
+
     def apply_pooling(self: Any, image_features: Tensor) -> Tensor:
         seam.called()
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return vk.rearrange(image_features, _pool(side, side, "bilinear", 2))
+        return vk.rearrange(image_features, plan)
 
     return apply_pooling
 
@@ -75,6 +77,8 @@ def _next_video_pooler(module: Any, seam: Seam) -> Made:
     stride = module.pool.stride
 
     def forward(self: Any, image_features: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # plans are built from lists
+            return type(self).forward(self, image_features)
         seam.called()
         side = math.isqrt(image_features.shape[1])
         return vk.rearrange(image_features, _pool(side, side, mode, stride))
@@ -91,6 +95,8 @@ def _pooler_why_not(module: Any) -> str | None:
 
 def _video_llama_unshuffle(module: Any, seam: Seam) -> Made:
     def pixel_unshuffle(self: Any, hidden_states: Tensor, grid_thw: Tensor, merge_sizes: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # sizes are values of a tensor
+            return type(self).pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes)
         seam.called()
         parts, begin = [], 0
         for (t, h, w), merge in zip(grid_thw.tolist(), merge_sizes.tolist(), strict=True):
@@ -106,31 +112,35 @@ def _video_llama_unshuffle(module: Any, seam: Seam) -> Made:
 # ---- InternVL, SmolVLM: space to depth
 
 
-@lru_cache(maxsize=8)
 def _space_to_depth(r: int) -> RearrangePlan:
     return from_einops("b (x p) (y q) c -> b x y (p q c)", p=r, q=r)
 
 
 def _internvl_shuffle(module: Any, seam: Seam) -> Made:
+    r = round(1 / module.config.downsample_ratio)
+    plan = _space_to_depth(r)
+
     def pixel_shuffle(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
-        r = round(1 / scale_factor)
         _, width, height, _ = vision_features.shape
         if r * scale_factor != 1 or width % r or height % r:
             return type(self).pixel_shuffle(self, vision_features, scale_factor)
         seam.called()
-        return vk.rearrange(vision_features, _space_to_depth(r))
+        return vk.rearrange(vision_features, plan)
 
     return pixel_shuffle
 
 
 def _smolvlm_shuffle(module: Any, seam: Seam) -> Made:
+    r = module.scale_factor
+    plan = _space_to_depth(r)
+
     def pixel_shuffle(self: Any, x: Tensor, scale_factor: int = 2) -> Tensor:
         b, s, c = x.shape
         side = math.isqrt(s)
-        if side * side != s or side % scale_factor:
+        if side * side != s or scale_factor != r or side % r:
             return type(self).pixel_shuffle(self, x, scale_factor)
         seam.called()
-        return vk.rearrange(x.view(b, side, side, c), _space_to_depth(scale_factor)).flatten(1, 2)
+        return vk.rearrange(x.view(b, side, side, c), plan).flatten(1, 2)
 
     return pixel_shuffle
 

@@ -82,7 +82,9 @@ class Report:
     def __str__(self) -> str:
         model = self.model_ref()
         name = "a model that is gone" if model is None else type(model).__name__
-        lines = [f"vkernels on {name}, transformers {host.version()}, {'in place' if self.patches.active else 'restored'}"]
+        lines = [
+            f"vkernels on {name}, transformers {host.version()}, {'in place' if self.patches.active else 'restored'}"
+        ]
         lines += [f"  replaced  {seam}" for seam in self.seams]
         lines += [f"  left      {left}" for left in self.left]
         return "\n".join(lines)
