@@ -67,7 +67,7 @@ def llama() -> Sample:
 def qwen2() -> Sample:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    window = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    window: dict[str, Any] = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
     return Sample(Qwen2ForCausalLM(Qwen2Config(**TEXT, **window)), _left_padded(_ids(2, 11), 4), True)
 
 
@@ -151,7 +151,7 @@ def _grid_inputs(grid: tuple[int, int, int], pixels: int, merged: int) -> dict[s
     )
 
 
-_SPECIAL = dict(
+_SPECIAL: dict[str, Any] = dict(
     image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_START + 1
 )
 
@@ -244,9 +244,7 @@ def smolvlm() -> Sample:
     from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
     vision = dict(CLIP, image_size=32, num_channels=3)
-    config = SmolVLMConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
-    )
+    config = SmolVLMConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2)
     inputs = dict(input_ids=_with_video(2 * 4, IMAGE), pixel_values=torch.randn(1, 2, 3, 32, 32))
     return Sample(SmolVLMForConditionalGeneration(config), inputs, True)
 

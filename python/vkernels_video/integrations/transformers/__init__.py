@@ -11,8 +11,8 @@ from vkernels_video.integrations.transformers.report import Mismatch, Report, Ve
 from vkernels_video.integrations.transformers.vision import vision_kwargs
 
 __all__ = [
-    "MissingSeam",
     "Mismatch",
+    "MissingSeam",
     "Report",
     "Verification",
     "accelerated",

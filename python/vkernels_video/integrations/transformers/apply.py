@@ -47,7 +47,7 @@ def apply(
                    packed windows make one call per layer
         rope:      rotary positions of text and vision attention
         vision:    window gathers, pooling, pixel shuffles, divided space-time blocks
-        cache:     "int8", "int4" or "int2": `generate` keeps keys and values as codes and attends on them; None: as it was
+        cache:     "int8", "int4" or "int2": `generate` keeps keys and values as codes and attends on them
         strict:    raise where a class this adapter knows has lost a seam; False leaves it and says so in the report
     Returns:
         a Report; applying again with the same options returns it as it is
@@ -66,7 +66,7 @@ def apply(
     try:
         _Fitter(model, report).fit()
         done = {seam.kind for seam in report.seams}
-        rule = "have a module that vkernels can replace (one that reads transformers' attention registry, or one of docs/integrations.md)"
+        rule = "have a module vkernels can replace (one that reads the attention registry, or of docs/integrations.md)"
         require(bool(done), "apply", "model", rule, type(model).__name__)
     except BaseException:
         report.patches.undo()
@@ -173,9 +173,10 @@ class _Fitter:
                 self._count(kind, module, f"{stock} of the registry", how)
             return True
         name = ropes.rope_name(forward)
-        if name is None or (reason := ropes.why_not(forward, name)) is not None:
-            if name is not None:
-                self._leave("rope", module, reason)
+        if name is None:
+            return False
+        if (reason := ropes.why_not(forward, name)) is not None:
+            self._leave("rope", module, reason)
             return False
         if self.options["rope"]:
             self._turn(module, forward, name)
@@ -238,7 +239,7 @@ class _Fitter:
         self.patches.set(module, method.name, types.MethodType(method.make(module, seam), module))
 
     def _cache(self) -> None:
-        target = self.model
+        target: Any = self.model
         if not hasattr(type(target), "_prepare_cache_for_generation"):
             self._leave("cache", target, "it has no generate")
             return

@@ -58,7 +58,7 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **given: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Any, None]:
     """softmax(scaling q k^T) v of q [b, n, s, d] as [b, s, n, d]: transformers' contract, on `vkernels.attention`."""
     if given.get("output_attentions"):
         raise ValueError(weights_refused(type(module).__name__))

@@ -31,7 +31,7 @@ class Codes:
     def __init__(self, cache: vk.KVCache, unpadded: bool, seam: Seam):
         self.cache, self.unpadded, self.seam = cache, unpadded, seam
 
-    def attend(self, query: Tensor, mask: Any, scaling: float | None) -> Tensor:
+    def attend(self, query: Tensor, mask: Any, scaling: float | None) -> Any:
         """softmax(scaling q k^T) v of the newest tokens q [b, n, s, d] as [b, s, n, d]."""
         q = query.transpose(1, 2)
         if mask is not None and not isinstance(mask, StructuredMask):
@@ -43,7 +43,7 @@ class Codes:
             return vk.decode_attention(q, self.cache, scale=scaling, window=window)
         return self._on_all(q, mask, scaling)
 
-    def _on_all(self, q: Tensor, mask: StructuredMask | None, scaling: float | None) -> Tensor:
+    def _on_all(self, q: Tensor, mask: StructuredMask | None, scaling: float | None) -> Any:
         """Another chunk of a long prompt, or a mask with holes: on dequantised keys and values."""
         rule = "be left padding, or none, where a prompt comes in chunks"
         require(not self.unpadded, "cache", "attention_mask", rule, "padding of several lengths")
@@ -70,7 +70,7 @@ def _layer_class() -> type:
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             b, m, _, d = key_states.shape
-            place = dict(dtype=key_states.dtype, device=key_states.device)
+            place: dict[str, Any] = dict(dtype=key_states.dtype, device=key_states.device)
             self.codes = vk.KVCache(self.scheme, b=b, m=m, d=d, capacity=self.capacity, **place)
             self.is_initialized = True
 

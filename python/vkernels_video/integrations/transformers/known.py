@@ -1,4 +1,4 @@
-"""What is known of transformers' classes by name: which seams each must have, and whether the installed version has them.
+"""What is known of transformers' classes by name: which seams each must have, and whether this version has them.
 
 A model of an unknown class is patched too, as far as its modules read the attention registry and call a rotation that
 agrees with ours; a known class that has lost a seam is an error, because somebody counts on it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,14 +45,15 @@ class StructuredMask:
         window: int | None = None,
         padded: bool = False,
     ):
-        self._make, self._plan, self.shape = make, None, shape
+        self._make, self.shape = make, shape
+        self._plan: MaskPlan | None = None
         self.causal, self.window, self.padded = causal, window, padded
 
     @property
     def plan(self) -> MaskPlan:
         """Made when a layer first asks: a cache of codes never does."""
         if self._plan is None:
-            self._plan: MaskPlan | None = self._make()
+            self._plan = self._make()
         return self._plan
 
     def __repr__(self) -> str:
@@ -72,7 +74,7 @@ class StructuredMask:
     def on(self, device: torch.device) -> MaskPlan:
         """The plan with its tensors on `device`: layers of one model may live on several."""
         plan = self.plan
-        if plan.ranges is None and plan.k_rows is None or plan.device == device:
+        if plan.device == device or (plan.ranges is None and plan.k_rows is None):
             return plan
         moved = {name: getattr(plan, name) for name in ("k_rows", "k_count", "ranges")}
         moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
@@ -85,7 +87,7 @@ class StructuredMask:
         device = plan.device
         place = torch.arange(s_k, device=device).expand(b, -1)
         live = torch.ones(b, s_k, dtype=torch.bool, device=device)
-        if plan.k_rows is not None:
+        if plan.k_rows is not None and plan.k_count is not None:
             order = plan.k_rows.long().expand(b, -1)
             place = torch.empty_like(order).scatter_(1, order, place)
             live = place < plan.k_count.expand(b)[:, None]
@@ -107,7 +109,7 @@ def make_mask(
     device: torch.device | str = "cpu",
     **rest: Any,
 ) -> Any:
-    """The mask interface registered under our keys: a StructuredMask, None where nothing is hidden, or a dense bool mask
+    """The mask interface registered under our keys: a StructuredMask, None where nothing is hidden, or a dense mask
     where the function is not known."""
     if isinstance(attention_mask, StructuredMask):
         return attention_mask
@@ -179,7 +181,7 @@ def packed_plan(cu_q: Tensor, cu_k: Tensor, s_q: int, s_k: int) -> MaskPlan:
     that can be seen without waiting for a device; else one range per query."""
     if cu_q.device.type == "cpu" and not torch.compiler.is_compiling() and cu_q is cu_k:
         bounds = cu_q.tolist()
-        lengths = {b - a for a, b in zip(bounds, bounds[1:], strict=False)}
+        lengths = {b - a for a, b in pairwise(bounds)}
         if len(lengths) == 1 and s_q == bounds[-1] and (each := lengths.pop()) > 0:
             groups = s_q // each
             return MaskPlan(s_q, s_k, groups, each, each, (each, 1), (each, 1))
@@ -211,6 +213,8 @@ def _cells(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _name(function: Callable[..., Any]) -> str:
     """The builder of a closure of transformers.masking_utils, '' for anything else."""
+    if torch.compiler.is_compiling():
+        return ""
     if getattr(function, "__module__", None) != "transformers.masking_utils":
         return ""
     return getattr(function, "__qualname__", "").split(".<locals>")[0]
@@ -223,8 +227,10 @@ def _interval(function: Callable[..., Any], q: Tensor) -> tuple[Tensor, Tensor]:
     if _is(function, "bidirectional_mask_function"):
         return torch.zeros_like(q), torch.full_like(q, FAR)
     name = _name(function)
-    if name not in _READERS:
-        raise Unknown(getattr(function, "__qualname__", repr(function)))
+    if name not in _READERS:  # while compiling no closure can be read
+        raise Unknown(
+            "a closure" if torch.compiler.is_compiling() else getattr(function, "__qualname__", repr(function))
+        )
     return _READERS[name](_cells(function), q)
 
 
@@ -296,8 +302,6 @@ def _runs(cells: dict[str, Any], q: Tensor) -> tuple[Tensor, Tensor]:
     """The run of equal block ids around each query; a negative id is alone. Only where every id is one run, which is
     read back once: blocks in pieces are no interval."""
     ids = cells["block_sequence_ids"].to(q.device)
-    if torch.compiler.is_compiling():
-        raise Unknown("block_sequence_ids while compiling")
     p, n = ids.shape
     position = torch.arange(n, device=q.device).expand(p, n)
     begins = torch.ones_like(ids, dtype=torch.bool)
@@ -359,8 +363,8 @@ def _materialised(what: str, **arguments: Any) -> Tensor:
     if what not in _warned and not torch.compiler.is_compiling():
         _warned.add(what)
         warnings.warn(
-            f"vkernels does not know the mask function {what}: it is materialised as a dense mask and attention runs on "
-            "torch's SDPA",
+            f"vkernels does not know the mask function {what}: it is materialised as a dense mask, and attention runs "
+            "on torch's SDPA",
             stacklevel=2,
         )
     return PIECES["sdpa_mask"](**arguments)

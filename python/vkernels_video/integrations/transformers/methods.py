@@ -1,4 +1,4 @@
-"""Methods of known classes that are replaced whole, by class name: window gathers, pooling, shuffles, divided blocks."""
+"""Methods of known classes that are replaced whole, by class name: windows, pooling, shuffles, divided blocks."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class Method:
 
 
 def _window_gather(module: Any, seam: Seam) -> Made:
-    def permute_input_for_window_attn(self: Any, input_tensor: Tensor, window_index: Tensor, seq_len: int) -> Tensor:
+    def permute_input_for_window_attn(self: Any, input_tensor: Tensor, window_index: Tensor, seq_len: int) -> Any:
         seam.called()
         units = seq_len // self.spatial_merge_unit
         idx = window_index[None].to(torch.int32)
         plan = RearrangePlan("window", sources=(units,), n_out=units, idx=idx)  # merged tokens move as one row
-        return vk.rearrange(input_tensor.reshape(1, units, -1), plan).view(seq_len, -1)
+        moved: Any = vk.rearrange(input_tensor.reshape(1, units, -1), plan)
+        return moved.view(seq_len, -1)
 
     return permute_input_for_window_attn
 
@@ -65,7 +66,7 @@ def _onevision_pooling(module: Any, seam: Seam) -> Made:
     side = vision.image_size // vision.patch_size
     plan = _pool(side, side, "bilinear", 2)
 
-    def apply_pooling(self: Any, image_features: Tensor) -> Tensor:
+    def apply_pooling(self: Any, image_features: Tensor) -> Any:
         seam.called()
         return vk.rearrange(image_features, plan)
 
@@ -76,7 +77,7 @@ def _next_video_pooler(module: Any, seam: Seam) -> Made:
     mode = "mean" if isinstance(module.pool, torch.nn.AvgPool2d) else "max"
     stride = module.pool.stride
 
-    def forward(self: Any, image_features: Tensor) -> Tensor:
+    def forward(self: Any, image_features: Tensor) -> Any:
         if torch.compiler.is_compiling():  # plans are built from lists
             return type(self).forward(self, image_features)
         seam.called()
@@ -98,13 +99,15 @@ def _video_llama_unshuffle(module: Any, seam: Seam) -> Made:
         if torch.compiler.is_compiling():  # sizes are values of a tensor
             return type(self).pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes)
         seam.called()
-        parts, begin = [], 0
+        parts: list[Any] = []
+        begin = 0
         for (t, h, w), merge in zip(grid_thw.tolist(), merge_sizes.tolist(), strict=True):
             end = begin + t * h * w
             frames = hidden_states[begin:end].view(t, h * w, -1)
-            parts.append(vk.rearrange(frames, _merged_pool(h, w, merge)).flatten(0, 1))
+            parts.append(vk.rearrange(frames, _merged_pool(h, w, merge)))
             begin = end
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+        flat = [part.flatten(0, 1) for part in parts]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=0)
 
     return pixel_unshuffle
 
@@ -120,7 +123,7 @@ def _internvl_shuffle(module: Any, seam: Seam) -> Made:
     r = round(1 / module.config.downsample_ratio)
     plan = _space_to_depth(r)
 
-    def pixel_shuffle(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
+    def pixel_shuffle(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Any:
         _, width, height, _ = vision_features.shape
         if r * scale_factor != 1 or width % r or height % r:
             return type(self).pixel_shuffle(self, vision_features, scale_factor)
@@ -134,13 +137,14 @@ def _smolvlm_shuffle(module: Any, seam: Seam) -> Made:
     r = module.scale_factor
     plan = _space_to_depth(r)
 
-    def pixel_shuffle(self: Any, x: Tensor, scale_factor: int = 2) -> Tensor:
+    def pixel_shuffle(self: Any, x: Tensor, scale_factor: int = 2) -> Any:
         b, s, c = x.shape
         side = math.isqrt(s)
         if side * side != s or scale_factor != r or side % r:
             return type(self).pixel_shuffle(self, x, scale_factor)
         seam.called()
-        return vk.rearrange(x.view(b, side, side, c), plan).flatten(1, 2)
+        shuffled: Any = vk.rearrange(x.view(b, side, side, c), plan)
+        return shuffled.flatten(1, 2)
 
     return pixel_shuffle
 

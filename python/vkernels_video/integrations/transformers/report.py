@@ -43,8 +43,8 @@ class Verification:
         return self.largest <= self.tolerance
 
     def __str__(self) -> str:
-        line = f"largest difference {self.largest:.1e} (at most {self.tolerance:.0e}) over {len(self.differences)} outputs, "
-        line += f"{self.calls_before} attention calls before, {self.calls_after} after"
+        line = f"largest difference {self.largest:.1e} (at most {self.tolerance:.0e}) over "
+        line += f"{len(self.differences)} outputs, {self.calls_before} attention calls before, {self.calls_after} after"
         return line + (f"; not reached by these inputs: {', '.join(self.idle)}" if self.idle else "")
 
 

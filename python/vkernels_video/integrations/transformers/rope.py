@@ -30,7 +30,7 @@ def halves(pairs: int) -> vk.RopeSpec:
 
 
 def text_rope(spec: vk.RopeSpec, seam: Seam | None = None) -> Rotate:
-    """`apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)`: q, k [b, n, s, d] (or [b, s, n, d]), tables [b, s, d]."""
+    """`apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)`: q, k [b, n, s, d] or [b, s, n, d], tables [b, s, d]."""
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         if seam is not None:

@@ -30,6 +30,8 @@ def rotary(module: Any, seam: Seam) -> Any:
         else:
             tables = _tables(pos_ids, sizes, qk.dtype)
         x = qk.transpose(1, 2)
+        even: Any
+        odd: Any
         even, odd = (vk.apply_rope(x, None, spec, angle=pair) for pair in (tables[:2], tables[2:]))
         end = sum(sizes)
         turned = torch.stack((even[..., 0:end:2], odd[..., 1:end:2]), -1).flatten(-2)
