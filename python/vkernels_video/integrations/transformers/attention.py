@@ -23,6 +23,7 @@ from vkernels_video.integrations.transformers.seams import seam_of
 
 PLAIN, VARLEN = "vkernels", "vkernels_flash"
 KEYS = (PLAIN, VARLEN)
+STOCK: dict[str, Any] = {}  # transformers' own function; a dict that torch.compile can look into
 
 
 def register() -> tuple[str, str]:
@@ -42,6 +43,7 @@ def register() -> tuple[str, str]:
     """
     attention, mask = host.attention_interface(), host.mask_interface()
     learn_pieces()
+    STOCK["sdpa"] = attention["sdpa"]
     for key in KEYS:
         attention.register(key, attention_forward)
         mask.register(key, make_mask)
@@ -147,8 +149,7 @@ def _stock(
         mask = StructuredMask(lambda: plan, (1, 1, s_q, s_k)).dense()[:, None]
     packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     rest = {name: x for name, x in given.items() if name not in packed}
-    sdpa = host.attention_interface()["sdpa"]
-    return sdpa(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)[0]
+    return STOCK["sdpa"](module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)[0]
 
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
