@@ -21,7 +21,9 @@ Tables = tuple[Tensor, Tensor, Tensor, Tensor]  # cos and sin of even members, t
 
 def rotary(module: Any, seam: Seam) -> Any:
     sizes = (module.d_dim, module.h_dim, module.w_dim)
-    spec = vk.RopeSpec((0.0,) * (sum(sizes) // 2), layout="pair")
+    end = sum(sizes)
+    spec = vk.RopeSpec((0.0,) * (end // 2), layout="pair")
+    first = torch.arange(module.attention_head_size) % 2 == 0  # whose element comes from the first rotation
 
     def apply_rotary_embeddings(self: Any, qk: Tensor, pos_ids: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         seam.called()
@@ -33,10 +35,7 @@ def rotary(module: Any, seam: Seam) -> Any:
         even: Any
         odd: Any
         even, odd = (vk.apply_rope(x, None, spec, angle=pair) for pair in (tables[:2], tables[2:]))
-        end = sum(sizes)
-        turned = torch.stack((even[..., 0:end:2], odd[..., 1:end:2]), -1).flatten(-2)
-        turned = turned if end == x.shape[-1] else torch.cat((turned, x[..., end:]), -1)
-        return turned.transpose(1, 2)
+        return torch.where(first.to(x.device), even, odd).transpose(1, 2)
 
     return apply_rotary_embeddings
 
