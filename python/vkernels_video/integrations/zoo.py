@@ -198,7 +198,10 @@ def qwen3_vl() -> Sample:
     )
     text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **_SPECIAL)
-    inputs = _grid_inputs((1, 4, 6), 2 * 3 * 16, 2 * 3)
+    inputs = _grid_inputs((2, 4, 6), 2 * 3 * 16, 2 * 2 * 3)
+    frame = torch.tensor([[VISION_START, *[VIDEO] * 6, VISION_START + 1]])
+    ids = torch.cat([_ids(1, 3), frame, _ids(1, 2), frame, _ids(1, 4)], 1)  # a time stamp before each frame
+    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == VIDEO).int() * 2)
     return Sample(Qwen3VLForConditionalGeneration(config), inputs, True)
 
 

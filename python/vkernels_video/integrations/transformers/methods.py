@@ -197,7 +197,7 @@ METHODS: dict[str, tuple[Method, ...]] = {
 
 # What a model of these classes does inline, where nothing can be replaced without owning its forward.
 INLINE: dict[str, str] = {
-    name: "video rows enter the embeddings by masked_scatter, inline in its forward"
+    name: "masked_scatter is inline in the forward"
     for name in (
         "VideoLlavaModel",
         "LlavaNextVideoModel",
