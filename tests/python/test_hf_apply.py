@@ -304,6 +304,10 @@ def test_unsupported_models_are_refused():
         vkt.apply("llama")
     with pytest.raises(ValueError, match="not be compiled yet"):
         vkt.apply(torch.compile(torch.nn.Linear(2, 2)))
+    inside = torch.nn.Linear(2, 2)
+    inside.compile()
+    with pytest.raises(ValueError, match="not be compiled yet"):
+        vkt.apply(inside)
 
 
 def test_an_old_transformers_is_refused(llama, monkeypatch):

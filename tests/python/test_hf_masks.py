@@ -175,7 +175,17 @@ def test_packed_sequences_see_themselves(lengths):
     want = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=owner[:, None] == owner[None]
     ).transpose(1, 2)
+    assert masks.packed_plan(cu, cu, s, s) is masks.packed_plan(cu, cu, s, s)  # one for all layers
     for keys in (cu, cu.clone()):  # the second time by ranges, whatever the lengths
         plan = masks.packed_plan(cu, keys, s, s)
         got = vk.attention(q, k, v, mask=plan)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_plan_of_packed_sequences_follows_its_tensor():
+    cu = torch.tensor([0, 3, 6], dtype=torch.int32)
+    before = masks.packed_plan(cu, cu, 6, 6)
+    cu[1] = 2
+    after = masks.packed_plan(cu, cu, 6, 6)
+    assert before.groups == 2
+    assert after.ranges[0, 2].tolist() == [2, 6]

@@ -79,7 +79,7 @@ def _usable(model: torch.nn.Module, options: dict[str, Any]) -> Report | None:
     """Refuse what cannot be patched; the report of a model that already is, with these options."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(refusal("apply", "model", "be a torch module", type(model).__name__))
-    compiled = hasattr(model, "_orig_mod")
+    compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
     require(not compiled, "apply", "model", "not be compiled yet (apply, then torch.compile)", type(model).__name__)
     known = (None, *caches.SCHEMES)
     require(options["cache"] in known, "apply", "cache", f"be None, {', '.join(known[1:])}", repr(options["cache"]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vkernels.masks.lower import _compacted
 from vkernels.masks.plan import MaskPlan
@@ -176,9 +177,23 @@ def causal_plan(s_q: int, s_k: int, device: torch.device) -> MaskPlan:
     return _known_causal(s_q, s_k, device)
 
 
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # cu_seqlens -> its version, sizes and plan: one for all layers
+
+
 def packed_plan(cu_q: Tensor, cu_k: Tensor, s_q: int, s_k: int) -> MaskPlan:
-    """Sequences laid end to end: each query sees the keys of its own. Groups at a stride where all are equally long and
-    that can be seen without waiting for a device; else one range per query."""
+    """Sequences laid end to end: each query sees the keys of its own."""
+    if torch.compiler.is_compiling() or cu_q is not cu_k or cu_q.is_inference() or torch.is_inference_mode_enabled():
+        return _packed_plan(cu_q, cu_k, s_q, s_k)
+    known = (cu_q._version, s_q, s_k)
+    found = _plans.get(cu_q)
+    if found is None or found[0] != known:
+        found = _plans[cu_q] = known, _packed_plan(cu_q, cu_k, s_q, s_k)
+    return found[1]
+
+
+def _packed_plan(cu_q: Tensor, cu_k: Tensor, s_q: int, s_k: int) -> MaskPlan:
+    """Groups at a stride where all are equally long and that can be seen without waiting for a device; else one range
+    per query."""
     if cu_q.device.type == "cpu" and not torch.compiler.is_compiling() and cu_q is cu_k:
         bounds = cu_q.tolist()
         lengths = {b - a for a, b in pairwise(bounds)}
