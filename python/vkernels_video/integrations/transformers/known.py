@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "Qwen2_5_VLVisionAttention": _BOTH,
         "Qwen2_5_VLAttention": _BOTH,
         "Qwen2_5_VisionTransformerPretrainedModel": (),
+        "Qwen2_5_VLVisionBlock": (),
     },
     "qwen3_vl": {"Qwen3VLVisionAttention": _BOTH, "Qwen3VLTextAttention": _BOTH},
     "video_llama_3": {"VideoLlama3VisionAttention": _BOTH, "VideoLlama3VisionModel": ()},

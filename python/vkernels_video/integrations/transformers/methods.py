@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vkernels as vk
 from vkernels.rearrangement import RearrangePlan, from_einops, merge_order, pool
+from vkernels.rearrangement.plan import gather
 from vkernels_video.integrations.transformers import divided, vjepa2
 from vkernels_video.integrations.transformers.seams import Seam
 
@@ -44,6 +45,32 @@ def _window_gather(module: Any, seam: Seam) -> Made:
         return moved.view(seq_len, -1)
 
     return permute_input_for_window_attn
+
+
+@lru_cache(maxsize=8)
+def _rows_as_they_are(n: int, device: torch.device) -> RearrangePlan:
+    with torch.inference_mode(False):
+        return gather("rows", torch.arange(n, dtype=torch.int32, device=device), (n,))
+
+
+def _vision_block(module: Any, seam: Seam) -> Made:
+    """h + attn(norm(h)), then the sum and its norm in one pass, then + mlp."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **rest: Any
+    ) -> Any:
+        first, second, h = self.norm1, self.norm2, hidden_states
+        if torch.compiler.is_compiling() or not (first.weight.dtype == second.weight.dtype == h.dtype):
+            return type(self).forward(self, h, cu_seqlens, position_embeddings, **rest)
+        seam.called()
+        plan = _rows_as_they_are(h.shape[0], h.device)
+        x = vk.rearrange(h, plan, norm="rms", norm_weight=first.weight, eps=first.variance_epsilon)
+        x = self.attn(x, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **rest)
+        how: dict[str, Any] = dict(norm_weight=second.weight, eps=second.variance_epsilon, return_sum=True)
+        x, h = vk.rearrange(x, plan, residual=h, norm="rms", **how)
+        return h + self.mlp(x)
+
+    return forward
 
 
 # ---- LLaVA-OneVision, LLaVA-NeXT-Video, VideoLLaMA3: pooled grids
@@ -159,6 +186,15 @@ METHODS: dict[str, tuple[Method, ...]] = {
             ("input_tensor", "window_index", "seq_len"),
             _REARRANGE,
             _window_gather,
+        ),
+    ),
+    "Qwen2_5_VLVisionBlock": (
+        Method(
+            "norm",
+            "forward",
+            ("hidden_states", "cu_seqlens", "position_embeddings"),
+            "residual and norm in one pass of vkernels.rearrange",
+            _vision_block,
         ),
     ),
     "LlavaOnevisionModel": (Method("pool", "apply_pooling", ("image_features",), _REARRANGE, _onevision_pooling),),
