@@ -89,6 +89,18 @@ def test_beams_take_their_codes_along(prompt):
     assert torch.equal(model.generate(prompt, **call), want)
 
 
+def test_sequences_are_reordered_with_their_codes(prompt):
+    model = zoo.build("LLaMA").model
+    vkt.apply(model, cache="int4")
+    _, cache = steps(model, prompt, None)
+    before = [layer.codes.dequantised() for layer in cache.layers]
+    cache.reorder_cache(torch.tensor([1, 1]))
+    for layer, (k, v) in zip(cache.layers, before, strict=True):
+        after = layer.codes.dequantised()
+        assert torch.equal(after[0], k[[1, 1]])
+        assert torch.equal(after[1], v[[1, 1]])
+
+
 def test_masks_with_holes_are_attended_dequantised_and_counted(prompt):
     model = zoo.build("LLaMA").model
     mask = torch.ones_like(prompt)
