@@ -18,7 +18,16 @@ from benchmarks.measure import Bench, measure
 from vkernels.library import native, native_missing
 from vkernels.roofline import measure_cpu
 
-FAMILIES = ("attention", "divided_attention", "masks", "apply_rope", "qkv_prologue", "rearrange", "kv_cache")
+FAMILIES = (
+    "attention",
+    "divided_attention",
+    "masks",
+    "apply_rope",
+    "qkv_prologue",
+    "rearrange",
+    "kv_cache",
+    "integrations",
+)
 FOLDER = Path(__file__).parent / "results"
 
 

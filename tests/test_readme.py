@@ -17,8 +17,17 @@ def run_blocks(page: Path) -> int:
 
 
 def test_every_example_of_the_readme_runs(capsys):
-    assert run_blocks(ROOT / "README.md") >= 7
-    assert "attention: backend" in capsys.readouterr().out
+    pytest.importorskip("transformers")
+    assert run_blocks(ROOT / "README.md") >= 8
+    text = capsys.readouterr().out
+    assert "attention: backend" in text
+    assert "59 attention calls before, 6 after" in text
+
+
+def test_every_example_of_the_integrations_page_runs(capsys):
+    pytest.importorskip("transformers")
+    assert run_blocks(ROOT / "docs" / "integrations.md") >= 2
+    assert "vkernels on Qwen2_5_VLForConditionalGeneration" in capsys.readouterr().out
 
 
 def test_every_example_of_the_drop_in_page_runs():
