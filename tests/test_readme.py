@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/model.md runs as it stands, one block after the other."""
+"""The Python of the README, docs/model.md and docs/drop-in.md runs as it stands, one block after the other."""
 
 import re
 from pathlib import Path
@@ -19,6 +19,10 @@ def run_blocks(page: Path) -> int:
 def test_every_example_of_the_readme_runs(capsys):
     assert run_blocks(ROOT / "README.md") >= 7
     assert "attention: backend" in capsys.readouterr().out
+
+
+def test_every_example_of_the_drop_in_page_runs():
+    assert run_blocks(ROOT / "docs" / "drop-in.md") >= 4
 
 
 def test_every_example_of_the_model_page_runs(capsys):

@@ -1,10 +1,12 @@
 """Kernels for video language models: masked space-time attention, token rearrangement, RoPE interpolation."""
 
-from vkernels import rearrangement
+from vkernels import nn, rearrangement
 from vkernels.check import NoBackend, ShapeError
+from vkernels.compat.sdpa import sdpa
 from vkernels.explain import explain
 from vkernels.kv_cache import KVCache
 from vkernels.masks import Grid, MaskPlan, Text, Video, VideoMask, lower_mask
+from vkernels.merge import merge_attentions
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.attention import attention
 from vkernels.ops.decode_attention import decode_attention
@@ -35,8 +37,11 @@ __all__ = [
     "explain",
     "kv_append",
     "lower_mask",
+    "merge_attentions",
+    "nn",
     "qkv_prologue",
     "rearrange",
     "rearrangement",
     "rope_positions",
+    "sdpa",
 ]
