@@ -45,9 +45,14 @@ def _images(split: str) -> dict[int, np.ndarray]:
 
 
 class Studio:
-    """Films from a seed: the same seed, split and length give the same films on every machine."""
+    """Films from a seed: the same seed, split and length give the same films on every machine.
 
-    def __init__(self, seed: int, split: str = "train", frames: int = 8, kinds: Sequence[str] | None = None):
+    frames: that are shown; `every`: how many were shot for each of them
+    """
+
+    def __init__(
+        self, seed: int, split: str = "train", frames: int = 8, kinds: Sequence[str] | None = None, every: int = 1
+    ):
         self.kinds = tuple(QUESTIONS if kinds is None else kinds)
         for kind in self.kinds:
             _known(kind)
@@ -55,7 +60,8 @@ class Studio:
             raise ValueError(f"Studio: split must be train or test, got {split!r}")
         if frames < 4:
             raise ValueError(f"Studio: frames must be at least 4, got {frames}")
-        self.random, self.images, self.t = random.Random(f"{split} {seed}"), _images(split), frames
+        self.random, self.images, self.t = random.Random(f"{split} {seed}"), _images(split), frames * every
+        self.every = every
 
     def film(self, kind: str | None = None) -> Film:
         """One film, of a kind or of any of the studio's."""
@@ -63,7 +69,8 @@ class Studio:
         _known(kind)
         board = np.full((self.t, IMAGE, IMAGE), -1.0, dtype=np.float32)
         question, answer = KINDS[kind](self, board)
-        return Film(torch.from_numpy(board)[:, None].expand(-1, 3, -1, -1), question, answer, kind)
+        shown = board[:: self.every]
+        return Film(torch.from_numpy(shown)[:, None].expand(-1, 3, -1, -1), question, answer, kind)
 
     def digits(self, count: int) -> list[int]:
         return self.random.sample(range(10), count)

@@ -40,6 +40,7 @@ class Recipe:
     warm_up: int = 200
     decay: float = 0.05
     frames: int = 8
+    every: int = 1  # frames shot for each that is shown
     kinds: tuple[str, ...] = ("moves", "first", "first", "first", "count", "count", "when")  # the slow ones more often
     sight: int = 600  # steps of the encoder alone; 0: it learns with the rest
     mask: bool = False
@@ -83,7 +84,7 @@ class Run:
     def advance(self) -> dict[str, float]:
         """One step: everything random in it follows from the seed and its number."""
         recipe, model = self.recipe, self.model
-        studio = Studio(recipe.seed * 1_000_003 + self.step, "train", recipe.frames, recipe.kinds)
+        studio = Studio(recipe.seed * 1_000_003 + self.step, "train", recipe.frames, recipe.kinds, recipe.every)
         pixels, films = batch(studio, recipe.size)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         rows = model.visual(model.features(pixels, recipe.impl), recipe.impl).flatten(1, 2)
@@ -141,11 +142,12 @@ def hits(
     frames: int = 8,
     impl: Impl = "vkernels",
     kinds: Sequence[str] = QUESTIONS,
+    every: int = 1,
 ) -> dict[str, list[bool]]:
     """Whether each of so many test films was answered rightly, by kind of question."""
     training = model.training
     model.eval()
-    studio = Studio(seed, "test", frames, kinds)
+    studio = Studio(seed, "test", frames, kinds, every)
     right: dict[str, list[bool]] = {kind: [] for kind in kinds}
     for start in range(0, films, 64):
         _, some = batch(studio, min(64, films - start))
