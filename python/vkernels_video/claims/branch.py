@@ -67,8 +67,8 @@ def tell(records: list[Record]) -> list[str]:
         "",
         f"- The branch beats averaging on questions about time: {page.points(gain)}: **{statistics.more(gain)}**.",
         f"- A pretraining step without tube masking over one that drops {RATIO:.0%} of the tubes: "
-        f"{page.ratio(cheaper)}: **{'holds' if cheaper.low > 1 else 'does not hold'}** ({len(seconds['none'])} alternating pairs, "
-        f"{records[0]['threads']} thread(s)).",
+        f"{page.ratio(cheaper)}: **{'holds' if cheaper.low > 1 else 'does not hold'}** "
+        f"({len(seconds['none'])} alternating pairs, {records[0]['threads']} thread(s)).",
     ]
 
 

@@ -93,14 +93,14 @@ def _answers(model: VideoLLM, films: Sequence[Film], scaling: str, order: str) -
 @torch.inference_mode()
 def _cached(model: VideoLLM, film: Film, scheme: str) -> tuple[str, int]:
     """The film goes into a cache, the question is read byte by byte against it; the answer, and the cache's bytes."""
-    model.config = replace(model.config, kv=scheme, kv_group=32, kv_residual=32)
+    model.config = model.config.with_options(kv=scheme, kv_group=32, kv_residual=32)
     rows = _rows(model, film.frames[None], "interleaved")[0]
     question = list(film.question.encode())
     length = 1 + rows.shape[:2].numel() + len(question)
     base = ntk_base(model.decoder.config, length)
     caches = model.new_caches("vkernels", length)
     x = torch.cat([model.decoder.embed_tokens(torch.tensor([BEGIN])), rows.flatten(0, 1)])[None]
-    logits = model.decoder(x, 0, base, caches, Prompt(1, *rows.shape[:2], 0), "vkernels")
+    logits = model.decoder(x, 0, base, caches, Prompt(1, rows.shape[0], rows.shape[1], 0), "vkernels")
     for i, byte in enumerate(question):
         x = model.decoder.embed_tokens(torch.tensor([[byte]]))
         logits = model.decoder(x, length - len(question) + i, base, caches, None, "vkernels")

@@ -21,7 +21,9 @@ def run(seed: int) -> Record:
     """Time and peak memory of a step with and without masking, taking turns; both see the same films."""
     measured = {}
     for frames in FRAMES:
-        runs, seconds, peak = {}, {}, {}
+        runs: dict[str, Run] = {}
+        seconds: dict[str, list[float]] = {}
+        peak: dict[str, int] = {}
         for name in ("full", "masked"):
             recipe = Recipe(frames=frames, mask=name == "masked", seed=seed)
             runs[name] = Run(recipe, VideoLLM(DIGITS).init_weights(seed))
@@ -58,7 +60,7 @@ def tell(records: list[Record]) -> list[str]:
         lines.append(f"| {frames} | {page.ratio(times)} | {page.ratio(memory)} |")
         holds = times.low > 1 and memory.low > 1
         verdicts.append(
-            f"- {frames} frames: a masked step is faster and smaller: **{'holds' if holds else 'does not'}**."
+            f"- {frames} frames: a masked step is faster and smaller: **{'holds' if holds else 'does not hold'}**."
         )
     return [*lines, "", *verdicts]
 

@@ -27,13 +27,13 @@ def _bootstrap(seeds: int, films: int, value: Callable[[np.ndarray, np.ndarray],
 
 def share(hits: np.ndarray) -> Estimate:
     """Right answers [seeds films]."""
-    return _bootstrap(*hits.shape, lambda s, f: float(hits[np.ix_(s, f)].mean()))
+    return _bootstrap(hits.shape[0], hits.shape[1], lambda s, f: float(hits[np.ix_(s, f)].mean()))
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> Estimate:
     """a - b, on the same films and seeds."""
     apart = a.astype(float) - b.astype(float)
-    return _bootstrap(*apart.shape, lambda s, f: float(apart[np.ix_(s, f)].mean()))
+    return _bootstrap(apart.shape[0], apart.shape[1], lambda s, f: float(apart[np.ix_(s, f)].mean()))
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:

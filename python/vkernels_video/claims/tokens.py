@@ -19,7 +19,7 @@ def run(seed: int) -> Record:
     arms = {}
     for arm, arrange in ARMS.items():
         recipe = replace(RECIPE, seed=seed, mask=arm == MASKED)
-        arms[arm] = examine(train(replace(DIGITS, arrange=arrange), recipe, arm), recipe)
+        arms[arm] = examine(train(DIGITS.with_options(arrange=arrange), recipe, arm), recipe)
     return {"arms": arms}
 
 
