@@ -36,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.page or claim.name not in arguments.only:
             continue
         for seed in arguments.seeds:
-            kept = read(folder, claim.name)
-            if arguments.missing and str(seed) in kept.get("seeds", {}):
+            if arguments.missing and str(seed) in read(folder, claim.name).get("seeds", {}):
                 continue
             print(f"{claim.name}, seed {seed}", file=sys.stderr, flush=True)
             started = time.perf_counter()
             record = claim.run(seed) | {"minutes": round((time.perf_counter() - started) / 60, 1)}
             described = machine.describe()
-            seeds = {**kept.get("seeds", {}), str(seed): record}
+            seeds = {**read(folder, claim.name).get("seeds", {}), str(seed): record}
             kept = {
                 "machine": f"{described['processor']}, {described['cores']} cores",
                 "torch": torch.__version__,
