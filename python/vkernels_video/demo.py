@@ -31,9 +31,10 @@ STAGES = ("encoder", "connector", "prefill", "decode")
 REPEATS = 5
 # No further round of measurements starts once it would end after this many seconds.
 TIME_LIMIT = 70.0
+QUIZ_SEED = 2026
 HONESTY = (
-    "The weights are random (seeded), because no trained ones exist yet: times, memory and agreement are real, "
-    "the generated tokens mean nothing."
+    "The weights of the model that sees the clip are random (seeded): times, memory and agreement are real, the "
+    "generated tokens mean nothing. The model that answers about digits is small and trained."
 )
 
 
@@ -128,7 +129,20 @@ def run(args: argparse.Namespace, console: Console, started: float) -> tuple[dic
         sides = {name: side(model, name, pixels, args.tokens) for name in names}
         limit = started + TIME_LIMIT if not args.compile else float("inf")
         measured = measure.alternate(sides, repeats=REPEATS, deadline=limit, tick=tick)
-    return summarise(args, config, clip, watch.seconds, measured), clip
+    results = summarise(args, config, clip, watch.seconds, measured)
+    return results | {"digits": digits_quiz()}, clip
+
+
+def digits_quiz() -> dict[str, Any]:
+    """What the trained weights answer about films of digits; {"missing": why} without scikit-learn, which has them."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        return {"missing": "scikit-learn, whose digits the films show, is not installed"}
+    from vkernels_video import quiz
+
+    model = VideoLLM.from_pretrained(quiz.shipped())
+    return {"asked": [asdict(each) for each in quiz.ask(model, QUIZ_SEED)]}
 
 
 def side(model: VideoLLM, name: str, pixels: torch.Tensor, tokens: int) -> Callable[..., Any]:
@@ -250,8 +264,22 @@ def show(console: Console, results: dict[str, Any], page: Path) -> None:
         f"logits spread {agreement['logit_spread']:.2f})."
     )
     console.print(f"Medians of {results['repeats']} alternating runs; peak memory as torch's allocator records it.")
+    show_quiz(console, results["digits"])
     console.print(results["note"], style="dim")
     console.print(f"Report: {page}  ({results['seconds']:.0f} s in all)")
+
+
+def show_quiz(console: Console, digits: dict[str, Any]) -> None:
+    if "missing" in digits:
+        console.print(f"No questions about digits: {digits['missing']}.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Trained weights on generated films of digits")
+    for name in ("question", "answer", "truth"):
+        table.add_column(name)
+    for each in digits["asked"]:
+        right = each["answer"] == each["truth"]
+        table.add_row(each["question"], each["answer"], each["truth"], style=None if right else "red")
+    console.print(table)
 
 
 if __name__ == "__main__":

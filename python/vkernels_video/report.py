@@ -67,7 +67,7 @@ def write(folder: Path, results: dict[str, Any], clip: Clip) -> Path:
 
 
 def page(results: dict[str, Any], clip: Clip) -> str:
-    sections = (_headline, _totals, _table, _patterns, _implementations, _tokens, _setup)
+    sections = (_headline, _totals, _table, _patterns, _implementations, _tokens, _digits, _setup)
     body = "".join(section(results) for section in sections[:3]) + _frames(results, clip)
     body += "".join(section(results) for section in sections[3:])
     return (
@@ -282,6 +282,21 @@ def _tokens(results: dict[str, Any]) -> str:
         f"“{escape(results['prompt']['text'])}” as bytes. The ids mean nothing, because the weights are random; that "
         "all sides choose the same ones is the point.</p>"
         f"<div class=scroll><table class=plain>{rows}</table></div></section>"
+    )
+
+
+def _digits(results: dict[str, Any]) -> str:
+    if "missing" in results["digits"]:
+        return ""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(each['question'])}</th><td>{escape(each['answer'])}</td>"
+        f"<td>{escape(each['truth'])}</td></tr>"
+        for each in results["digits"]["asked"]
+    )
+    return (
+        "<section><h2>Trained weights on films of digits</h2><p>A small model whose weights come with the package, "
+        "each question about a film of handwritten digits it has not seen.</p><div class=scroll><table class=plain>"
+        f"<thead><tr><td></td><th>answer</th><th>truth</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 

@@ -1,6 +1,8 @@
 """Training in miniature: a small ST-LLM on films of digits (`vkernels_video.digits`), on two cores, in minutes.
 
-python -m vkernels_video.train --out runs/digits [--steps N] [--size N] [--impl eager|vkernels] [--mvm] [--resume]
+python -m vkernels_video.train --out runs/digits [--steps N] [--size N] [--mask] [--mvm] [--resume]
+
+First the encoder learns to see (`vkernels_video.sight`) and is frozen, then connector and decoder learn to answer.
 """
 
 from __future__ import annotations
@@ -8,14 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vkernels_video.digits import KINDS, Film, Studio, batch
+import vkernels as vk
+from vkernels_video import sight
+from vkernels_video.digits import QUESTIONS, Film, Studio, batch
 from vkernels_video.model import VideoLLM, VideoLLMConfig, preset
 from vkernels_video.model.masking import dynamic_rate, random_keep
 from vkernels_video.model.sequence import Example
@@ -29,12 +35,15 @@ class Recipe:
 
     preset: str = "digits"
     steps: int = 4000
-    size: int = 64  # films per step
-    rate: float = 1e-3
+    size: int = 32  # films per step
+    rate: float = 2e-3
     warm_up: int = 200
     decay: float = 0.05
     frames: int = 8
-    mask: bool = True
+    every: int = 1  # frames shot for each that is shown
+    kinds: tuple[str, ...] = ("moves", "first", "first", "first", "count", "count", "when")  # the slow ones more often
+    sight: int = 600  # steps of the encoder alone; 0: it learns with the rest
+    mask: bool = False
     mvm: bool = False
     seed: int = 0
     impl: Impl = "vkernels"
@@ -53,11 +62,21 @@ def example(film: Film) -> Example:
 class Run:
     """A model under training: steps, checkpoints from which a run goes on bit by bit, and what was measured."""
 
-    def __init__(self, recipe: Recipe, config: VideoLLMConfig | None = None):
+    def __init__(self, recipe: Recipe, model: VideoLLM | VideoLLMConfig | None = None):
+        """A model that is given has its sight already."""
         self.recipe, self.step = recipe, 0
-        self.model = VideoLLM(config or preset(recipe.preset)).init_weights(recipe.seed).train()
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
+        self.recognised: float | None = None  # held-out digits the encoder knew when it was frozen
+        if isinstance(model, VideoLLM):
+            self.model = model.train()
+            if recipe.sight:
+                sight.freeze(model)
+        else:
+            self.model = VideoLLM(model or preset(recipe.preset)).init_weights(recipe.seed).train()
+            if recipe.sight:
+                self.recognised = sight.learn(self.model, recipe.sight, recipe.seed, recipe.impl)
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in learning if p.dim() >= 2]
+        others = [p for p in learning if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
         self.losses: list[float] = []
@@ -65,7 +84,8 @@ class Run:
     def advance(self) -> dict[str, float]:
         """One step: everything random in it follows from the seed and its number."""
         recipe, model = self.recipe, self.model
-        pixels, films = batch(Studio(recipe.seed * 1_000_003 + self.step, "train", recipe.frames), recipe.size)
+        studio = Studio(recipe.seed * 1_000_003 + self.step, "train", recipe.frames, recipe.kinds, recipe.every)
+        pixels, films = batch(studio, recipe.size)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         rows = model.visual(model.features(pixels, recipe.impl), recipe.impl).flatten(1, 2)
         keep = None
@@ -96,10 +116,8 @@ class Run:
         """The run that `save` left in a folder."""
         if not (folder / "recipe.json").is_file():
             raise ValueError(f"train: {folder} must hold a saved run, got none")
-        recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
-        model = VideoLLM.from_pretrained(folder)
-        run = cls(recipe, model.config)
-        run.model.load_state_dict(model.state_dict())
+        saved = json.loads((folder / "recipe.json").read_text())
+        run = cls(Recipe(**{**saved, "kinds": tuple(saved["kinds"])}), VideoLLM.from_pretrained(folder))
         state = torch.load(folder / "trainer.pt", weights_only=True)
         run.optimiser.load_state_dict(state["optimiser"])
         run.step, run.losses = state["step"], state["losses"]
@@ -117,21 +135,60 @@ def answers(model: VideoLLM, films: Sequence[Film], impl: Impl = "vkernels") -> 
     return [chr(ord("0") + int(i)) for i in logits[:, ord("0") : ord("9") + 1].argmax(-1)]
 
 
-def accuracy(
-    model: VideoLLM, films: int = 512, seed: int = 1, frames: int = 8, impl: Impl = "vkernels"
-) -> dict[str, float]:
-    """Share of right answers on test films, per kind of question and over all ("all")."""
+def hits(
+    model: VideoLLM,
+    films: int,
+    seed: int,
+    frames: int = 8,
+    impl: Impl = "vkernels",
+    kinds: Sequence[str] = QUESTIONS,
+    every: int = 1,
+) -> dict[str, list[bool]]:
+    """Whether each of so many test films was answered rightly, by kind of question."""
     training = model.training
     model.eval()
-    studio = Studio(seed, "test", frames)
-    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    studio = Studio(seed, "test", frames, kinds, every)
+    right: dict[str, list[bool]] = {kind: [] for kind in kinds}
     for start in range(0, films, 64):
         _, some = batch(studio, min(64, films - start))
         for film, answer in zip(some, answers(model, some, impl), strict=True):
             right[film.kind].append(answer == film.answer)
     model.train(training)
-    everything = [hit for hits in right.values() for hit in hits]
-    return {kind: sum(hits) / max(len(hits), 1) for kind, hits in [*right.items(), ("all", everything)]}
+    return right
+
+
+def wilson(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    n = len(right)
+    if n == 0:
+        return 0.0, 1.0
+    p = sum(right) / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
+
+
+def accuracy(
+    model: VideoLLM, films: int = 512, seed: int = 1, frames: int = 8, impl: Impl = "vkernels"
+) -> dict[str, dict[str, float]]:
+    """Right answers on test films, per kind of question and over all ("all"): share, 95 % interval, films."""
+    right = hits(model, films, seed, frames, impl)
+    right["all"] = [hit for some in right.values() for hit in some]
+    return {
+        kind: {
+            "share": sum(some) / max(len(some), 1), "low": wilson(some)[0], "high": wilson(some)[1], "films": len(some)
+        }
+        for kind, some in right.items()
+    }  # fmt: skip
+
+
+def ship(run: Run, folder: Path, result: dict[str, Any]) -> None:
+    """The weights in half precision, and beside them how they came about."""
+    halves = VideoLLM(run.model.config).half()
+    halves.load_state_dict(run.model.state_dict())
+    halves.save_pretrained(folder)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "vkernels": vk.__version__}
+    story = {"recipe": asdict(run.recipe), **result, "versions": versions}
+    (folder / "recipe.json").write_text(json.dumps(story, indent=2) + "\n")
 
 
 def plot(losses: Sequence[float], file: Path) -> None:
@@ -159,18 +216,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint, curve and results")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--size", type=int, default=Recipe.size, help="films per step")
-    parser.add_argument("--films", type=int, default=512, help="test films at the end")
+    parser.add_argument("--sight", type=int, default=Recipe.sight, help="steps of the encoder before the films")
+    parser.add_argument("--films", type=int, default=1024, help="test films at the end")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--impl", choices=("eager", "vkernels"), default=Recipe.impl)
+    parser.add_argument("--mask", action="store_true", help="drop video tokens at ST-LLM's dynamic rate")
     parser.add_argument("--mvm", action="store_true", help="with the second pass and its loss")
+    parser.add_argument("--ship", type=Path, help="also write the weights in half precision, with their story, here")
     parser.add_argument("--resume", action="store_true", help="go on where the folder's checkpoint stopped")
     arguments = parser.parse_args(argv)
+    began = time.perf_counter()
     if arguments.resume:
         run = Run.resume(arguments.out)
     else:
-        names = ("steps", "size", "seed", "impl", "mvm")
+        names = ("steps", "size", "seed", "impl", "mask", "mvm", "sight")
         run = Run(Recipe(**{name: getattr(arguments, name) for name in names}))
-    began = time.perf_counter()
     columns = ("step {task.completed:.0f}/{task.total:.0f}", "loss {task.fields[loss]:.3f}")
     with Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=run.recipe.steps, completed=run.step, loss=float("nan"))
@@ -181,13 +241,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.save(arguments.out)
     run.save(arguments.out)
     plot(run.losses, arguments.out / "loss.png")
+    found = accuracy(run.model, arguments.films)
     result = {
-        "accuracy": accuracy(run.model, arguments.films),
+        "accuracy": found,
+        "recognised": run.recognised,
         "seconds": time.perf_counter() - began,
         "steps": run.step,
     }
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["accuracy"]))
+    if arguments.ship:
+        ship(run, arguments.ship, result)
+    for kind, of in found.items():
+        print(f"{kind:6} {of['share']:6.1%}  ({of['low']:.1%} to {of['high']:.1%} on {of['films']} films)")
     return 0
 
 

@@ -87,9 +87,9 @@ PRESETS = {
     # What `vkernels_video.train` teaches to answer questions about films of digits: one patch per place of the board.
     "digits": VideoLLMConfig(
         TrunkConfig(
-            width=96, heads=3, layers=2, mlp=384, image=32, patch=8, projection=32, activation="gelu", pre_norm=False
+            width=64, heads=2, layers=2, mlp=256, image=24, patch=8, projection=32, activation="gelu", pre_norm=False
         ),
-        replace(TINY_LLAMA, width=128, heads=4, kv_heads=2, layers=3, mlp=384, context=1024),
+        replace(TINY_LLAMA, width=64, heads=2, kv_heads=1, layers=3, mlp=192, context=1024),
         arrange="all",
         mvm=True,
         kv="none",

@@ -207,9 +207,11 @@ class VideoLLM(nn.Module):
         return self.encoder(pixels.unflatten(0, (capacity, clips)).transpose(0, 1), impl)
 
     def features(self, pixels: Tensor, impl: Impl = "vkernels", keep: Tensor | None = None) -> Tensor:
-        """Videos [b t 3 h w] through an encoder of frames -> [b t l c]; BT-Adapter for LLaVA gives [b 1 l c].
-        `keep` is what BT-Adapter's branch keeps."""
+        """Videos [b t 3 h w] -> [b t l c], those of clips back in the order of time; BT-Adapter for LLaVA gives
+        [b 1 l c]. `keep` is what BT-Adapter's branch keeps."""
         encoder, branch = self.encoder, self.config.branch
+        if isinstance(encoder, Encoder):
+            return torch.stack([rearrange(self.encode(video, impl), "m t l c -> (t m) l c") for video in pixels])
         if isinstance(encoder, BTAdapter) and branch is not None:
             x, z = encoder(pixels, impl, keep)
             return (
