@@ -3,7 +3,7 @@ what a hostile direct call can do.
 
 Planted bugs that turned a test red: an interval's `hi + 1` and the dropped tokens' place off by one; the compaction's
 sum of earlier blocks one block too long; a global's second interval; dropped tokens left in their class when sorting;
-a class of `_place` one code narrower than its tokens.
+a class of `_place` one code narrower than its tokens; the ends of rising ids read from another sample.
 """
 
 from __future__ import annotations
@@ -101,6 +101,24 @@ def test_classes_stay_apart():
     same = Relation(Ids.from_ids(torch.tensor([[0, 1, 0]])), 0, 0)
     until = Relation(Ids.from_ids(torch.tensor([[0, 0, 1]])), *within(None, 0))
     mask = M((Segment(3, (same, until)),))
+    assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], mask.dense())
+
+
+def test_two_relations_make_a_class_of_every_pair():
+    """Row 0 column 1 and row 1 column 0 have the same sum."""
+    mask = M.temporal(G(2, 2, 2)).keep([True] * 7 + [False])
+    assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], mask.dense())
+
+
+def test_ids_that_rise_differ_by_sample():
+    ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
+    mask = M.from_block_ids(ids)
+    assert torch.equal(plan_to_dense(assert_same_plan(mask)), ids[:, :, None] >= ids[:, None, :])
+
+
+def test_a_segment_has_its_own_relations_only():
+    """One relation, then two: the first segment must not take the second's."""
+    mask = M.pack([M.causal(3), M.window(G(2, 1, 2), (0, None, 0))])
     assert torch.equal(plan_to_dense(assert_same_plan(mask))[0], mask.dense())
 
 

@@ -4,9 +4,9 @@ Calls of every op, taken from its cases and its refusals, follow each other with
 what it does when nothing is remembered. Then how much the host does for a call that is remembered, in function calls,
 which no other load on the machine changes.
 
-Planted and seen red here: strides, dtypes, gradients asked for and the grad mode left out of the look; 1, 1.0 and True
-alike; 0.0 and -0.0 alike; a list's length left out; the backend asked for left out; the form of a mask, of a cache, of
-a plan left out; a subclass of tensors taken for one; a launcher that keeps the tensor it was planned with.
+Planted and seen red here: shapes, strides, dtypes, gradients asked for and the grad mode left out of the look; 1, 1.0
+and True alike; 0.0 and -0.0 alike; a list's length left out; the backend asked for left out; the form of a mask, of a
+cache, of a plan left out; a subclass of tensors taken for one; a launcher that keeps the tensor it was planned with.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ def test_decisions_are_made_once_and_refusals_never_kept():
     forget()
     decide(x, 1, why="g")
     assert made == ["a", "c", "d", "d", "e", "f", "g"]
+
+
+def test_a_cache_with_other_storage_looks_different():
+    cache = KVCache("bf16", b=1, m=1, d=8, capacity=4)
+    before, cache.k_rows = cache.form, cache.storage("k_rows")[:, :, :2]
+    assert cache.form != before
 
 
 def test_memory_is_bounded(monkeypatch):
