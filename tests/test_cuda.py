@@ -89,13 +89,15 @@ def test_apply_rope_moves_16_bytes_at_a_time():
 
 @built
 def test_attention_multiplies_on_tensor_cores():
-    """Rows come in and go out 16 bytes at a time. A head of 128: 128 products of two tiles of rows with 64 keys, twice;
-    an operand from shared memory serves two of them."""
+    """Rows come in and go out 16 bytes at a time. A head of 64: two tiles of 16 rows with 64 keys are 128 products
+    forward; with 16 queries at a time, and four products, they are 64."""
     for kernel in kernels("attention"):
+        if "note_spans" in kernel.name:
+            continue
         use = kernel.instructions
-        assert use["copy16"] >= 8, kernel
+        assert use["copy16"] >= 24, kernel
         assert use["store16"] >= 8, kernel
-        assert use["tensor"] >= 128, kernel
+        assert use["tensor"] >= 64, kernel
 
 
 @built

@@ -69,7 +69,7 @@ def check(plan, b=1, n=2, m=1, d=64, dtype=torch.float16, scale=0.2, seed=0):
     want = out, lse, *torch.autograd.grad([out, through], x, [dout.double(), dlse.double()])
     torch.testing.assert_close(got[1].double(), want[1], rtol=2e-6, atol=2e-6)
     for name, g, w in zip(("out", "dq", "dk", "dv"), (got[0], *got[2:]), (want[0], *want[2:]), strict=True):
-        bound = ERROR[dtype] * max(1.0, float(w.abs().max()))
+        bound = ERROR[dtype] * max(1.0, float(w.detach().abs().max()))
         torch.testing.assert_close(g.double(), w, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
     return got
 
@@ -156,10 +156,11 @@ def test_packed_groups_keep_their_intervals():
     check(MaskPlan(175, 105, 35, 5, 3, (1, 35), (3, 1)), n=1)
 
 
-def test_dropped_tokens_are_not_looked_at():
+@pytest.mark.parametrize("mask", [VideoMask.frame_causal, VideoMask.joint], ids=["frame_causal", "joint"])
+def test_dropped_tokens_are_not_looked_at(mask):
     """Their rows hold NaN. Their outputs and gradients are 0, their lse -inf."""
     keep = torch.rand(2, 150, generator=torch.Generator().manual_seed(5)) < 0.5
-    plan = VideoMask.frame_causal(Grid(6, 5, 5)).keep(keep, queries=True).plan("cpu")
+    plan = mask(Grid(6, 5, 5)).keep(keep, queries=True).plan("cpu")
     want = check(plan, b=2)
     q, k, v, dout, dlse = inputs(plan, 2, 2, 1, 64)
     for x in (q, k, v, dout):
@@ -174,7 +175,7 @@ def test_dropped_tokens_are_not_looked_at():
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_bits_do_not_depend_on_the_order_of_threads(order):
-    plan = VideoMask.frame_causal(Grid(5, 4, 8)).plan("cpu")
+    plan = VideoMask.frame_causal(Grid(3, 3, 8)).plan("cpu")
     call = inputs(plan, 1, 2, 1, 72)
     want = run(*call, plan, 0.2)
     library.emulator.module.set_order(order)
@@ -187,12 +188,12 @@ def test_bits_do_not_depend_on_the_order_of_threads(order):
 
 def test_strides_alignment_and_guards():
     """Views of a packed tensor as they are, rows at odd addresses through a copy: the same bits."""
-    plan = whole(66, 66)
+    plan = whole(34, 34)
     q, k, v, dout, dlse = inputs(plan, 2, 2, 1, 72)
     want = run(q, k, v, dout, dlse, plan, 0.2)
     packed = torch.cat([q, k, v], 2)
     views = packed[:, :, :2], packed[:, :, 2:3], packed[:, :, 3:]
-    odd = torch.zeros(2, 66, 2, 75, dtype=q.dtype)[..., 3:]
+    odd = torch.zeros(2, 34, 2, 75, dtype=q.dtype)[..., 3:]
     odd.copy_(dout)
     with poisoned_memory(), guarded_memory():
         for grad in (odd, dout.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -213,7 +214,7 @@ def test_values_nobody_can_look_at_before_the_launch(value):
     rows = torch.full((1, 70), value, dtype=torch.int32)
     count = torch.full((1,), value, dtype=torch.int32)
     ranges = torch.full((1, 70, 4), value, dtype=torch.int32)
-    ranges[:, ::2, 1::2] = 70 - value if abs(value) < 70 else -value
+    ranges[:, ::2, 1::2] = 70 - value if abs(value) < 70 else ~value
     order = torch.arange(70, dtype=torch.int32)[None]
     for given_ in (
         {"q_rows": rows, "k_rows": rows},
@@ -287,17 +288,18 @@ def test_what_is_left_to_others_in_sentences():
     assert "float32 has no tensor cores of its precision" in told(dtype=torch.float32)
     assert "the head size is 136, this backend serves multiples of 8 up to 128" in told(d=136)
     assert "the head size is 60, this backend" in told(d=60)
-    window = VideoMask.window(Grid(1, 2, 3), (0, 1, 1))
-    assert "the mask compares 3 attributes beyond its intervals, this backend serves none" in told(mask=window)
+    q = torch.zeros(1, 140, 1, 64).half()
+    with pytest.raises(NoBackend, match="attributes beyond its intervals, this backend serves none"):
+        attention(q, q, q, mask=VideoMask.window(Grid(4, 5, 7), (3, 3, 3)), backend="cuda")
 
 
 def test_compiled_whole_and_registered_well():
     plan = VideoMask.frame_causal(Grid(3, 2, 2)).plan("cpu")
-    q, k, v, dout, dlse = inputs(plan, 1, 2, 1, 64)
-    want = run(q, k, v, dout, dlse, plan, 0.2)
+    q, k, v, *_ = inputs(plan, 1, 2, 1, 64)
+    want = attention(q, k, v, mask=plan, backend="cuda")
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: run(*x, plan, 0.2), fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(g, w) for g, w in zip(compiled(q, k, v, dout, dlse), want, strict=True))
+    compiled = torch.compile(lambda *x: attention(*x, mask=plan, backend="cuda"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), want)
     torch.library.opcheck(FWD, tuple(direct(q, k, v, plan)))
     told = str(vkernels.explain("attention", q, k, v, mask=plan, backend="cuda"))
     assert told.splitlines()[0] == "attention: backend cuda"
