@@ -311,6 +311,7 @@ VK_DEVICE void store_sums(const Tiled& p, const Block& b, const Sums<Traits>& su
   device::store_rows<16, kWarp>(
       through, 0, p.columns,
       [&](int row) { return b.first + row < p.where.length ? row_of(p, rows, b.first + row) : nullptr; }, lane());
+  sync_warp();  // the rows may be filled again
 }
 
 // Where a sequence leaves its share of the CLS's row.

@@ -1,6 +1,13 @@
 """The CUDA kernels of divided_attention, emulated: every path, borders of tiles, warps and blocks, direct calls.
 
 Expected values come from groups taken by hand (test_divided_attention.py) in float64, never from the reference.
+
+Planted one at a time in csrc/divided_attention/ and csrc/include/vkernels/device/row_tile.h, each seen red here. Packed:
+sequences of a warp not kept apart. Barriers and copies: before a stage is read, before it is filled again, copies
+not waited for, not committed, one stage where two heads need two. Tiled: keys behind the last seen, the last key of a
+tile seen by none, half of the values not copied, the CLS key counted by all four lanes. Backward: stats of another
+tile, queries behind the last taken, the CLS missing from the sum of p * dp, its share of the mean left out, lanes
+not rescaled when they meet, one sequence left out of the CLS's sum.
 """
 
 from __future__ import annotations
@@ -87,6 +94,7 @@ TILED = [
     ("a tile", vk.Grid(64, 1, 1), {"order": "patch"}),
     ("a row in the second tile", vk.Grid(65, 1, 1), {}),
     ("two blocks", vk.Grid(100, 1, 1), {"cls": 1}),
+    ("a stage filled twice", vk.Grid(130, 1, 1), {}),
     ("the CLS fills a warp", vk.Grid(2, 1, 15), {"axis": "spatial", "cls": 1}),
     ("the CLS alone in a warp", vk.Grid(3, 4, 4), {"axis": "spatial", "cls": 1, "order": "patch"}),
     ("the CLS in the second block", vk.Grid(1, 8, 12), {"axis": "spatial", "cls": 1}),
