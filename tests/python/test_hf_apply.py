@@ -2,7 +2,7 @@
 
 Planted, one at a time, and seen red: a config shared with another model switched; a hook left behind; the forward of
 the class patched instead of the instance's; a lost seam passed over in strict mode; a call given back to the stock path
-not counted; a plain key for a packed tower; a rotation of another kind replaced.
+not counted; a rotation of another kind replaced.
 """
 
 import copy
