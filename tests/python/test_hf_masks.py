@@ -2,7 +2,8 @@
 
 Planted, one at a time, and seen red: causal one key short; a window one key long; the chunk ignoring left padding; the
 block of a query ending one early; the offset of the queries dropped; the offset of the keys dropped; padding compacted
-without moving the intervals; a static cache's unwritten end taken for padding; blocks in pieces taken for runs.
+without moving the intervals; a static cache's unwritten end taken for padding; blocks in pieces taken for runs; packed
+sequences one key long, without their inner mask, or planned from an older cu_seqlens.
 """
 
 import warnings

@@ -369,5 +369,7 @@ def build(name: str, seed: int = 0) -> Sample:
             for parameter in sample.model.parameters():
                 if parameter.dim() > 1:
                     torch.nn.init.normal_(parameter, std=0.15)
+                else:  # biases and norms, no two alike
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         sample.model.eval()
         return sample

@@ -66,6 +66,9 @@ def _vision_block(module: Any, seam: Seam) -> Made:
         plan = _rows_as_they_are(h.shape[0], h.device)
         x = vk.rearrange(h, plan, norm="rms", norm_weight=first.weight, eps=first.variance_epsilon)
         x = self.attn(x, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **rest)
+        if x.dtype != h.dtype:  # autocast keeps the residual stream in float32
+            h = h + x
+            return h + self.mlp(second(h))
         how: dict[str, Any] = dict(norm_weight=second.weight, eps=second.variance_epsilon, return_sum=True)
         x, h = vk.rearrange(x, plan, residual=h, norm="rms", **how)
         return h + self.mlp(x)
