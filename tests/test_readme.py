@@ -1,4 +1,4 @@
-"""The Python of the README, docs/model.md and docs/drop-in.md runs as it stands, one block after the other."""
+"""The Python of the README and of the pages under docs/ runs as it stands, one block after the other."""
 
 import re
 from pathlib import Path
@@ -23,6 +23,11 @@ def test_every_example_of_the_readme_runs(capsys):
 
 def test_every_example_of_the_drop_in_page_runs():
     assert run_blocks(ROOT / "docs" / "drop-in.md") >= 4
+
+
+def test_every_example_of_the_distributed_page_runs(capsys):
+    assert run_blocks(ROOT / "docs" / "distributed.md") == 1
+    assert "imbalance 1.0" in capsys.readouterr().out
 
 
 def test_every_example_of_the_model_page_runs(capsys):

@@ -1,0 +1,129 @@
+"""Attention over tokens that several ranks hold."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from vkernels.check import NoBackend, ShapeError, refusal, require
+from vkernels.dispatch import choose
+from vkernels.distributed.cost import recommended
+from vkernels.distributed.exchange import ProcessGroup, agree, group_of, size_and_rank
+from vkernels.distributed.schemes import SCHEMES, Seat
+from vkernels.distributed.shards import Mask, ShardPlan
+from vkernels.distributed.tokens import shards_of
+from vkernels.ops.attention import api
+
+OP = "distributed.attention"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | ShardPlan,
+    mesh: Any = None,
+    *,
+    scheme: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`vkernels.attention` of the whole sequence, each rank giving and getting its own tokens.
+
+    Args:
+        q, k, v:    (b own n d), (b own m d): this rank's tokens, `scatter_tokens(x, mask, mesh)`; or DTensors of these,
+                    sharded over dimension 1
+        mask:       a VideoMask or MaskPlan of the whole sequence, a number of tokens that all see each other, or the
+                    ShardPlan of one of these
+        mesh:       a one-dimensional DeviceMesh or a ProcessGroup; None: everyone
+        scheme:     "ring": keys and values travel part by part, the next while this one is attended to; "gather": all
+                    at once; "heads": tokens are traded for heads, both of which the ranks must divide; "auto": ring
+                    where its messages hide behind its compute, else what sends least
+        scale:      None: 1 / sqrt(d)
+        return_lse: also return the log of the sum of exponentials (b n own), float32
+        backend:    as vkernels.attention, less the reference
+    Returns:
+        output (b own n d) like q; a DTensor where q is one
+    Raises:
+        ShapeError, TypeError, ValueError on every rank, before anything is sent, where one rank's arguments are refused
+        or mean another call (mask, shapes, dtype, scale, scheme); the process group's own errors where a rank is gone
+    Gradients: q, k, v, through output and lse.   Deterministic: yes, for a number of ranks.
+    Example:
+        >>> shards = plan_shards(mask, world)
+        >>> o = attention(*(scatter_tokens(x, shards) for x in (q, k, v)), shards)
+    Source: Ring Attention, arXiv:2310.01889; DeepSpeed-Ulysses, arXiv:2309.14509.
+    """
+    if isinstance(q, DTensor):
+        return _of_dtensors(q, k, v, mask, mesh, scheme=scheme, scale=scale, return_lse=return_lse, backend=backend)
+    group = group_of(mesh, OP)
+    world, me = size_and_rank(group)
+    problem: Exception | None = None
+    digest = 0
+    try:
+        shards = shards_of(mask, world, OP)
+        scheme, name, digest = _prepared(q, k, v, shards, me, scheme, scale, backend)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        problem = error
+    agree(OP, digest, problem, group, q.device)
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    out, lse = SCHEMES[scheme](q, k, v, factor, _seat(shards, group, me), name)
+    return (out, lse) if return_lse else out
+
+
+def _of_dtensors(q: DTensor, k: Tensor, v: Tensor, mask: Mask | ShardPlan, mesh: Any, **options: Any) -> Any:
+    """Tensors sharded over their tokens, as the deal has them; so is the result."""
+    own = q.device_mesh
+    require(mesh is None or mesh == own, OP, "mesh", "be that of the DTensors, or None", mesh)
+    for argument, x in (("q", q), ("k", k), ("v", v)):
+        good = isinstance(x, DTensor) and x.device_mesh == own and tuple(x.placements) == (Shard(1),)
+        require(
+            good, OP, argument, "be a DTensor sharded over dimension 1 of one mesh", getattr(x, "placements", type(x))
+        )
+    local: list[Any] = [x.to_local() for x in (q, k, v)]  # type: ignore[attr-defined]
+    out: Any = attention(local[0], local[1], local[2], mask, own, **options)
+    b, s, n, d = q.shape
+
+    def whole(x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(x, own, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
+
+    if not options["return_lse"]:
+        return whole(out, 1, (b, s, n, d))
+    return whole(out[0], 1, (b, s, n, d)), whole(out[1], 2, (b, n, s))
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, shards: ShardPlan, me: int, scheme: str, scale: float | None, backend: str | None
+) -> tuple[str, str, int]:
+    """(scheme, backend, digest of what all ranks must agree on)."""
+    call = api.prepare(q, k, v, scale=scale)
+    own = len(shards.tokens[me])
+    for argument, x in (("q", q), ("k", k)):
+        if x.shape[1] != own:
+            raise ShapeError(refusal(OP, argument, f"hold the {own} tokens of rank {me}", x.shape[1]))
+    name = choose("attention", api.BACKENDS, backend, call).name
+    if name == "reference":
+        raise NoBackend(refusal(OP, "backend", "be one with kernels of its own (cpu, cuda, triton)", name))
+    require(scheme in ("auto", *SCHEMES), OP, "scheme", f"be auto, {', '.join(SCHEMES)}", repr(scheme))
+    b, _, n, d = q.shape
+    m = k.shape[2]
+    if scheme == "auto":
+        scheme = recommended(shards, b, n, m, d, q.element_size())
+    if scheme == "heads":
+        rule = f"have heads of queries and keys that {shards.world} ranks divide for scheme heads"
+        require(n % shards.world == 0 and m % shards.world == 0, OP, "q", rule, f"{n} and {m}")
+    meaning = (shards.digest, b, n, m, d, str(q.dtype), call.scale, scheme)
+    return scheme, name, int.from_bytes(hashlib.sha256(repr(meaning).encode()).digest()[:7], "big")
+
+
+def _seat(shards: ShardPlan, group: ProcessGroup, me: int) -> Seat:
+    seats = shards.seats
+    if (id(group), me) not in seats:
+        seats[id(group), me] = Seat(shards, group, me)
+    return seats[id(group), me]

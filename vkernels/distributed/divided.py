@@ -1,0 +1,151 @@
+"""Divided attention over ranks: temporal layers hold all frames of some places, spatial layers all places of some
+frames, and one all-to-all stands between them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vkernels.check import ShapeError, refusal, require
+from vkernels.distributed.exchange import all_to_all, group_of, size_and_rank
+from vkernels.masks import Grid
+from vkernels.ops.divided_attention import divided_attention as divided_own
+
+OP = "distributed.divided_attention"
+AXES = ("temporal", "spatial")
+
+
+def shares(count: int, world: int) -> list[int]:
+    """`count` frames or places over the ranks, as even as can be."""
+    return [count // world + (r < count % world) for r in range(world)]
+
+
+def own_grid(grid: Grid, axis: str, world: int, rank: int) -> Grid:
+    """What a rank holds for layers of `axis`: all frames of its places, or all places of its frames."""
+    require(axis in AXES, OP, "axis", f"be one of {', '.join(AXES)}", repr(axis))
+    if axis == "temporal":
+        return Grid(grid.t, 1, shares(grid.h * grid.w, world)[rank])
+    return Grid(shares(grid.t, world)[rank], grid.h, grid.w)
+
+
+def _check(op: str, name: str, x: Tensor, tokens: int) -> None:
+    if x.dim() < 2 or x.shape[1] != tokens:
+        raise ShapeError(refusal(op, name, f"hold this rank's {tokens} tokens", tuple(x.shape)))
+
+
+def take(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
+    """This rank's tokens, for layers of `axis`, of x [b, cls + t h w, ...], whole on every rank; the CLS stays."""
+    world, me = size_and_rank(group_of(mesh, "distributed.take"))
+    _check("distributed.take", "x", x, cls + grid.tokens)
+    starts = [0, *accumulate(shares(grid.h * grid.w if axis == "temporal" else grid.t, world))]
+    body = x[:, cls:].unflatten(1, (grid.t, grid.h * grid.w))
+    mine = slice(starts[me], starts[me + 1])
+    body = body[:, :, mine] if axis == "temporal" else body[:, mine]
+    return torch.cat([x[:, :cls], body.flatten(1, 2)], 1)
+
+
+def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
+    """Tokens [b, cls + own, ...] held for the other axis, to those for layers of `axis`: one all-to-all.
+
+    Args:
+        x:    this rank's tokens, frame-major behind `cls` that every rank has
+        grid: of the whole video
+        axis: "temporal" or "spatial", of the layers to come
+        mesh: a one-dimensional DeviceMesh or a ProcessGroup; None: everyone
+    Gradients: x.   Sends 1 - 1 / world of what a rank holds.
+    """
+    op = "distributed.trade"
+    group = group_of(mesh, op)
+    world, me = size_and_rank(group)
+    other = AXES[axis == "temporal"]
+    _check(op, "x", x, cls + own_grid(grid, other, world, me).tokens)
+    return torch.cat([x[:, :cls], _Trade.apply(x[:, cls:], grid, axis, group)], 1)
+
+
+def _trade(x: Tensor, grid: Grid, axis: str, group: Any) -> Tensor:
+    world, me = size_and_rank(group)
+    frames, places = shares(grid.t, world), shares(grid.h * grid.w, world)
+    to_time = axis == "spatial"
+    body = x.unflatten(1, (grid.t, places[me]) if to_time else (frames[me], grid.h * grid.w))  # b t l ...
+    axis_cut = 1 if to_time else 2
+    parts = body.split(frames if to_time else places, axis_cut)
+    rows = [part.flatten(1, 2).transpose(0, 1).contiguous() for part in parts]
+    counts = [frames[me] * count for count in places] if to_time else [count * places[me] for count in frames]
+    back = [part.transpose(0, 1) for part in all_to_all(rows, counts, group)]
+    if not to_time:
+        return torch.cat(back, 1)  # frames of rank 0, then of rank 1
+    wide = [part.unflatten(1, (frames[me], count)) for part, count in zip(back, places, strict=True)]
+    return torch.cat(wide, 2).flatten(1, 2)
+
+
+class _Trade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid, axis: str, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.grid, ctx.axis, ctx.group = grid, axis, group
+        return _trade(x, grid, axis, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _trade(grad, ctx.grid, AXES[ctx.axis == "temporal"], ctx.group), None, None, None
+
+
+def divided_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    axis: str,
+    mesh: Any = None,
+    *,
+    cls: int = 0,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`vkernels.divided_attention` of the whole video on what each rank holds for `axis` (`take`, `trade`).
+
+    Args:
+        q, k, v: (b cls+own n d), (b cls+own m d), frame-major; every rank has the CLS rows
+        grid:    of the whole video
+        axis:    "temporal": nothing is sent; "spatial": one CLS row per rank, whose outputs' mean over all frames every
+                 rank gets
+        mesh, cls, scale, backend: as elsewhere
+    Returns:
+        (b cls+own n d)
+    Gradients: q, k, v; those of the CLS rows are this rank's part, to be summed over the ranks like a parameter's.
+    Source: TimeSformer, arXiv:2102.05095.
+    """
+    group = group_of(mesh, OP)
+    world, me = size_and_rank(group)
+    mine = own_grid(grid, axis, world, me)
+    _check(OP, "q", q, cls + mine.tokens)
+    if axis == "temporal" or cls == 0:
+        return divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)
+    if mine.t:
+        out = divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)
+    else:
+        out = torch.zeros_like(q)
+    first = _Sum.apply(out[:, :cls] * (mine.t / max(grid.t, 1)), group)
+    return torch.cat([first.to(out.dtype), out[:, cls:]], 1)
+
+
+class _Sum(torch.autograd.Function):
+    """Over the ranks, both ways: the loss is the sum of what each rank has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _summed(grad, ctx.group), None
+
+
+def _summed(x: Tensor, group: Any) -> Tensor:
+    total = x.float().contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
