@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ CLAIMS = (tokens.CLAIM, masking.CLAIM, long.CLAIM, branch.CLAIM, frames.CLAIM, s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print a line for every measurement
     names = [claim.name for claim in CLAIMS]
     parser = argparse.ArgumentParser(prog="python -m vkernels_video.claims", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="experiments (default: all)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,29 +17,28 @@ class Estimate:
     high: float
 
 
-def _bootstrap(seeds: int, films: int, value: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
-    """Of a function of (seeds, films): both are drawn again with replacement, because both are samples."""
-    chance = np.random.default_rng(0)
-    drawn = [value(chance.integers(seeds, size=seeds), chance.integers(films, size=films)) for _ in range(DRAWS)]
+def _estimate(value: float, drawn: np.ndarray) -> Estimate:
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value(np.arange(seeds), np.arange(films)), float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def share(hits: np.ndarray) -> Estimate:
-    """Right answers [seeds films]."""
-    return _bootstrap(hits.shape[0], hits.shape[1], lambda s, f: float(hits[np.ix_(s, f)].mean()))
+    """Right answers [seeds films]. Seeds and films are drawn again with replacement, because both are samples."""
+    chance = np.random.default_rng(0)
+    seeds, films = (chance.multinomial(n, [1 / n] * n, size=DRAWS) / n for n in hits.shape)
+    return _estimate(float(hits.mean()), np.einsum("ds,sf,df->d", seeds, hits, films, optimize=True))
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> Estimate:
     """a - b, on the same films and seeds."""
-    apart = a.astype(float) - b.astype(float)
-    return _bootstrap(apart.shape[0], apart.shape[1], lambda s, f: float(apart[np.ix_(s, f)].mean()))
+    return share(a.astype(float) - b.astype(float))
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """Median of a / b over alternating pairs of measurements."""
     pairs = np.array(a) / np.array(b)
-    return _bootstrap(1, len(pairs), lambda s, f: float(np.median(pairs[f])))
+    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(DRAWS, len(pairs)))]
+    return _estimate(float(np.median(pairs)), np.median(drawn, axis=1))
 
 
 def more(of: Estimate) -> str:
