@@ -1,4 +1,4 @@
-"""Tiles of rows in shared memory and softmax over fragments (csrc/include/vkernels/device/{tile,softmax}.h), emulated."""
+"""Tiles of rows in shared memory and softmax over fragments (device/tile.h, device/softmax.h), emulated."""
 
 from __future__ import annotations
 
