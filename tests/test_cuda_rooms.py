@@ -1,10 +1,4 @@
-"""Tiles of rows in shared memory and softmax over fragments (csrc/include/vkernels/device/{tile,softmax}.h), emulated.
-
-Planted in them and seen red here: vectors that do not change places, or change them by the row and not its group; rows
-and columns of either right operand exchanged, its halves exchanged; the left operand's halves; one vector too many
-copied, or stored; an absent row read; the maximum of one row taken from the other; totals not rescaled, or not summed
-over the quad; -inf subtracted from -inf; the scale forgotten in the base.
-"""
+"""Tiles of rows in shared memory and softmax over fragments (device/tile.h, device/softmax.h), emulated."""
 
 from __future__ import annotations
 

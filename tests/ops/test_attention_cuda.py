@@ -1,6 +1,16 @@
 """What only the CUDA kernels of attention can get wrong, emulated: tile borders, runs of key blocks, lists of query
 blocks, packed groups, row maps, hostile indices. Expectations come pair by pair from the words of a mask plan
 (test_attention.py), in float64, or are worked by hand.
+
+Planted in csrc/attention/ one at a time and seen red here. The ring: no barrier before a tile is used, a copy waited
+for one too late, keys not committed. Products: weights of neighbouring keys exchanged, sums not rescaled to a new
+maximum, the sign of a negative scale. Masks: the key at an interval's end seen, the core begun a block early or ended a
+block late, a block of queries called full by its starts alone, one key too few for a tile of keys to be met. Rows: rows
+of this step's keys written over by the next, a key past the interval copied, the key head of all heads the first,
+intervals of queries noted over those in use, packed groups offset by the wrong length, counts and row maps left
+unclamped. Lists: votes of other warps not counted, a list written before the last one was read, only the first query
+head of a group walked, its lse for all of them. Borders: outputs, lse and gradients of dropped tokens taken from the
+core, the sign of dlse, delta of a query that saw nothing.
 """
 
 from __future__ import annotations
@@ -134,6 +144,30 @@ def test_several_intervals(intervals):
     starts = torch.tensor([0, 70, 150])[:intervals] + i // 8
     ranges = torch.stack([starts, starts + torch.tensor([3, 66, 20])[:intervals]], -1).flatten(1).clamp(max=180)
     check(MaskPlan(140, 180, 1, 140, 180, ranges=ranges[None].int()), n=1)
+
+
+def test_one_key_of_a_tile():
+    """Every query ends at key 129: of the second tile of 128 it sees one."""
+    check(MaskPlan(70, 140, 1, 70, 140, ranges=torch.tensor([0, 129]).int().expand(1, 70, 2).contiguous()), n=1)
+
+
+def test_heads_in_groups():
+    check(whole(33, 17), b=2, n=4, m=2, d=16)
+
+
+def test_more_blocks_of_queries_than_a_list_holds():
+    """128 blocks of 64 queries are listed at a time, 32 by each warp."""
+    check(whole(8200, 8), n=1)
+
+
+def test_nothing_comes_back_through_a_query_that_saw_nothing():
+    """Whatever gradient arrives at its lse, which is -inf."""
+    plan = MaskPlan(4, 8, 1, 4, 8, ranges=torch.tensor([[0, 8], [3, 3], [2, 4], [8, 8]]).int()[None])
+    q, k, v, dout, dlse = inputs(plan, 1, 1, 1, 64)
+    out, lse = FWD(*direct(q, k, v, plan))
+    dlse[0, 0, [1, 3]] = math.nan
+    for grad in BWD(dout, dlse, q, k, v, out, lse, *direct(q, k, v, plan)[3:]):
+        assert torch.isfinite(grad).all()
 
 
 @given(drawn=plans(), heads=st.sampled_from([(1, 1), (2, 1)]), d=st.sampled_from([16, 72]))
