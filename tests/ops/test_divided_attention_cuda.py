@@ -2,12 +2,13 @@
 
 Expected values come from groups taken by hand (test_divided_attention.py) in float64, never from the reference.
 
-Planted one at a time in csrc/divided_attention/ and csrc/include/vkernels/device/row_tile.h, each seen red here. Packed:
-sequences of a warp not kept apart. Barriers and copies: before a stage is read, before it is filled again, copies
-not waited for, not committed, one stage where two heads need two. Tiled: keys behind the last seen, the last key of a
-tile seen by none, half of the values not copied, the CLS key counted by all four lanes. Backward: stats of another
-tile, queries behind the last taken, the CLS missing from the sum of p * dp, its share of the mean left out, lanes
-not rescaled when they meet, one sequence left out of the CLS's sum.
+Planted one at a time in csrc/divided_attention/ and csrc/include/vkernels/device/row_tile.h, each seen red here.
+Packed: sequences of a warp not kept apart, one more than fit, the two rows of a lane exchanged, an operand not
+transposed. Barriers and copies: before a stage is read, before it is filled again, copies not waited for, not
+committed, one stage where two heads need two. Tiled: keys behind the last seen, the last key of a tile seen by none,
+half of the values not copied, the CLS key counted by all four lanes. Backward: stats of another tile, queries behind
+the last taken, the CLS missing from the sum of p * dp, its share of the mean left out, lanes not rescaled when they
+meet, one sequence left out of the CLS's sum.
 """
 
 from __future__ import annotations
