@@ -1,5 +1,10 @@
 """rearrange in CUDA C++, emulated: the CPU kernels are the witness, at borders of lanes, tiles and chunks, however
 tensors lie, whatever the plan holds.
+
+Planted one at a time in csrc/rearrange/{move.h,gather.h,rearrange_cuda.cu}, each seen red here: the barrier between
+filling a tile and reading it, an element of a vector taken for the first, row numbers and tap ranges believed, the
+barrier before the sums of other warps are read, the first row's sums for every row of a block. Blind to the barrier
+after those sums: the emulator's warps meet at the next shuffle first.
 """
 
 from __future__ import annotations
