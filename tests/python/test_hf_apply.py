@@ -7,6 +7,9 @@ not counted; a rotation of another kind replaced.
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from importlib import import_module
@@ -469,3 +472,11 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(import_module("transformers"), "__version__", "4.57.1")
     assert doctor.main() == 1
     assert "nothing would be patched" in capsys.readouterr().out
+
+
+def test_doctor_without_transformers_says_so():
+    code = "import sys; sys.modules['transformers'] = None; from vkernels_video.integrations.doctor import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "nothing would be patched: vkernels_video.integrations.transformers needs transformers" in done.stdout
