@@ -305,6 +305,18 @@ def test_the_tower_compiles_without_a_graph_break(name):
     assert graphs.count == 1
 
 
+def test_the_compiled_tower_takes_clips_of_other_sizes():
+    sample = zoo.build("Qwen2.5-VL")
+    vkt.apply(sample.model)
+    tower, pixels = sample.model.model.visual, sample.inputs["pixel_values_videos"]
+    torch._dynamo.reset()
+    compiled = torch.compile(tower, fullgraph=True, backend="eager")
+    for grid in ([3, 6, 10], [2, 6, 10], [2, 4, 6]):
+        clip, grid = pixels[: grid[0] * grid[1] * grid[2]], torch.tensor([grid])
+        got = compiled(clip, grid, **vkt.vision_kwargs(tower, grid)).pooler_output
+        torch.testing.assert_close(got, tower(clip, grid).pooler_output, atol=1e-4, rtol=1e-4)
+
+
 # ---- misuse
 
 
