@@ -1,7 +1,7 @@
 """Methods of known classes that are replaced whole, by class name: windows, pooling, shuffles, divided blocks.
 
-While torch.compile traces, what only moves rows stays as it was: sizes may be symbols, which a plan cannot hold, and the
-compiler fuses such code itself.
+While torch.compile traces, what only moves rows stays as it was: sizes may be symbols, which a plan cannot hold, and
+the compiler fuses such code itself.
 """
 
 from __future__ import annotations
