@@ -7,6 +7,9 @@ not counted; a rotation of another kind replaced.
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from importlib import import_module
@@ -302,6 +305,18 @@ def test_the_tower_compiles_without_a_graph_break(name):
     assert graphs.count == 1
 
 
+def test_the_compiled_tower_takes_clips_of_other_sizes():
+    sample = zoo.build("Qwen2.5-VL")
+    vkt.apply(sample.model)
+    tower, pixels = sample.model.model.visual, sample.inputs["pixel_values_videos"]
+    torch._dynamo.reset()
+    compiled = torch.compile(tower, fullgraph=True, backend="eager")
+    for grid in ([3, 6, 10], [2, 6, 10], [2, 4, 6]):
+        clip, grid = pixels[: grid[0] * grid[1] * grid[2]], torch.tensor([grid])
+        got = compiled(clip, grid, **vkt.vision_kwargs(tower, grid)).pooler_output
+        torch.testing.assert_close(got, tower(clip, grid).pooler_output, atol=1e-4, rtol=1e-4)
+
+
 # ---- misuse
 
 
@@ -469,3 +484,11 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(import_module("transformers"), "__version__", "4.57.1")
     assert doctor.main() == 1
     assert "nothing would be patched" in capsys.readouterr().out
+
+
+def test_doctor_without_transformers_says_so():
+    code = "import sys; sys.modules['transformers'] = None; from vkernels_video.integrations.doctor import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "nothing would be patched: vkernels_video.integrations.transformers needs transformers" in done.stdout

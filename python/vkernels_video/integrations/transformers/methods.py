@@ -1,4 +1,8 @@
-"""Methods of known classes that are replaced whole, by class name: windows, pooling, shuffles, divided blocks."""
+"""Methods of known classes that are replaced whole, by class name: windows, pooling, shuffles, divided blocks.
+
+While torch.compile traces, what only moves rows stays as it was: sizes may be symbols, which a plan cannot hold, and
+the compiler fuses such code itself.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,8 @@ class Method:
 
 def _window_gather(module: Any, seam: Seam) -> Made:
     def permute_input_for_window_attn(self: Any, input_tensor: Tensor, window_index: Tensor, seq_len: int) -> Any:
+        if torch.compiler.is_compiling():
+            return type(self).permute_input_for_window_attn(self, input_tensor, window_index, seq_len)
         seam.called()
         units = seq_len // self.spatial_merge_unit
         idx = window_index[None].to(torch.int32)
@@ -97,6 +103,8 @@ def _onevision_pooling(module: Any, seam: Seam) -> Made:
     plan = _pool(side, side, "bilinear", 2)
 
     def apply_pooling(self: Any, image_features: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return type(self).apply_pooling(self, image_features)
         seam.called()
         return vk.rearrange(image_features, plan)
 
@@ -108,7 +116,7 @@ def _next_video_pooler(module: Any, seam: Seam) -> Made:
     stride = module.pool.stride
 
     def forward(self: Any, image_features: Tensor) -> Any:
-        if torch.compiler.is_compiling():  # plans are built from lists
+        if torch.compiler.is_compiling():
             return type(self).forward(self, image_features)
         seam.called()
         side = math.isqrt(image_features.shape[1])
@@ -155,7 +163,7 @@ def _internvl_shuffle(module: Any, seam: Seam) -> Made:
 
     def pixel_shuffle(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Any:
         _, width, height, _ = vision_features.shape
-        if r * scale_factor != 1 or width % r or height % r:
+        if torch.compiler.is_compiling() or r * scale_factor != 1 or width % r or height % r:
             return type(self).pixel_shuffle(self, vision_features, scale_factor)
         seam.called()
         return vk.rearrange(vision_features, plan)
@@ -170,7 +178,7 @@ def _smolvlm_shuffle(module: Any, seam: Seam) -> Made:
     def pixel_shuffle(self: Any, x: Tensor, scale_factor: int = 2) -> Any:
         b, s, c = x.shape
         side = math.isqrt(s)
-        if side * side != s or scale_factor != r or side % r:
+        if torch.compiler.is_compiling() or side * side != s or scale_factor != r or side % r:
             return type(self).pixel_shuffle(self, x, scale_factor)
         seam.called()
         shuffled: Any = vk.rearrange(x.view(b, side, side, c), plan)
