@@ -74,6 +74,12 @@ def test_a_flash_is_short_and_its_digit_is_asked_for():
         assert 1 <= min(shown[shown > 0]) <= max(frames // 8, 1)
 
 
+def test_of_what_was_shot_every_nth_frame_is_shown():
+    shot, shown = Studio(9, frames=16).film("when"), Studio(9, frames=4, every=4).film("when")
+    assert torch.equal(shown.frames, shot.frames[::4])
+    assert shown.answer == shot.answer
+
+
 def test_pictures_hold_what_their_labels_say():
     boards, labels = pictures(0, 30)
     shown = (boards[:, 0].unfold(1, CELL, CELL).unfold(2, CELL, CELL) > -1).flatten(3).any(-1).flatten(1)
