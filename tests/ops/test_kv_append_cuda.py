@@ -2,11 +2,10 @@
 and windows.
 
 Planted one at a time in csrc/kv_append/kv_append_cuda.cu, each seen red here. Barriers: before the scales, before the
-codes, between reading the window and filling it. Values: a table read past its end, a page that is none believed, a
-count beyond the call, a NaN unnoticed, what no float16 holds let through. Borders: a window one group short, one token
-kept late, one sink too many, a ring one row short, a task too few for the window, one token too many of a row. Codes:
-half the lanes of a range, words of four tokens at each other's places, zeros stored over deltas. Rows that do not start
-at multiples of 16 bytes, taken for such. Blind to bank conflicts (any order of the vectors in shared memory gives the
+codes. Values: a table read past its end, a page that is none believed, a NaN unnoticed, what no float16 holds let
+through. Borders: a window one group short, one token kept late, one sink too many, a ring one row short, a task too few
+for the window. Codes: half the lanes of a range, words of four tokens at each other's places, zeros stored over deltas.
+Blind to bank conflicts (any order of the vectors in shared memory gives the
 same codes) and to two blocks that write one slot of a ring: blocks run one after the other here, so the last one wins,
 as it should.
 """
