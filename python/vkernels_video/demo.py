@@ -273,7 +273,8 @@ def show_quiz(console: Console, digits: dict[str, Any]) -> None:
     if "missing" in digits:
         console.print(f"No questions about digits: {digits['missing']}.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Trained weights on generated films of digits")
+    console.print("Trained weights on generated films of digits they have not seen:")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("question", "answer", "truth"):
         table.add_column(name)
     for each in digits["asked"]:

@@ -1,5 +1,6 @@
 """Films of digits and the trainer: films follow their rules and seeds, a run resumes bit by bit, training learns."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -180,9 +181,11 @@ def test_results_and_curve(tmp_path):
 
 
 def test_the_command_trains_and_goes_on(tmp_path, capsys):
-    assert train.main(["--out", str(tmp_path), "--steps", "2", "--size", "2", "--films", "4"]) == 0
+    assert train.main(["--out", str(tmp_path), "--steps", "2", "--size", "2", "--films", "4", "--sight", "2"]) == 0
     assert {"model.safetensors", "loss.png", "result.json", "trainer.pt"} <= {file.name for file in tmp_path.iterdir()}
-    assert train.main(["--out", str(tmp_path), "--resume", "--films", "4"]) == 0
+    assert train.main(["--out", str(tmp_path), "--resume", "--films", "4", "--ship", str(tmp_path / "ship")]) == 0
+    assert VideoLLM.from_pretrained(tmp_path / "ship").config == preset("digits")
+    assert json.loads((tmp_path / "ship" / "recipe.json").read_text())["recipe"]["sight"] == 2
     assert re.search(r"all +\d+.\d% .*on 4 films", capsys.readouterr().out)
 
 
