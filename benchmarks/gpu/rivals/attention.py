@@ -133,10 +133,15 @@ def _libraries(q: Any, k: Any, v: Any, scale: float | None, causal: bool) -> Pre
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
         bias = LowerTriangularMask() if causal else None
-        yield (
-            "xformers",
-            lambda: room.Rival("xformers", lambda: memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)),
-        )
+        share = q.shape[2] // max(k.shape[2], 1)  # grouped heads are its BMGHK: keys expanded over a group's heads
+        groups = q.unflatten(2, (k.shape[2], share)) if share > 1 else q
+        k_all, v_all = (x[:, :, :, None].expand(-1, -1, -1, share, -1) if share > 1 else x for x in (k, v))
+
+        def call() -> Any:
+            out = memory_efficient_attention(groups, k_all, v_all, attn_bias=bias, scale=scale)
+            return out.view(q.shape)
+
+        yield "xformers", lambda: room.Rival("xformers", call)
 
 
 def _lowering(race: Race, kwargs: dict[str, Any]) -> Prepared:

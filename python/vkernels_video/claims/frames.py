@@ -13,7 +13,7 @@ from vkernels_video.claims.experiment import DIGITS, Claim, Record, record, tabl
 from vkernels_video.digits import Film, Studio
 from vkernels_video.model import VideoLLM
 from vkernels_video.model.config import EncoderConfig
-from vkernels_video.model.decoder import Prompt, ntk_base
+from vkernels_video.model.decoder import Prompt, Rotary
 from vkernels_video.model.sequence import Example, inputs, lay
 from vkernels_video.model.videollm import BEGIN
 from vkernels_video.train import Recipe
@@ -82,11 +82,11 @@ def _answers(model: VideoLLM, films: Sequence[Film], scaling: str, order: str) -
     laid = lay(examples, rows.shape[1], packed=True)
     x = inputs(examples, rows, None, decoder.embed_tokens, "vkernels", laid)
     length, context = max(laid.lengths), decoder.config.context
-    base = ntk_base(decoder.config, length) if scaling == "ntk" else None
+    rotary = Rotary.scaled(decoder.config, length) if scaling == "ntk" else None
     positions = laid.positions
     if scaling == "linear" and length > context:
         positions = positions * (context / length)
-    h = decoder.hidden(x, positions, laid.lengths, "vkernels", base)
+    h = decoder.hidden(x, positions, laid.lengths, "vkernels", rotary)
     return [_digit(logits) for logits in decoder.lm_head(h.flatten(0, 1)[laid.predicting])]
 
 
@@ -97,13 +97,14 @@ def _cached(model: VideoLLM, film: Film, scheme: str) -> tuple[str, int]:
     rows = _rows(model, film.frames[None], "interleaved")[0]
     question = list(film.question.encode())
     length = 1 + rows.shape[:2].numel() + len(question)
-    base = ntk_base(model.decoder.config, length)
+    rotary = Rotary.scaled(model.decoder.config, length)
     caches = model.new_caches("vkernels", length)
     x = torch.cat([model.decoder.embed_tokens(torch.tensor([BEGIN])), rows.flatten(0, 1)])[None]
-    logits = model.decoder(x, 0, base, caches, Prompt(1, rows.shape[0], rows.shape[1], 0), "vkernels")
+    prompt = Prompt(1, rows.shape[0], rows.shape[1], 0)
+    logits = model.decoder(x, [0], rotary, caches, [prompt], "vkernels")
     for i, byte in enumerate(question):
         x = model.decoder.embed_tokens(torch.tensor([[byte]]))
-        logits = model.decoder(x, length - len(question) + i, base, caches, None, "vkernels")
+        logits = model.decoder(x, [length - len(question) + i], rotary, caches, None, "vkernels")
     return _digit(logits[0]), sum(cache.bytes for cache in caches)
 
 

@@ -254,8 +254,10 @@ class Decoder(nn.Module):
             states = self._layers(x, positions, rotary, masks, caches, impl)[0, last]
         return self.lm_head(self.norm(states))
 
-    def hidden(self, x: Tensor, positions: Tensor, lengths: list[int], impl: str) -> Tensor:
-        """Normalised states of causal sequences, with gradients and without a cache.
+    def hidden(
+        self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, rotary: Rotary | None = None
+    ) -> Tensor:
+        """Normalised states of causal sequences, with gradients and without a cache; `rotary` None is unscaled.
 
         "eager": padded rows x [b s c] and positions [b s]. "vkernels": one after the other, x [1 total c] and positions
         [total].
@@ -266,7 +268,7 @@ class Decoder(nn.Module):
             mask = create_causal_mask(self.llama, x, shown.to(x.device), None)
         else:
             mask = vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths])
-        rotary = Rotary(self.config.rope_theta)
+        rotary = rotary or Rotary(self.config.rope_theta)
         return self.norm(self._layers(x, positions, rotary, mask, [None] * len(self.layers), impl))
 
     def _layers(self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Any, caches: list[Any], impl: str) -> Tensor:
