@@ -72,7 +72,7 @@ def test_concatenated_clips_come_back_in_order(monkeypatch):
 
     monkeypatch.setattr(model.encoder, "forward", clips)
     monkeypatch.setattr(model, "visual", lambda features: features)
-    film = torch.arange(16.0)[:, None, None, None].expand(16, 3, 2, 2)
+    film = torch.arange(16.0)[:, None, None, None].expand(16, 3, 24, 24)
     for order, first in (("interleaved", list(range(0, 16, 2))), ("concatenated", list(range(8)))):
         rows = frames._rows(model, film[None], order)
         assert rows[0, :, 0, 0].tolist() == list(range(16))
