@@ -14,6 +14,10 @@ from vkernels.__main__ import support_table
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _time(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1e3:.3g} s"
+
+
 def numbers() -> str:
     stored = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     facts = stored["environment"]
@@ -29,7 +33,7 @@ def numbers() -> str:
     for row in stored["rows"]:
         spread = f"({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
         lines.append(
-            f"| {row['id']} | {row['dtype']} | {row['rival']} | {row['ours_ms']:.3g} ms | {row['rival_ms']:.3g} ms "
+            f"| {row['id']} | {row['dtype']} | {row['rival']} | {_time(row['ours_ms'])} | {_time(row['rival_ms'])} "
             f"| **{row['ratio']:.2f}x** {spread} | {row['roofline_share']:.0%} |"
         )
     return "\n".join(lines)
@@ -52,7 +56,7 @@ def model_numbers(file: Path = ROOT / "benchmarks" / "results" / "model.json") -
         missed = " missed" if row["target"] and row["ratio"] < row["target"] else ""
         target = f"{row['target']:.1f}x{missed}" if row["target"] else ""
         lines.append(
-            f"| {row['id']} | {row['dtype']} | {row['rival_ms']:.3g} ms | {row['ours_ms']:.3g} ms "
+            f"| {row['id']} | {row['dtype']} | {_time(row['rival_ms'])} | {_time(row['ours_ms'])} "
             f"| **{row['ratio']:.2f}x** {spread} | {target} | {row['rival_peak'] / 2**20:.0f} MiB "
             f"| {row['ours_peak'] / 2**20:.0f} MiB |"
         )
