@@ -70,7 +70,7 @@ def together(mask, scheme: str, chunk: int | None, heads: tuple[int, int]) -> li
     grads = torch.autograd.grad((out * w).sum() + (lse * w_lse)[sees].sum(), mine)
     b, _, n, d = q.shape
     model = vd.forward_cost(scheme, shards, dist.get_rank(), b, n, k.shape[2], d, 4)
-    assert (sent.bytes, sent.messages if scheme == "ring" else model.messages) == (model.bytes, model.messages), sent
+    assert (sent.bytes, sent.messages) == (model.bytes, model.messages), (sent, model)
     gathered = [vd.gather_tokens(x, shards) for x in (out.detach(), *grads)]
     return [gathered[0], vd.gather_tokens(lse.detach(), shards, dim=2), *gathered[1:]]
 

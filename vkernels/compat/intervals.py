@@ -65,10 +65,16 @@ def _uniform(s_q: int, s_k: int, band: Band, device: torch.device) -> MaskPlan:
 _kept = lru_cache(maxsize=64)(_uniform)
 
 
+def in_sequences(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Each of `tokens` rows of sequences laid end to end: its number, and that of its sequence (the last one's after)."""
+    row = torch.arange(tokens, device=starts.device)
+    sequence = torch.searchsorted(starts[1:].contiguous(), row, right=True)
+    return row, sequence.clamp_max(len(starts) - 2)
+
+
 def packed(start_q: Tensor, start_k: Tensor, len_k: Tensor, s_q: int, s_k: int, band: Band) -> MaskPlan:
     """Sequences end to end: queries from start_q[i] to start_q[i + 1], keys `len_k[i]` of them from start_k[i] on."""
-    query = torch.arange(s_q, device=start_q.device)
-    sequence = torch.searchsorted(start_q[1:].contiguous(), query, right=True).clamp_max(len(len_k) - 1)
+    query, sequence = in_sequences(start_q, s_q)
     first, last = start_q[:-1].long()[sequence], start_q[1:].long()[sequence]
     low, high = visible(query - first, last - first, len_k.long()[sequence], band)
     outside = query >= start_q[-1]  # rows no sequence owns see nothing

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vkernels.check import bind, require
+from vkernels.compat.intervals import in_sequences
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.rope import RopeSpec
 
@@ -29,8 +30,7 @@ def places(offset: int | Tensor, s: int, still: bool = False) -> Tensor | slice:
 
 def packed_places(cu_seqlens: Tensor, offsets: int | Tensor, total: int) -> Tensor:
     """Where the tokens of sequences laid end to end stand, (1 total)."""
-    token = torch.arange(total, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp_max(len(cu_seqlens) - 2)
+    token, sequence = in_sequences(cu_seqlens, total)
     place = token - cu_seqlens[:-1].long()[sequence]
     return (place + (offsets.long()[sequence] if isinstance(offsets, Tensor) else offsets))[None]
 
