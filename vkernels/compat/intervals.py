@@ -66,7 +66,7 @@ _kept = lru_cache(maxsize=64)(_uniform)
 
 
 def in_sequences(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Each of `tokens` rows of sequences laid end to end: its number, and that of its sequence (the last one's after)."""
+    """Each of `tokens` rows of sequences laid end to end: its number, and its sequence's (the last one's after it)."""
     row = torch.arange(tokens, device=starts.device)
     sequence = torch.searchsorted(starts[1:].contiguous(), row, right=True)
     return row, sequence.clamp_max(len(starts) - 2)
