@@ -1,11 +1,11 @@
 """kv_append in CUDA C++, emulated: what Triton's kernel does not share with it (test_kv_append_gpu.py holds both).
 
 Planted one at a time in csrc/kv_append/kv_append_cuda.cu, each seen red here or there. Barriers: before the scales,
-before the codes. Values: a table read past its end, a page that is none believed, a NaN unnoticed, what no float16 holds let
-through. Borders: a window one group short, one token kept late, one sink too many, a ring one row short, a task too few
-for the window. Codes: half the lanes of a range, words of four tokens at each other's places, zeros stored over deltas.
-Blind to bank conflicts (any order of the vectors in shared memory gives the same codes) and to two blocks that write
-one slot of a ring: blocks run one after the other here, so the last one wins, as it should.
+before the codes. Values: a table read past its end, a page that is none believed, a NaN unnoticed, what no float16
+holds let through. Borders: a window one group short, one token kept late, one sink too many, a ring one row short, a
+task too few for the window. Codes: half the lanes of a range, words of four tokens at each other's places, zeros
+stored over deltas. Blind to bank conflicts (any order of the vectors in shared memory gives the same codes) and to
+two blocks that write one slot of a ring: blocks run one after the other here, so the last one wins, as it should.
 """
 
 from __future__ import annotations
