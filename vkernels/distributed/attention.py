@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from vkernels.check import NoBackend, ShapeError, refusal, require
 from vkernels.dispatch import choose
 from vkernels.distributed.cost import recommended
-from vkernels.distributed.exchange import ProcessGroup, agree, group_of, size_and_rank
+from vkernels.distributed.exchange import ProcessGroup, agree, fingerprint, group_of, size_and_rank
 from vkernels.distributed.schemes import SCHEMES, Seat
 from vkernels.distributed.shards import Mask, ShardPlan
 from vkernels.distributed.tokens import shards_of
@@ -118,8 +117,7 @@ def _prepared(
     if scheme == "heads":
         rule = f"have heads of queries and keys that {shards.world} ranks divide for scheme heads"
         require(n % shards.world == 0 and m % shards.world == 0, OP, "q", rule, f"{n} and {m}")
-    meaning = (shards.digest, b, n, m, d, str(q.dtype), call.scale, scheme)
-    return scheme, name, int.from_bytes(hashlib.sha256(repr(meaning).encode()).digest()[:7], "big")
+    return scheme, name, fingerprint(shards.digest, b, n, m, d, q.dtype, call.scale, scheme)
 
 
 def _seat(shards: ShardPlan, group: ProcessGroup, me: int) -> Seat:
