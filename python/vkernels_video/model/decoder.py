@@ -31,7 +31,6 @@ from vkernels_video.model.clip import by_rows, plus, spared
 from vkernels_video.model.config import DecoderConfig
 from vkernels_video.model.mesh import Place
 
-
 # Of one layer, q [b s n d], k and v [b s m d], and a cache or None -> [b s n d].
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 

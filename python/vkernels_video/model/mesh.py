@@ -65,9 +65,9 @@ class Place:
 class Ranks(Place):
     """The ranks of a group deal the tokens out among them by the mask.
 
-    What is whole on every rank (pixels, text, weights, logits, losses) is the same on every rank. So is a loss; its
-    gradient is the mean over the ranks, which is what DDP and FSDP make. Every rank runs the same operations in the same
-    order, whatever it holds, or one would wait for another.
+    Pixels, text and weights are the same on every rank, and so are logits and losses. The gradient of a loss is the
+    mean over the ranks, which DDP and FSDP make. Every rank runs the same operations in the same order, whatever it
+    holds: none may wait for one that has nothing to do.
     """
 
     shared = True
