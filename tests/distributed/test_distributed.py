@@ -24,20 +24,6 @@ from vkernels.ops.attention.reference import plan_dense
 MASKS = list(work.masks())
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    made = {}
-
-    def of(world):
-        if world not in made:
-            made[world] = Ranks(world)
-        return made[world]
-
-    yield of
-    for group in made.values():
-        group.close()
-
-
 @pytest.mark.parametrize("scheme", ["ring", "gather", "heads"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_mask_equals_one_process(ranks, world, scheme):
@@ -140,6 +126,12 @@ def test_causal_is_dealt_like_the_zigzag():
 def test_the_page_has_the_models_table():
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
     assert table({"131k": SIZES["131k"]}) in page
+
+
+def test_a_deal_made_for_an_answer_serves_training():
+    with torch.inference_mode():
+        shards = vd.plan_shards(vk.VideoMask.causal(256), 2)
+    assert not any(rows.is_inference() for rows in shards.tokens)
 
 
 def test_dropped_tokens_weigh_nothing():
