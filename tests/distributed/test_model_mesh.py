@@ -1,6 +1,10 @@
 """The reference model on 2, 3 and 4 gloo processes: what one process computes, answers and training steps."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,23 @@ def test_batches_beams_and_samples(ranks, options):
 )
 def test_refusals(ranks, kind, sentence):
     assert all(sentence in said for said in ranks(4).refused(work.refused, kind))
+
+
+def test_the_example_under_torchrun():
+    """384 frames are for people; 24 are odd enough for two ranks."""
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = ["examples/long_video_torchrun.py", "--frames", "24", "--tokens", "4", "--check"]
+    paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [*launch, *example],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "24 frames, 268 tokens on 2 ranks" in run.stdout
+    assert "the same on every rank" in run.stdout
+    assert "the same, by one process" in run.stdout
