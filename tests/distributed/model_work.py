@@ -129,6 +129,23 @@ def generated(world: int, name: str, frames: int, tokens: int) -> float:
     return float((mine.logits - one.logits).abs().max())
 
 
+def counted(world: int) -> bool:
+    """The bytes of an answer are those of the page: features, rows, keys and values per layer, and what a step sends."""
+    pair = models(world, "digits")
+    if pair is None:
+        return True
+    model, frames, tokens = pair[1].eval(), 7, 3
+    with vd.traffic() as sent:
+        prompt = model.generate(film(model, frames), "what moves?", tokens).prompt
+    encoder, decoder, others = model.config.encoder, model.config.decoder, world - 1
+    shards = vd.plan_shards(prompt.mask(decoder.frame_attention), world)
+    layer = vd.forward_cost("ring", shards, dist.get_rank(), 1, decoder.heads, decoder.kv_heads, decoder.head, 4).bytes
+    most = -(-frames // world) * prompt.tokens
+    prefill = others * (most * (encoder.width + decoder.width) + decoder.width) * 4 + decoder.layers * layer
+    step = others * decoder.layers * decoder.heads * (decoder.head + 1) * 4
+    return sent.bytes == prefill + (tokens - 1) * step
+
+
 class Cut(Place):
     """What `Ranks` computes with cut caches, in one process: a cache per rank, and their outputs merged."""
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # What takes seconds to import; a server has it once and forks before any of it has run.
-IMPORTED = ["torch.distributed.fsdp", "vkernels.distributed", "vkernels_video.model"]
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "vkernels.distributed", "vkernels_video.model"]
 
 
 def _serve(rank: int, world: int, store: str, timeout: float, pipe: Connection) -> None:

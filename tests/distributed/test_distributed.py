@@ -77,10 +77,15 @@ def test_disagreement_is_refused_everywhere(ranks, kind):
     assert all(ranks(2).run(work.moved))  # and the group still works
 
 
-def test_a_rank_that_dies_ends_the_others():
-    group = Ranks(2, timeout=10.0)
+def test_it_stands_inside_torch_compile(ranks):
+    assert all(ranks(2).run(work.compiled))
+
+
+@pytest.mark.parametrize("kind", ["dies", "hangs"])
+def test_a_rank_that_is_gone_ends_the_others(kind):
+    group = Ranks(2, timeout=4.0)
     try:
-        group.start(work.leave, 1)
+        group.start(work.leave, 1, kind)
         kind, said = group.answer(0, 60.0)
         assert kind == "raised"
         assert "Error" in said

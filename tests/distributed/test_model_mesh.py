@@ -22,6 +22,11 @@ def test_answers_are_those_of_one_process(ranks, name):
         assert max(ranks(4).run(work.generated, world, name, 6 if "bt" in name else 7, 5)) < 1e-4
 
 
+def test_what_is_sent_is_what_the_page_says(ranks):
+    for world in (2, 3, 4):
+        assert all(ranks(4).run(work.counted, world))
+
+
 @pytest.mark.parametrize("scheme", ["int4", "int2"])
 def test_codes_are_merged_as_they_were_cut(ranks, scheme):
     for world in (2, 3):
