@@ -130,7 +130,7 @@ def generated(world: int, name: str, frames: int, tokens: int) -> float:
 
 
 def counted(world: int) -> bool:
-    """The bytes of an answer are those of the page: features, rows, keys and values per layer, and what a step sends."""
+    """An answer sends what the page says: features, rows, keys and values per layer, and so much per step."""
     pair = models(world, "digits")
     if pair is None:
         return True

@@ -21,6 +21,7 @@ from vkernels.ops.attention import api
 OP = "distributed.attention"
 
 
+@torch.compiler.disable
 def attention(
     q: Tensor,
     k: Tensor,

@@ -48,6 +48,7 @@ def take(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) ->
     return torch.cat([x[:, :cls], body.flatten(1, 2)], 1)
 
 
+@torch.compiler.disable
 def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
     """Tokens [b, cls + own, ...] held for the other axis, to those for layers of `axis`: one all-to-all.
 
@@ -93,6 +94,7 @@ class _Trade(torch.autograd.Function):
         return _trade(grad, ctx.grid, AXES[ctx.axis == "temporal"], ctx.group), None, None, None
 
 
+@torch.compiler.disable
 def divided_attention(
     q: Tensor,
     k: Tensor,

@@ -26,6 +26,7 @@ def shards_of(mask: Mask | ShardPlan, world: int, op: str) -> ShardPlan:
     return _dealt(mask, world)
 
 
+@torch.compiler.disable
 def scatter_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: int = 1) -> Tensor:
     """This rank's tokens of x, which every rank holds whole: embeddings, positions, labels.
 
@@ -48,6 +49,7 @@ def scatter_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: 
     return _Scatter.apply(x, shards, group, me, dim)  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable
 def gather_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: int = 1) -> Tensor:
     """Everyone's tokens in the mask's order, from each rank's own: `scatter_tokens` undone, on every rank.
 
