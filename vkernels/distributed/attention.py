@@ -109,9 +109,8 @@ def _own_heads(
 ) -> Any:
     """All tokens of some heads: what one process computes."""
     require(scheme in ("auto", "heads"), OP, "scheme", "be auto or heads for heads that are sharded", repr(scheme))
-    require(
-        not isinstance(mask, ShardPlan), OP, "mask", "be a mask, not its deal, for heads that are sharded", "a deal"
-    )
+    if isinstance(mask, ShardPlan):
+        raise TypeError(refusal(OP, "mask", "be a mask and not its deal for heads that are sharded", "a ShardPlan"))
     return api.attention(q, k, v, mask=None if isinstance(mask, int) else mask, **options)
 
 
