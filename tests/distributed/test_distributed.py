@@ -40,6 +40,11 @@ def test_uneven_shards_and_empty_ones(ranks, scheme):
             assert max(found.values()) <= 1e-5, (chunk, found)
 
 
+def test_bfloat16(ranks):
+    for scheme in ("ring", "gather", "heads"):
+        assert max(ranks(2).run(work.in_bfloat16, scheme)) < 0.02, scheme
+
+
 def test_tokens_move_there_and_back(ranks):
     assert all(ranks(2).run(work.moved))
 

@@ -94,6 +94,18 @@ def worst(names: list[str], scheme: str, chunk: int | None, heads: tuple[int, in
     return found
 
 
+def in_bfloat16(scheme: str) -> float:
+    """Largest difference of outputs and gradients, against their largest number, from float32 in one process."""
+    mask, (q, k, v) = masks()["frame_causal"], whole(24, 4, 4)[:3]
+    alone = [x.requires_grad_() for x in (q, k, v)]
+    want = vk.attention(*alone, mask=mask)
+    mine = [vd.scatter_tokens(x.detach().bfloat16(), mask).requires_grad_() for x in alone]
+    out = vd.attention(*mine, mask, scheme=scheme)
+    pairs = [(out.detach(), want.detach())]
+    pairs += zip(torch.autograd.grad(out.sum(), mine), torch.autograd.grad(want.sum(), alone), strict=True)
+    return max(float((a - vd.scatter_tokens(b, mask)).abs().max() / b.abs().max()) for a, b in pairs)
+
+
 def moved() -> bool:
     """Tokens and their labels, there and back, with gradients."""
     mask, rank = masks()["frame_causal"], dist.get_rank()
