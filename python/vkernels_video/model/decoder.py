@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        """x [b s c]; `rotary`, `mask` and `cache` as the implementation wants them ("vkernels": an `Attend` for mask)."""
+        """x [b s c]; `rotary`, `mask` (for "vkernels" an `Attend`) and `cache` as the implementation wants them."""
         attend = self._eager if impl == "eager" else self._vkernels
         return self.o_proj(attend(x, rotary, mask, cache))
 
