@@ -1,6 +1,7 @@
 # make train-tiny  a small ST-LLM on films of digits; make claims  the papers' claims in miniature, into docs/claims.md
 # make demo   the library's main job on a real clip          make test    every test
 # make check  format, lint, types, the fast tests            make bench   ratios against what you would otherwise write
+# make demo-distributed  a long clip over two processes, against one
 # make gpu    what a CUDA GPU can say: correct, then fast
 # make format rewrites; make table rewrites the README's generated parts; make sanitize runs native code under ASan and UBSan
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 CPP := $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: dev build demo train-tiny claims test check bench gpu table format sanitize clean
+.PHONY: dev build demo demo-distributed train-tiny claims test check bench gpu table format sanitize clean
 
 dev: build
 
@@ -28,6 +29,10 @@ build: $(VENV)/.installed
 
 demo: build
 	$(PY) -m vkernels_video.demo $(ARGS)
+
+# RANKS=4 for more of them; on GPUs one each.
+demo-distributed: build
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(or $(RANKS),2) examples/long_video_torchrun.py --check $(ARGS)
 
 # 4,000 steps; SHIP=1 also replaces the weights that come with the package.
 train-tiny: build

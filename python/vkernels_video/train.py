@@ -131,7 +131,7 @@ def answers(model: VideoLLM, films: Sequence[Film], impl: Impl = "vkernels") -> 
     rows = model.visual(model.features(pixels, impl), impl).flatten(1, 2)
     examples = [Example([BEGIN], list(film.question.encode()), [0]) for film in films]
     h, laid = states(model.decoder, examples, rows, None, impl, "compacted")
-    logits = model.decoder.lm_head(h.flatten(0, 1)[laid.predicting])
+    logits = model.decoder.lm_head(model.decoder.rows(h, laid.predicting, laid.lengths, impl))
     return [chr(ord("0") + int(i)) for i in logits[:, ord("0") : ord("9") + 1].argmax(-1)]
 
 

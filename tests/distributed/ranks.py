@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What takes seconds to import; a server has it once and forks before any of it has run.
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "vkernels.distributed", "vkernels_video.model"]
+
 
 def _serve(rank: int, world: int, store: str, timeout: float, pipe: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -30,7 +33,8 @@ def _serve(rank: int, world: int, store: str, timeout: float, pipe: Connection) 
 
 class Ranks:
     def __init__(self, world: int, timeout: float = 60.0):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world):

@@ -24,20 +24,6 @@ from vkernels.ops.attention.reference import plan_dense
 MASKS = list(work.masks())
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    made = {}
-
-    def of(world):
-        if world not in made:
-            made[world] = Ranks(world)
-        return made[world]
-
-    yield of
-    for group in made.values():
-        group.close()
-
-
 @pytest.mark.parametrize("scheme", ["ring", "gather", "heads"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_mask_equals_one_process(ranks, world, scheme):
@@ -52,6 +38,11 @@ def test_uneven_shards_and_empty_ones(ranks, scheme):
     for chunk in (5, 16, 7):
         for found in ranks(4).run(work.worst, ["frame_causal", "keep", "window"], scheme, chunk, (4, 1)):
             assert max(found.values()) <= 1e-5, (chunk, found)
+
+
+def test_bfloat16(ranks):
+    for scheme in ("ring", "gather", "heads"):
+        assert max(ranks(2).run(work.in_bfloat16, scheme)) < 0.02, scheme
 
 
 def test_tokens_move_there_and_back(ranks):
@@ -91,10 +82,15 @@ def test_disagreement_is_refused_everywhere(ranks, kind):
     assert all(ranks(2).run(work.moved))  # and the group still works
 
 
-def test_a_rank_that_dies_ends_the_others():
-    group = Ranks(2, timeout=10.0)
+def test_it_stands_inside_torch_compile(ranks):
+    assert all(ranks(2).run(work.compiled))
+
+
+@pytest.mark.parametrize("kind", ["dies", "hangs"])
+def test_a_rank_that_is_gone_ends_the_others(kind):
+    group = Ranks(2, timeout=4.0)
     try:
-        group.start(work.leave, 1)
+        group.start(work.leave, 1, kind)
         kind, said = group.answer(0, 60.0)
         assert kind == "raised"
         assert "Error" in said
@@ -140,6 +136,12 @@ def test_causal_is_dealt_like_the_zigzag():
 def test_the_page_has_the_models_table():
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
     assert table({"131k": SIZES["131k"]}) in page
+
+
+def test_a_deal_made_for_an_answer_serves_training():
+    with torch.inference_mode():
+        shards = vd.plan_shards(vk.VideoMask.causal(256), 2)
+    assert not any(rows.is_inference() for rows in shards.tokens)
 
 
 def test_dropped_tokens_weigh_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -67,10 +68,12 @@ def together(mask, scheme: str, chunk: int | None, heads: tuple[int, int]) -> li
     with vd.traffic() as sent:
         out, lse = vd.attention(*mine, shards, scheme=scheme, return_lse=True)
     sees = lse > -torch.inf
-    grads = torch.autograd.grad((out * w).sum() + (lse * w_lse)[sees].sum(), mine)
+    with vd.traffic() as sent_back:
+        grads = torch.autograd.grad((out * w).sum() + (lse * w_lse)[sees].sum(), mine)
     b, _, n, d = q.shape
-    model = vd.forward_cost(scheme, shards, dist.get_rank(), b, n, k.shape[2], d, 4)
-    assert (sent.bytes, sent.messages) == (model.bytes, model.messages), (sent, model)
+    for counted, cost in ((sent, vd.forward_cost), (sent_back, vd.backward_cost)):
+        model = cost(scheme, shards, dist.get_rank(), b, n, k.shape[2], d, 4)
+        assert (counted.bytes, counted.messages) == (model.bytes, model.messages), (counted, model)
     gathered = [vd.gather_tokens(x, shards) for x in (out.detach(), *grads)]
     return [gathered[0], vd.gather_tokens(lse.detach(), shards, dim=2), *gathered[1:]]
 
@@ -89,6 +92,18 @@ def worst(names: list[str], scheme: str, chunk: int | None, heads: tuple[int, in
         differences = [(a - b).masked_fill(b.isinf(), 0).abs().max().item() for a, b in zip(got, want, strict=True)]
         found[name] = max(differences) if all(same) else float("inf")
     return found
+
+
+def in_bfloat16(scheme: str) -> float:
+    """Largest difference of outputs and gradients, against their largest number, from float32 in one process."""
+    mask, (q, k, v) = masks()["frame_causal"], whole(24, 4, 4)[:3]
+    alone = [x.requires_grad_() for x in (q, k, v)]
+    want = vk.attention(*alone, mask=mask)
+    mine = [vd.scatter_tokens(x.detach().bfloat16(), mask).requires_grad_() for x in alone]
+    out = vd.attention(*mine, mask, scheme=scheme)
+    pairs = [(out.detach(), want.detach())]
+    pairs += zip(torch.autograd.grad(out.sum(), mine), torch.autograd.grad(want.sum(), alone), strict=True)
+    return max(float((a - vd.scatter_tokens(b, mask)).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def moved() -> bool:
@@ -115,7 +130,9 @@ def decoded(lengths: list[int]) -> float:
     part = slice(start, start + lengths[dist.get_rank()])
     if lengths[dist.get_rank()]:
         cache.append(k[:, part], v[:, part])
-    out, lse = vd.decode_attention(q, cache, return_lse=True)
+    with vd.traffic() as sent:
+        out, lse = vd.decode_attention(q, cache, return_lse=True)
+    assert sent.bytes == (len(lengths) - 1) * 2 * 4 * (16 + 1) * 4  # an output and an lse to each other rank
     want, want_lse = vk.attention(q, k, v, return_lse=True)
     return max((out - want).abs().max().item(), (lse - want_lse).abs().max().item())
 
@@ -132,13 +149,18 @@ def disagree(kind: str) -> None:
     vd.attention(q, q, q, mask, scheme="heads" if kind == "scheme" and odd else "ring")
 
 
-def leave(rank: int) -> None:
-    """Rank `rank` is gone in the middle of a call."""
-    if dist.get_rank() == rank:
+def leave(rank: int, kind: str) -> None:
+    """Rank `rank` is gone, or stands still, before a call or between its forward and its backward."""
+    gone = dist.get_rank() == rank
+    if gone and kind == "dies":
         os._exit(1)
     q, k, v = whole(24)[:3]
     mask = vk.VideoMask.joint(vk.Grid(4, 3, 2))
-    vd.attention(*(vd.scatter_tokens(x, mask) for x in (q, k, v)), mask, scheme="ring")
+    mine = [vd.scatter_tokens(x, mask).requires_grad_() for x in (q, k, v)]
+    out = vd.attention(*mine, mask, scheme="ring")
+    if gone:
+        time.sleep(60)
+    out.sum().backward()
 
 
 def meshes() -> bool:
@@ -164,7 +186,7 @@ def meshes() -> bool:
 
 def divided(cls: int) -> float:
     """A temporal and a spatial layer with a trade between, against one process, gradients included."""
-    world = dist.get_world_size()
+    world, rank = dist.get_world_size(), dist.get_rank()
     grid, random = vk.Grid(5, 3, 1), torch.Generator().manual_seed(5)
     x = torch.randn(2, cls + grid.tokens, 3 * 4 * 8, generator=random)
     weight = torch.randn(2, cls + grid.tokens, 4, 8, generator=random)
@@ -182,6 +204,8 @@ def divided(cls: int) -> float:
         out = layer(mine, lambda *qkv: vd.divided_attention(*qkv, grid, "temporal", cls=cls)).flatten(2).repeat(1, 1, 3)
         assert sent.bytes == 0
         traded = vd.trade(out, grid, "spatial", cls=cls)
+        places, frames = vd.own_grid(grid, "temporal", world, rank).w, vd.own_grid(grid, "spatial", world, rank).t
+        assert sent.bytes == 2 * places * (grid.t - frames) * out.shape[2] * 4
         got = layer(traded, lambda *qkv: vd.divided_attention(*qkv, grid, "spatial", cls=cls))
     part = vd.take(weight, grid, "spatial", cls=cls)
     if cls:  # every rank has the CLS; its loss counts once
@@ -249,7 +273,7 @@ def engine(kind: str) -> float:
 
 def dtensors() -> bool:
     """DTensor in, DTensor out."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mask, (q, k, v) = masks()["causal"], whole(24)[:3]
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -257,9 +281,28 @@ def dtensors() -> bool:
     shards = [DTensor.from_local(x, mesh, (Shard(1),)) for x in local]
     out, lse = vd.attention(*shards, mask, return_lse=True)
     want, want_lse = vd.attention(*local, mask, return_lse=True)
-    return (
-        out.shape == q.shape
-        and out.placements == (Shard(1),)
-        and torch.equal(out.to_local(), want)
-        and torch.equal(lse.to_local(), want_lse)
-    )
+    assert out.shape == q.shape
+    assert out.placements == (Shard(1),)
+    assert torch.equal(out.to_local(), want)
+    assert torch.equal(lse.to_local(), want_lse)
+
+    heads = [distribute_tensor(x, mesh, (Shard(2),)).requires_grad_() for x in (q, k, v)]
+    with vd.traffic() as sent:
+        out, lse = vd.attention(*heads, mask, return_lse=True)
+        out.sum().backward()
+    alone = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, want_lse = vk.attention(*alone, mask=mask, return_lse=True)
+    want.sum().backward()
+    pairs = [(out, want), (lse, want_lse), *((a.grad, b.grad) for a, b in zip(heads, alone, strict=True))]
+    return sent.bytes == 0 and all(torch.allclose(a.full_tensor(), b, atol=1e-5) for a, b in pairs)
+
+
+def compiled() -> bool:
+    """Inside torch.compile, which breaks its graph at the call."""
+    mask, (q, k, v) = masks()["causal"], whole(24)[:3]
+    mine = [vd.scatter_tokens(x, mask) for x in (q, k, v)]
+
+    def double(q, k, v):
+        return 2 * vd.attention(q * 1, k, v, mask)
+
+    return torch.allclose(torch.compile(double, backend="eager")(*mine), double(*mine))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from vkernels.check import NoBackend, ShapeError, refusal, require
 from vkernels.dispatch import choose
 from vkernels.distributed.cost import recommended
-from vkernels.distributed.exchange import ProcessGroup, agree, group_of, size_and_rank
+from vkernels.distributed.exchange import ProcessGroup, agree, fingerprint, group_of, size_and_rank
 from vkernels.distributed.schemes import SCHEMES, Seat
 from vkernels.distributed.shards import Mask, ShardPlan
 from vkernels.distributed.tokens import shards_of
@@ -22,6 +21,7 @@ from vkernels.ops.attention import api
 OP = "distributed.attention"
 
 
+@torch.compiler.disable
 def attention(
     q: Tensor,
     k: Tensor,
@@ -38,7 +38,8 @@ def attention(
 
     Args:
         q, k, v:    (b own n d), (b own m d): this rank's tokens, `scatter_tokens(x, mask, mesh)`; or DTensors of these,
-                    sharded over dimension 1
+                    sharded over dimension 1. DTensors sharded over the heads, dimension 2, hold all tokens in the
+                    mask's order; nothing is sent for them
         mask:       a VideoMask or MaskPlan of the whole sequence, a number of tokens that all see each other, or the
                     ShardPlan of one of these
         mesh:       a one-dimensional DeviceMesh or a ProcessGroup; None: everyone
@@ -77,25 +78,40 @@ def attention(
 
 
 def _of_dtensors(q: DTensor, k: Tensor, v: Tensor, mask: Mask | ShardPlan, mesh: Any, **options: Any) -> Any:
-    """Tensors sharded over their tokens, as the deal has them; so is the result."""
-    own = q.device_mesh
+    """Tensors sharded over their tokens, as the deal has them, or over their heads; so is the result."""
+    own, placed = q.device_mesh, tuple(q.placements)
     require(mesh is None or mesh == own, OP, "mesh", "be that of the DTensors, or None", mesh)
     for argument, x in (("q", q), ("k", k), ("v", v)):
-        good = isinstance(x, DTensor) and x.device_mesh == own and tuple(x.placements) == (Shard(1),)
-        require(
-            good, OP, argument, "be a DTensor sharded over dimension 1 of one mesh", getattr(x, "placements", type(x))
-        )
+        good = isinstance(x, DTensor) and x.device_mesh == own and tuple(x.placements) == placed
+        rule = "be a DTensor sharded like q over tokens or heads, dimension 1 or 2, of one mesh"
+        shards = getattr(x, "placements", type(x).__name__)
+        require(good and placed in ((Shard(1),), (Shard(2),)), OP, argument, rule, shards)
     local: list[Any] = [x.to_local() for x in (q, k, v)]  # type: ignore[attr-defined]
-    out: Any = attention(local[0], local[1], local[2], mask, own, **options)
     b, s, n, d = q.shape
+    over_heads = placed == (Shard(2),)
+    if over_heads:
+        ranks, m = own.size(), k.shape[2]
+        require(n % ranks == 0 and m % ranks == 0, OP, "q", f"have heads that {ranks} ranks divide", f"{n} and {m}")
+    run = _own_heads if over_heads else attention
+    out: Any = run(local[0], local[1], local[2], mask, own, **options)
 
     def whole(x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(x, own, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride)
 
     if not options["return_lse"]:
-        return whole(out, 1, (b, s, n, d))
-    return whole(out[0], 1, (b, s, n, d)), whole(out[1], 2, (b, n, s))
+        return whole(out, 1 + over_heads, (b, s, n, d))
+    return whole(out[0], 1 + over_heads, (b, s, n, d)), whole(out[1], 2 - over_heads, (b, n, s))
+
+
+def _own_heads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | ShardPlan, mesh: Any, *, scheme: str, **options: Any
+) -> Any:
+    """All tokens of some heads: what one process computes."""
+    require(scheme in ("auto", "heads"), OP, "scheme", "be auto or heads for heads that are sharded", repr(scheme))
+    if isinstance(mask, ShardPlan):
+        raise TypeError(refusal(OP, "mask", "be a mask and not its deal for heads that are sharded", "a ShardPlan"))
+    return api.attention(q, k, v, mask=None if isinstance(mask, int) else mask, **options)
 
 
 def _prepared(
@@ -118,8 +134,7 @@ def _prepared(
     if scheme == "heads":
         rule = f"have heads of queries and keys that {shards.world} ranks divide for scheme heads"
         require(n % shards.world == 0 and m % shards.world == 0, OP, "q", rule, f"{n} and {m}")
-    meaning = (shards.digest, b, n, m, d, str(q.dtype), call.scale, scheme)
-    return scheme, name, int.from_bytes(hashlib.sha256(repr(meaning).encode()).digest()[:7], "big")
+    return scheme, name, fingerprint(shards.digest, b, n, m, d, q.dtype, call.scale, scheme)
 
 
 def _seat(shards: ShardPlan, group: ProcessGroup, me: int) -> Seat:

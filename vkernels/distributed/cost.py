@@ -32,6 +32,27 @@ def forward_cost(scheme: str, shards: ShardPlan, rank: int, b: int, n: int, m: i
     return Sent(int(there * len(others) + sum(back)), messages)
 
 
+def backward_cost(scheme: str, shards: ShardPlan, rank: int, b: int, n: int, m: int, d: int, size: int) -> Sent:
+    """The same of a backward pass.
+
+    ring sends keys and values again, and the gradients of those it asked for home; gather keeps them and sends the
+    gradients; heads trades back what the forward traded.
+    """
+    others = [j for j in range(shards.world) if j != rank]
+    if scheme in ("ring", "gather"):
+        asked = [len(shards.needs[rank][j]) for j in others]
+        home = Sent(sum(asked) * 2 * b * m * d * size, sum(count > 0 for count in asked))
+        if scheme == "gather":
+            return home
+        again = forward_cost(scheme, shards, rank, b, n, m, d, size)
+        return Sent(home.bytes + again.bytes, home.messages + again.messages)
+    own, share = len(shards.tokens[rank]), 1 / shards.world
+    there = own * b * n * share * (d * size + 4)
+    back = [len(shards.tokens[j]) * b * (n + 2 * m) * d * size * share for j in others]
+    messages = 2 * len(others) * (own > 0) + 3 * sum(len(shards.tokens[j]) > 0 for j in others)
+    return Sent(int(there * len(others) + sum(back)), messages)
+
+
 HIDDEN = 12_000  # FLOP per byte sent: 600 TFLOP/s of attention over one 400 Gbit/s port
 
 

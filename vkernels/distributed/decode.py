@@ -16,6 +16,7 @@ from vkernels.ops.decode_attention import decode_attention as decode_own
 OP = "distributed.decode_attention"
 
 
+@torch.compiler.disable
 def decode_attention(
     q: Tensor,
     cache: KVCache,

@@ -7,11 +7,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vkernels.check import ShapeError, refusal, require
-from vkernels.distributed.exchange import all_to_all, group_of, size_and_rank
+from vkernels.distributed.exchange import all_gather, all_to_all, group_of, size_and_rank
 from vkernels.masks import Grid
 from vkernels.ops.divided_attention import divided_attention as divided_own
 
@@ -48,6 +47,7 @@ def take(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) ->
     return torch.cat([x[:, :cls], body.flatten(1, 2)], 1)
 
 
+@torch.compiler.disable
 def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
     """Tokens [b, cls + own, ...] held for the other axis, to those for layers of `axis`: one all-to-all.
 
@@ -93,6 +93,7 @@ class _Trade(torch.autograd.Function):
         return _trade(grad, ctx.grid, AXES[ctx.axis == "temporal"], ctx.group), None, None, None
 
 
+@torch.compiler.disable
 def divided_attention(
     q: Tensor,
     k: Tensor,
@@ -146,6 +147,5 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
-    total = x.float().contiguous().clone()
-    dist.all_reduce(total, group=group)
-    return total.to(x.dtype)
+    parts = all_gather(x.float(), [len(x)] * size_and_rank(group)[0], group)
+    return torch.stack(parts).sum(0).to(x.dtype)

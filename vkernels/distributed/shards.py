@@ -88,6 +88,7 @@ class ShardPlan:
         return "\n".join([*lines, f"imbalance {self.imbalance:.3f}"])
 
 
+@torch.inference_mode(False)  # a deal is remembered: what served an answer may serve a training step
 def plan_shards(mask: Mask, world: int, *, chunk: int | None = None) -> ShardPlan:
     """Deal the tokens of a mask to `world` ranks.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vkernels.check import ShapeError, refusal, require
-from vkernels.distributed.exchange import all_gather, group_of, size_and_rank
+from vkernels.distributed.exchange import all_gather, all_to_all, group_of, size_and_rank
 from vkernels.distributed.shards import Mask, ShardPlan, plan_shards
 
 
@@ -26,6 +26,7 @@ def shards_of(mask: Mask | ShardPlan, world: int, op: str) -> ShardPlan:
     return _dealt(mask, world)
 
 
+@torch.compiler.disable
 def scatter_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: int = 1) -> Tensor:
     """This rank's tokens of x, which every rank holds whole: embeddings, positions, labels.
 
@@ -48,6 +49,7 @@ def scatter_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: 
     return _Scatter.apply(x, shards, group, me, dim)  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable
 def gather_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: int = 1) -> Tensor:
     """Everyone's tokens in the mask's order, from each rank's own: `scatter_tokens` undone, on every rank.
 
@@ -92,6 +94,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        total = grad.contiguous().clone()
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total.index_select(ctx.dim, ctx.shards.tokens[ctx.me].to(grad.device)), None, None, None, None
+        rows, shards = grad.movedim(ctx.dim, 0), ctx.shards
+        parts = [rows.index_select(0, tokens.to(grad.device)) for tokens in shards.tokens]
+        back = all_to_all(parts, [len(shards.tokens[ctx.me])] * shards.world, ctx.group)
+        total = torch.stack(back).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+        return total.movedim(0, ctx.dim), None, None, None, None

@@ -87,7 +87,7 @@ def _answers(model: VideoLLM, films: Sequence[Film], scaling: str, order: str) -
     if scaling == "linear" and length > context:
         positions = positions * (context / length)
     h = decoder.hidden(x, positions, laid.lengths, "vkernels", rotary)
-    return [_digit(logits) for logits in decoder.lm_head(h.flatten(0, 1)[laid.predicting])]
+    return [_digit(logits) for logits in decoder.lm_head(decoder.rows(h, laid.predicting, laid.lengths, "vkernels"))]
 
 
 @torch.inference_mode()

@@ -1,5 +1,8 @@
 """The reference video-LLM."""
 
+from typing import Any
+
+from vkernels.check import require
 from vkernels_video.model.config import DecoderConfig, EncoderConfig, TaskConfig, VideoLLMConfig
 from vkernels_video.model.presets import TASK_PRESETS, preset, presets
 from vkernels_video.model.tasks import TaskModel
@@ -22,6 +25,9 @@ __all__ = [
 ]
 
 
-def from_preset(name: str, seed: int = 0) -> VideoLLM | TaskModel:
-    """Any of `presets()` with seeded random weights."""
-    return TaskModel.from_preset(name, seed) if name in TASK_PRESETS else VideoLLM.from_preset(name, seed)
+def from_preset(name: str, seed: int = 0, *, mesh: Any = None) -> VideoLLM | TaskModel:
+    """Any of `presets()` with seeded random weights; `mesh` as `VideoLLM` takes it."""
+    if name not in TASK_PRESETS:
+        return VideoLLM.from_preset(name, seed, mesh=mesh)
+    require(mesh is None, "from_preset", "mesh", "be None for a TaskModel", mesh)
+    return TaskModel.from_preset(name, seed)

@@ -6,8 +6,9 @@ dequantises. `_vkernels` runs the same layers on the library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -24,9 +25,14 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import vkernels as vk
+from vkernels.check import require
 from vkernels_video.model.cache import RowCache
 from vkernels_video.model.clip import by_rows, plus, spared
 from vkernels_video.model.config import DecoderConfig
+from vkernels_video.model.mesh import Place
+
+# Of one layer, q [b s n d], k and v [b s m d], and a cache or None -> [b s n d].
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotary: Any, mask: Any, cache: Any, impl: str) -> Tensor:
-        """x [b s c]; `rotary`, `mask` and `cache` as the implementation wants them."""
+        """x [b s c]; `rotary`, `mask` (for "vkernels" an `Attend`) and `cache` as the implementation wants them."""
         attend = self._eager if impl == "eager" else self._vkernels
         return self.o_proj(attend(x, rotary, mask, cache))
 
@@ -152,30 +158,13 @@ class SelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
         return out.transpose(1, 2)  # b s n d
 
-    def _vkernels(self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], masks: Any, cache: vk.KVCache | None) -> Tensor:
+    def _vkernels(
+        self, x: Tensor, rotary: tuple[vk.RopeSpec, Tensor], attend: Attend, cache: vk.KVCache | None
+    ) -> Tensor:
         q, k, v = self._heads(x)
         spec, positions = rotary
         q, k = vk.apply_rope(q, k, spec, positions, angle="hf_fp32", inplace=not torch.is_grad_enabled())
-        if cache is not None and masks is None:
-            out = vk.decode_attention(q, cache.append(k, v))
-        elif cache is not None:
-            lengths, mask = masks
-            _remember(cache, k, v, lengths)
-            out = vk.attention(q, k, v, mask=mask)
-        else:
-            out = vk.attention(q, k, v, mask=masks)
-        assert isinstance(out, Tensor)
-        return out.flatten(2)
-
-
-def _remember(cache: vk.KVCache, k: Tensor, v: Tensor, lengths: list[int]) -> None:
-    """Prompts [1 total m d], one after the other, into the cache; each as often as the cache has rows for it."""
-    if len(lengths) > 1:
-        k, v = (nn.utils.rnn.pad_sequence(x[0].split(lengths), batch_first=True) for x in (k, v))
-    copies = cache.b // len(lengths)
-    if copies > 1:
-        k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
-    cache.append(k, v, count=[length for length in lengths for _ in range(copies)])
+        return attend(q, k, v, cache).flatten(2)
 
 
 class DecoderLayer(nn.Module):
@@ -205,9 +194,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings [b s c] -> logits of the last position [b vocab]."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, place: Place | None = None):
         super().__init__()
         self.config = config
+        self.place = place or Place()
         self.llama = LlamaConfig(
             hidden_size=config.width,
             intermediate_size=config.mlp,
@@ -240,19 +230,24 @@ class Decoder(nn.Module):
         """
         if prompts is None:
             positions = torch.tensor(starts, device=x.device)[:, None]
-            states = self._layers(x, positions, rotary, None, caches, impl)[:, -1]
+            attend = None if impl == "eager" else partial(self.place.step, positions=starts)
+            states = self._layers(x, positions, rotary, attend, caches, impl)[:, -1]
         else:
             lengths = [prompt.length for prompt in prompts]
             positions = torch.cat([torch.arange(length, device=x.device) for length in lengths])
-            masks: Any
+            last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
             if impl == "eager":
                 masks = [(prompt.length, self._dense_mask(x, prompt)) for prompt in prompts]
+                states = self._layers(x, positions, rotary, masks, caches, impl)[0, last]
             else:
-                every = [prompt.mask(self.config.frame_attention) for prompt in prompts]
-                masks = lengths, every[0] if len(every) == 1 else vk.VideoMask.pack(every)
-            last = torch.tensor(lengths, device=x.device).cumsum(0) - 1
-            states = self._layers(x, positions, rotary, masks, caches, impl)[0, last]
+                deal = self.deal(prompts)
+                states = self.place.rows(self._dealt(x, positions, rotary, deal, lengths, caches), last, deal)
         return self.lm_head(self.norm(states))
+
+    def deal(self, prompts: Sequence[Prompt]) -> Any:
+        """Who has which tokens of these prompts."""
+        every = [prompt.mask(self.config.frame_attention) for prompt in prompts]
+        return self.place.deal(every[0] if len(every) == 1 else vk.VideoMask.pack(every))
 
     def hidden(
         self, x: Tensor, positions: Tensor, lengths: list[int], impl: str, rotary: Rotary | None = None
@@ -260,20 +255,34 @@ class Decoder(nn.Module):
         """Normalised states of causal sequences, with gradients and without a cache; `rotary` None is unscaled.
 
         "eager": padded rows x [b s c] and positions [b s]. "vkernels": one after the other, x [1 total c] and positions
-        [total].
+        [total]; where ranks share the tokens, the states are this rank's, and `rows` has any of them.
         """
-        mask: Any
+        rotary, caches = rotary or Rotary(self.config.rope_theta), [None] * len(self.layers)
         if impl == "eager":
             shown = torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None]
             mask = create_causal_mask(self.llama, x, shown.to(x.device), None)
-        else:
-            mask = vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths])
-        rotary = rotary or Rotary(self.config.rope_theta)
-        return self.norm(self._layers(x, positions, rotary, mask, [None] * len(self.layers), impl))
+            return self.norm(self._layers(x, positions, rotary, mask, caches, impl))
+        return self.norm(self._dealt(x, positions, rotary, self._causal(lengths), lengths, caches))
+
+    def rows(self, h: Tensor, rows: Tensor, lengths: list[int], impl: str) -> Tensor:
+        """Rows [k c], counted over the whole batch, of the states h that `hidden` gave."""
+        return h.flatten(0, 1)[rows] if impl == "eager" else self.place.rows(h, rows, self._causal(lengths))
+
+    def _causal(self, lengths: list[int]) -> Any:
+        return self.place.deal(vk.VideoMask.pack([vk.VideoMask.causal(length) for length in lengths]))
+
+    def _dealt(
+        self, x: Tensor, positions: Tensor, rotary: Rotary, deal: Any, lengths: list[int], caches: list[Any]
+    ) -> Tensor:
+        """What this process has of the states of x [1 total c], after all layers."""
+        attend = partial(self.place.attend, deal=deal, lengths=lengths)
+        x, positions = self.place.take(x, deal, dim=1), self.place.take(positions, deal, dim=0)
+        return self._layers(x, positions, rotary, attend, caches, "vkernels")
 
     def _layers(self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Any, caches: list[Any], impl: str) -> Tensor:
         turn: Any
         if impl == "eager":
+            require(not self.place.shared, "VideoLLM", "impl", "be vkernels on a mesh", repr(impl))
             self.llama.rope_parameters = rotary.parameters()
             turn = LlamaRotaryEmbedding(self.llama)(x, positions if positions.dim() == 2 else positions[None])
         else:

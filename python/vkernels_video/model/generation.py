@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vkernels.check import require
 from vkernels_video.model.decoder import Prompt, Rotary
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Session:
             )
         self.rotary = Rotary.scaled(config, longest + tokens)
         rows = len(inputs) if impl == "eager" else len(inputs) * copies
-        self.caches = model.new_caches(impl, longest + tokens, rows)
+        room = model.place.room(self.decoder.deal(self.prompts), [prompt.length for prompt in self.prompts], tokens)
+        self.caches = model.new_caches(impl, room, rows)
         self.lengths = [prompt.length for prompt in self.prompts for _ in range(copies)]
 
     @torch.no_grad()
@@ -152,6 +154,9 @@ def answer(
     said = options.get("generation_config")
     asked = {name: options.get(name, getattr(said, name, None)) for name in ("num_beams", "num_return_sequences")}
     copies = max(count or 1 for count in asked.values())
+    sampled = options.get("do_sample", getattr(said, "do_sample", None))
+    alike = seed is not None or not sampled or not model.place.shared
+    require(alike, "VideoLLM", "seed", "be given to sample on a mesh, the same on every rank", seed)
     ends = options.get("eos_token_id", model.text.end)
     marks = set(ends if isinstance(ends, list) else [ends])
     steps = _Steps(Session(model, inputs, tokens, impl, copies), model.text.end)
@@ -194,6 +199,8 @@ class _Stop(StoppingCriteria):
 
 def stream(model: VideoLLM, inputs: tuple[Tensor, Prompt], tokens: int, impl: Impl, **options: Any) -> Iterator[int]:
     """Tokens of one answer, its end mark excepted, while a thread makes them. Dropping the iterator stops it."""
+    rule = "be None to stream, which one process may stop before the others"
+    require(not model.place.shared, "VideoLLM", "mesh", rule, f"{model.place}")
     tokens_out, stopped = _Queue(), threading.Event()
 
     def work() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
-from vkernels.rearrangement import frame_mean, gather, global_local, local_frames
+from vkernels.rearrangement import frame_mean, global_local, local_frames
 from vkernels_video.model.decoder import Decoder
 from vkernels_video.model.losses import cosine_alignment
 from vkernels_video.model.sequence import Example, Laid, inputs, lay
@@ -61,15 +61,6 @@ def mvm_loss(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tensor:
     return cosine_alignment(student, teacher) if kind == "cosine" else F.mse_loss(student, teacher.detach())
 
 
-def _rows(h: Tensor, rows: Tensor, impl: str) -> Tensor:
-    """Rows [k c] of states [b s c], counted over the whole batch."""
-    if impl == "eager":
-        return h.flatten(0, 1)[rows]
-    out = vk.rearrange(h.flatten(0, 1)[None], gather("rows", rows, (h.shape[0] * h.shape[1],)))
-    assert isinstance(out, Tensor)
-    return out[0]
-
-
 def refuse_too_long(decoder: Decoder, longest: int) -> None:
     context = decoder.config.context
     if longest > context:
@@ -95,7 +86,8 @@ def answer_loss(decoder: Decoder, h: Tensor, laid: Laid, impl: str) -> Tensor:
     the plain side computes every logit in float32 and ignores most of them, as the published code does."""
     targets = laid.targets.to(h.device)
     if impl != "eager":
-        return F.cross_entropy(decoder.lm_head(_rows(h, laid.predicting, impl)).float(), targets)
+        rows = decoder.rows(h, laid.predicting, laid.lengths, impl)
+        return F.cross_entropy(decoder.lm_head(rows).float(), targets)
     labels = torch.full((laid.width,), -100, device=h.device)
     labels[laid.predicting] = targets
     return F.cross_entropy(decoder.lm_head(h).float().flatten(0, 1), labels)
@@ -132,7 +124,8 @@ def training_losses(
             seen = [Example(example.before, [], []) for example in examples]
         with torch.no_grad():
             full, everywhere = states(decoder, seen, video, None, impl, positions)
-            teacher = _rows(full, everywhere.video.gather(1, keep.cpu()).flatten(), impl)
-        student = mvm(_rows(h, laid.video.flatten(), impl))
+            kept = everywhere.video.gather(1, keep.cpu()).flatten()
+            teacher = decoder.rows(full, kept, everywhere.lengths, impl)
+        student = mvm(decoder.rows(h, laid.video.flatten(), laid.lengths, impl))
         losses["mvm"] = mvm_loss(student, teacher, kind)
     return losses | {"total": sum(losses.values(), start=torch.zeros((), device=h.device))}

@@ -27,6 +27,7 @@ from vkernels_video.model.config import EncoderConfig, VideoLLMConfig
 from vkernels_video.model.decoder import Decoder, Prompt
 from vkernels_video.model.encoder import Encoder
 from vkernels_video.model.generation import Answer, Session
+from vkernels_video.model.mesh import Place, Ranks
 from vkernels_video.model.presets import preset
 from vkernels_video.model.published import refuse_other_decoder
 from vkernels_video.model.st_llm import GlobalLocal, MVMHead
@@ -66,11 +67,15 @@ class VideoLLM(nn.Module):
     the frames, all of it into a LLaMA-like decoder with a scaled rotary base and a cache, quantised or not.
 
     `impl="eager"` is plain PyTorch and transformers, `impl="vkernels"` the library; the weights are the same tensors.
+
+    mesh: a one-dimensional DeviceMesh or a ProcessGroup whose ranks share the tokens of every prompt, each with these
+          weights and called with the same arguments; everyone gets the results (docs/distributed.md)
     """
 
-    def __init__(self, config: VideoLLMConfig):
+    def __init__(self, config: VideoLLMConfig, *, mesh: Any = None):
         super().__init__()
         self.config = config
+        self.place = Place() if mesh is None else Ranks(mesh)
         encoder = config.encoder
         self.encoder: Encoder | Trunk | BTAdapter
         if isinstance(encoder, EncoderConfig):
@@ -81,16 +86,16 @@ class VideoLLM(nn.Module):
         width = config.decoder.width
         self.global_local = GlobalLocal(width, width // 4) if config.arrange == "global_local" else None
         self.mvm = MVMHead(width) if config.mvm else None
-        self.decoder = Decoder(config.decoder)
+        self.decoder = Decoder(config.decoder, self.place)
         self.dequantise = dequantise
         small = config.tokenizer == "bytes"
         self.text: Text = Bytes() if small else Missing("the tokenizer")
         self.question_text: Text = Bytes() if small else Missing("the Q-Former's tokenizer")
 
     @classmethod
-    def from_preset(cls, name: str, seed: int = 0) -> VideoLLM:
+    def from_preset(cls, name: str, seed: int = 0, *, mesh: Any = None) -> VideoLLM:
         """A preset with seeded random weights."""
-        return cls(preset(name)).init_weights(seed)
+        return cls(preset(name), mesh=mesh).init_weights(seed)
 
     @classmethod
     def from_pretrained(
@@ -99,6 +104,7 @@ class VideoLLM(nn.Module):
         *more: str | Path,
         config: VideoLLMConfig | str | None = None,
         allow_missing: Sequence[str] = (),
+        mesh: Any = None,
     ) -> VideoLLM:
         """A model with the weights of a folder or file: this library's own, or a layout of `checkpoint.SOURCES`.
 
@@ -106,13 +112,14 @@ class VideoLLM(nn.Module):
                     that is no path is fetched from the Hugging Face hub
         config:     of the model, or a preset's name; None reads the folder's own, as `save_pretrained` wrote it
         allow_missing: patterns of names that may stay as `init_weights` left them; they are logged
+        mesh:       as `VideoLLM` takes it
 
         Every tensor finds its place or is on its source's list of unused ones; CheckpointError names those that do not.
         """
         paths = [_local(each) for each in (path, *more)]
         if config is None:
             config = _own_config(paths[0])
-        model = cls(preset(config) if isinstance(config, str) else config).init_weights(0)
+        model = cls(preset(config) if isinstance(config, str) else config, mesh=mesh).init_weights(0)
         state: checkpoint.State = {}
         names = []
         for each in paths:
@@ -204,7 +211,8 @@ class VideoLLM(nn.Module):
         missing = clips * capacity - len(pixels)
         if missing:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-        return self.encoder(pixels.unflatten(0, (capacity, clips)).transpose(0, 1), impl)
+        interleaved = pixels.unflatten(0, (capacity, clips)).transpose(0, 1)
+        return self.place.each(lambda clips: self.encoder(clips, impl), interleaved)
 
     def features(self, pixels: Tensor, impl: Impl = "vkernels", keep: Tensor | None = None) -> Tensor:
         """Videos [b t 3 h w] -> [b t l c], those of clips back in the order of time; BT-Adapter for LLaVA gives
@@ -220,16 +228,16 @@ class VideoLLM(nn.Module):
                 else encoder.frame_tokens(x, z, impl)
             )
         assert isinstance(encoder, Trunk)
-        return encoder.taps(pixels, encoder.depth - 1, encoder.depth, impl)[-1]
+        return self.place.each(lambda x: encoder.taps(x, encoder.depth - 1, encoder.depth, impl)[-1], pixels, dim=1)
 
     def visual(
         self, features: Tensor, impl: Impl = "vkernels", text: Tensor | None = None, shown: Tensor | None = None
     ) -> Tensor:
         """Features [b t l c] -> rows for the decoder [b t k d], arranged; a Q-Former also reads the questions [b s]."""
         if self.config.connector == "qformer":
-            x = self.projector(features, text, shown, impl)
+            x = self.place.each(lambda x: self.projector(x, text, shown, impl), features, dim=1)
         else:
-            x = self.projector(features)
+            x = self.place.each(self.projector, features.flatten(0, 1)).unflatten(0, features.shape[:2])
         if self.config.arrange == "mean":
             return x.mean(1, keepdim=True)
         if self.global_local is not None and x.shape[1] > self.config.local_frames:
@@ -249,8 +257,9 @@ class VideoLLM(nn.Module):
         A Q-Former reads the ids `asked`; None: those after the video."""
         config = self.config
         asked = after if asked is None else asked
-        x = self.visual(features, impl, torch.tensor([asked], dtype=torch.int64) if self.reads else None)
-        text = self.decoder.embed_tokens(torch.tensor([before + after], dtype=torch.int64))
+        ids, read = (torch.tensor([of], dtype=torch.int64, device=features.device) for of in (before + after, asked))
+        x = self.visual(features, impl, read if self.reads else None)
+        text = self.decoder.embed_tokens(ids)
         shown = frames if config.arrange == "interleave" else x.shape[1]
         prompt = Prompt(len(before), shown, x.shape[2], len(after))
         if impl == "eager":
