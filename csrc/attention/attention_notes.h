@@ -2,6 +2,7 @@
 // which rows its queries and keys are, which keys it walks, and who sees which of them.
 #pragma once
 
+#include "attention_box.h"
 #include "attention_params.h"
 #include "vkernels/device/tile.h"
 
@@ -69,6 +70,28 @@ VK_DEVICE void note_keys(const Mask& m, const Notes<kQueries, kKeys>& notes, int
   const int j = block.first + thread_index();
   const int row = j < block.limit ? token_row(m.k, m, load_shared(notes.place), j) : -1;
   store_shared(notes.key_rows + step % 2 * kKeys + thread_index(), row);
+}
+
+// What the box needs of the keys of step `step`, for use after the next barrier.
+template <int kQueries, int kKeys>
+VK_DEVICE void note_boxed_keys(const Mask& m, const Notes<kQueries, kKeys>& notes, const Sight<kQueries, kKeys>& sight,
+                               int step, int steps) {
+  if (step >= steps) return;
+  const KeyBlock block = key_block<kKeys>(notes.runs, step);
+  note_columns(m, m.k, load_shared(notes.place), sight, step, block.first, block.limit);
+}
+
+// Notes what kRows queries of the tile from `row` on see of the keys of step `step`; whether they see any.
+template <int kRows, int kQueries, int kKeys>
+VK_DEVICE bool queries_see(const Mask& m, const Notes<kQueries, kKeys>& notes, const Sight<kQueries, kKeys>& sight,
+                           int step, int row) {
+  const KeyBlock block = key_block<kKeys>(notes.runs, step);
+  const auto inside = [&](int r, int word) {
+    const KeyRange range = load_shared(notes.ranges + block.interval * kQueries + r);
+    const int first = block.first + 32 * word;
+    return bits_between(range.begin - first, range.end - first);
+  };
+  return note_seen<false, kRows>(m, load_shared(notes.place), sight, step, row, load_shared(notes.tile).first, inside);
 }
 
 // Notes everything down for all threads of the block; the number of steps of the walk.

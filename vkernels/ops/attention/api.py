@@ -152,10 +152,6 @@ def _cuda_why_not(call: Call) -> str | None:
     d = call.q.shape[3]
     if d > 128 or d % 8:
         return f"the head size is {d}, this backend serves multiples of 8 up to 128"
-    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
-    if plan is not None and plan.box is not None:
-        relations = len(plan.box.bounds)
-        return f"the mask compares {relations} attributes beyond its intervals, this backend serves none"
     return None
 
 
