@@ -105,11 +105,11 @@ VK_DEVICE int steps_of(const KeyRun& run) {
 }
 
 template <int kKeys>
-VK_DEVICE KeyRun run_of(const Span& s, bool masked) {
+VK_DEVICE KeyRun run_of(const Span& s) {
   KeyRun run{s.first, s.last, 0, 0};
   if (s.first >= s.last) return run;
   run.before = min_of((max_of(s.core_first - s.first, 0) + kKeys - 1) / kKeys, steps_of<kKeys>(run));
-  if (!masked) run.core = max_of(max_of(min_of(s.core_last, s.last) - s.first, 0) / kKeys - run.before, 0);
+  run.core = max_of(max_of(min_of(s.core_last, s.last) - s.first, 0) / kKeys - run.before, 0);
   return run;
 }
 

@@ -111,7 +111,7 @@ VK_DEVICE int plan_walk(const Mask& m, const Schedule& schedule, const Notes<kQu
     Span all = load_shared(notes.spans);
 #pragma unroll
     for (int w = 1; w < kThreads / kWarp; ++w) all = joined(all, load_shared(notes.spans + w));
-    const KeyRun run = run_of<kKeys>(all, m.relations > 0);
+    const KeyRun run = run_of<kKeys>(all);
     if (thread_index() == 0) store_shared(notes.runs + index, run);
     steps += steps_of<kKeys>(run);
     sync_block();  // the spans are written again, the runs are read
