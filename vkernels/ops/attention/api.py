@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
 from vkernels.ops.apply_rope import apply_rope
@@ -119,15 +119,18 @@ def attention(
     return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, doors))
 
 
+def _plan(call: Call) -> MaskPlan | None:
+    return call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
+
+
 def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    q, k, mask = call.q, call.k, call.mask
+    q, k = call.q, call.k
     if call.rope is not None:
         q, k = apply_rope(q, k, *call.rope, backend=backend)
     if backend == "reference":
-        out, lse = reference.attention(q, k, call.v, mask, call.scale)
+        out, lse = reference.attention(q, k, call.v, call.mask, call.scale)
     else:
-        plan = mask.plan(q.device) if isinstance(mask, VideoMask) else mask
-        arguments = torch_op.mask_arguments(plan, q.shape[1], k.shape[1])
+        arguments = torch_op.mask_arguments(_plan(call), q.shape[1], k.shape[1])
         out, lse = op("attention_fwd", backend, call.doors)(q, k, call.v, call.scale, *arguments)
     return (out, lse) if call.return_lse else out
 
@@ -160,16 +163,28 @@ def _triton_why_not(call: Call) -> str | None:
         return reason
     if call.q.shape[3] > 256:
         return f"the head size is {call.q.shape[3]}, this backend serves at most 256"
-    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
+    plan = _plan(call)
     relations = 0 if plan is None or plan.box is None else len(plan.box.bounds)
     if relations > 4:
         return f"the mask compares {relations} attributes beyond its intervals, this backend serves at most 4"
     return None
 
 
+def _kind(call: Call) -> tuple[torch.device, str]:
+    """What a query sees decides the loop that runs: short groups, a window, some keys or all of them."""
+    plan = _plan(call)
+    if plan is None:
+        sees = "all keys"
+    elif plan.groups > 1 and max(plan.len_q, plan.len_k) <= 64:
+        sees = "short groups"
+    else:
+        sees = "windows" if plan.box is not None else "all keys" if plan.ranges is None else "intervals"
+    return like(call.q, None, sees)
+
+
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda call: _run(call, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda call: _run(call, "cuda")),
+    Backend("cuda", _cuda_why_not, lambda call: _run(call, "cuda"), _kind),
     Backend("triton", _triton_why_not, lambda call: _run(call, "triton")),
     Backend("reference", lambda call: None, lambda call: _run(call, "reference")),
 )
