@@ -74,7 +74,7 @@ def test_head_sizes(d, dtype):
 @pytest.mark.parametrize("d", [64, 72, 88, 128])
 @pytest.mark.parametrize("order", ["b s three n d", "b s n three d", "b three n s d"])
 def test_a_packed_qkv_is_read_where_it_lies(monkeypatch, order, d):
-    """The kernels, whose every access is checked, get the slices themselves: 16 bytes at a time needs no copy of them."""
+    """The kernels, whose every access is checked, get the slices themselves: 16 bytes at a time needs no copy."""
     grid, sizes = vk.Grid(4, 1, 3), {"b": 2, "s": 12, "three": 3, "n": 2, "d": d}
     axes = order.split()
     packed = torch.randn(*(sizes[axis] for axis in axes), generator=torch.Generator().manual_seed(1)).bfloat16()
