@@ -10,7 +10,12 @@ of this step's keys written over by the next, a key past the interval copied, th
 intervals of queries noted over those in use, packed groups offset by the wrong length, counts and row maps left
 unclamped. Lists: votes of other warps not counted, a list written before the last one was read, only the first query
 head of a group walked, its lse for all of them. Borders: outputs, lse and gradients of dropped tokens taken from the
-core, the sign of dlse, delta of a query that saw nothing.
+core, the sign of dlse, delta of a query that saw nothing. Windows: attributes of two steps where three are in use, of
+step 0 not noted, of a second word or a later part taken from the first, of the other side's length, of one sample for
+all, past the keys; bounds not turned for keys, the last relation or the 32nd column left out, global rows or columns
+forgotten, an index not inside its group, the interval not applied or applied to the wrong word, rows of another warp or
+half, blocks of queries called full, lanes that decide alone, nothing skipped, values mixed where nothing was weighed.
+Blind to a missing warp barrier before bits are read: the vote that follows it is a meeting here, too.
 """
 
 from __future__ import annotations

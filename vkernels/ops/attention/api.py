@@ -12,7 +12,7 @@ from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
-from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.apply_rope import api as rotation
 from vkernels.ops.attention import reference, torch_op
 from vkernels.remember import remembered
 
@@ -25,6 +25,7 @@ class Call(NamedTuple):
     scale: float
     rope: Any
     return_lse: bool
+    turning: rotation.Decision | None = None
     doors: dict[str, Any] | None = None
 
 
@@ -69,10 +70,14 @@ def _check_mask(mask: VideoMask | MaskPlan, axes: dict[str, int]) -> None:
 
 
 @remembered
-def _decide(q, k, v, form, scale, pair, return_lse, backend, *, mask, rope) -> tuple[Backend, float, dict[str, Any]]:
-    """(backend, scale, doors). `form` is what the mask looks like."""
+def _decide(
+    q, k, v, form, scale, rope, return_lse, backend, *, mask
+) -> tuple[Backend, float, rotation.Decision | None, dict[str, Any]]:
+    """(backend, scale, how q and k are turned, doors). `form` is what the mask looks like."""
     call = prepare(q, k, v, mask=mask, scale=scale, rope=rope, return_lse=return_lse)
-    return choose("attention", BACKENDS, backend, call), call.scale, {}
+    chosen = choose("attention", BACKENDS, backend, call)
+    turning = None if rope is None else rotation.decide(q, k, *rope, False, False, "exact", chosen.name)
+    return chosen, call.scale, turning, {}
 
 
 def attention(
@@ -114,9 +119,8 @@ def attention(
     Source: online softmax in tiles after FlashAttention, arXiv:2205.14135.
     """
     form = mask.form(q) if isinstance(mask, (VideoMask, MaskPlan)) else mask
-    pair = rope is None or (isinstance(rope, tuple) and len(rope) == 2)  # apply_rope looks at what is in it
-    chosen, scale, doors = _decide(q, k, v, form, scale, pair, return_lse, backend, mask=mask, rope=rope)
-    return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, doors))
+    chosen, scale, turning, doors = _decide(q, k, v, form, scale, rope, return_lse, backend, mask=mask)
+    return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, turning, doors))
 
 
 def _plan(call: Call) -> MaskPlan | None:
@@ -125,8 +129,8 @@ def _plan(call: Call) -> MaskPlan | None:
 
 def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
     q, k = call.q, call.k
-    if call.rope is not None:
-        q, k = apply_rope(q, k, *call.rope, backend=backend)
+    if call.turning is not None:
+        q, k = rotation.turn(call.turning, q, k, *call.rope)
     if backend == "reference":
         out, lse = reference.attention(q, k, call.v, call.mask, call.scale)
     else:
