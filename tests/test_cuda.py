@@ -26,7 +26,7 @@ OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
 # than two blocks fit a multiprocessor: blocks of 256 threads, or of 128 where products need them.
 COUNT = {
     "apply_rope": 9,
-    "attention": 25,
+    "attention": 49,
     "decode_attention": 10,
     "divided_attention": 44,
     "kv_append": 6,

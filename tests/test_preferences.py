@@ -11,6 +11,7 @@ import vkernels as vk
 from benchmarks.gpu.preferences import preferences, update
 from vkernels import dispatch
 from vkernels.dispatch import Backend, choose, like
+from vkernels.spec import Maker, all_specs
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,33 @@ def test_kinds_are_classes_not_sizes():
     assert like(torch.empty(9, 300)) == (CPU, "float32, d <= any")
 
 
+# What tells the calls of an op apart beside dtype and head size.
+CLASSES = {
+    "apply_rope": ["d <= 64", "d <= 128"],
+    "attention": ["all keys", "short groups", "intervals", "windows"],
+    "decode_attention": ["bf16, queries <= 8", "int8, queries <= 8", "int2, queries <= 8"],
+    "divided_attention": ["spatial, groups <= 128", "temporal, groups <= 16", "temporal, groups <= 128"],
+    "kv_append": ["bf16", "int8", "int4", "int2"],
+    "qkv_prologue": ["d <= 64", "d <= 128"],
+    "rearrange": ["4 bytes, a move", "sum", "max", "sum, a norm"],
+}
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda spec: spec.name)
+def test_a_table_by_hand_orders_the_gpu_backends_of_every_op(spec, monkeypatch):
+    found = set()
+    for case in spec.cases:
+        call = spec.prepare(**case.make(Maker()))
+        kind = next(b.kind for b in spec.backends if b.kind is not None)(call)
+        assert kind[0] == CPU
+        found.add(kind[1])
+        monkeypatch.setattr(dispatch, "measured", {"cpu": {spec.name: {kind[1]: {"cuda": 1.7, "triton": 1.0}}}})
+        order = [b.name for b in dispatch.ranked(spec.name, spec.backends, call)]
+        assert order == ["cpu", "triton", "cuda", "reference"]
+    for words in CLASSES[spec.name]:
+        assert any(kind.endswith(words) for kind in found), (words, found)
+
+
 def decode_call():
     cache = vk.KVCache("int4", b=1, m=2, d=64, capacity=128, dtype=torch.float16)
     k = torch.zeros(1, 5, 2, 64, dtype=torch.float16)
@@ -86,18 +114,18 @@ def test_explain_names_what_was_measured(monkeypatch):
     assert plain.backend != "reference"
     assert "measured on" not in str(plain)
     times = {"reference": 1.0, plain.backend: 1.257}
-    made_up = {"cpu": {"decode_attention": {"int4, float16, d <= 64, 16 queries": times}}}
+    made_up = {"cpu": {"decode_attention": {"float16, d <= 64, int4, queries <= 16": times}}}
     monkeypatch.setattr(dispatch, "measured", made_up)
     told = vk.explain("decode_attention", q, cache)
     assert told.backend == "reference"
-    said = f"measured on cpu, int4, float16, d <= 64, 16 queries: reference 1.00x, {plain.backend} 1.26x"
+    said = f"measured on cpu, float16, d <= 64, int4, queries <= 16: reference 1.00x, {plain.backend} 1.26x"
     assert f"{said} of the fastest's time" in str(told)
 
 
 def test_a_compiled_call_follows_the_table(monkeypatch):
     q, cache = decode_call()
     times = {"reference": 1.0, "cpu": 2.0}
-    made_up = {"cpu": {"decode_attention": {"int4, float16, d <= 64, 16 queries": times}}}
+    made_up = {"cpu": {"decode_attention": {"float16, d <= 64, int4, queries <= 16": times}}}
     monkeypatch.setattr(dispatch, "measured", made_up)
     torch._dynamo.reset()
     graphs = []

@@ -37,10 +37,16 @@ class Backend:
     kind: Callable[[Any], tuple[torch.device, str]] | None = None
 
 
-def like(x: torch.Tensor) -> tuple[torch.device, str]:
-    """The kind of a call whose time its dtype and row length decide."""
-    d = x.shape[-1]
-    return x.device, f"{str(x.dtype).removeprefix('torch.')}, d <= {next((n for n in (64, 128, 256) if d <= n), 'any')}"
+def like(x: torch.Tensor, d: int | None = None, *more: str) -> tuple[torch.device, str]:
+    """The kind of a call whose time its dtype and row length decide, and what `more` says; d: where a row is not one
+    of x."""
+    rows = f"d <= {at_most(x.shape[-1] if d is None else d, 64, 128, 256)}"
+    return x.device, ", ".join([str(x.dtype).removeprefix("torch."), rows, *more])
+
+
+def at_most(n: int, *classes: int) -> int | str:
+    """The first of ascending `classes` that holds n."""
+    return next((most for most in classes if n <= most), "any")
 
 
 def chip(device: torch.device) -> str:

@@ -12,6 +12,10 @@ struct AttentionLayout {
   int64_t groups = 1, len_q = 0, len_k = 0, q_group = 0, q_token = 1, k_group = 0, k_token = 1;
 };
 
+namespace attention {
+inline constexpr int kMaxRelations = 8;  // of a box
+}
+
 struct AttentionMask {
   AttentionLayout layout;
   TensorRef q_rows, k_rows;    // p s, int32

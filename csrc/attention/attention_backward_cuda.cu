@@ -13,28 +13,35 @@ namespace {
 
 using namespace device;
 
-template <class T, int kHeadSize>
+template <class T, int kHeadSize, bool kWithBox>
 struct QueryTraits {
   using Element = T;
+  static constexpr bool kBoxed = kWithBox;
   static constexpr int kD = kHeadSize, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kM = 2, kQueries = kWarps * kM * 16, kKeys = 32;
   using Queries = Tile<T, kQueries, kD>;
   using Keys = Tile<T, kKeys, kD>;
   using Loads = Ring<Tile<T, 2 * kKeys, kD>, 2>;  // keys, then their values
   static constexpr size_t kStats = 2 * kQueries * sizeof(float);
-  static constexpr size_t kSharedBytes = 2 * Queries::kBytes + Loads::kBytes + kStats + Notes<kQueries, kKeys>::kBytes;
+  using Window = Sight<kQueries, kKeys>;
+  static constexpr size_t kWindow = kBoxed ? Window::kBytes : 0;
+  static constexpr size_t kSharedBytes =
+      2 * Queries::kBytes + Loads::kBytes + kStats + kWindow + Notes<kQueries, kKeys>::kBytes;
 };
 
-template <class T, int kHeadSize>
+template <class T, int kHeadSize, bool kWithBox>
 struct KeyTraits {
   using Element = T;
+  static constexpr bool kBoxed = kWithBox;
   static constexpr int kD = kHeadSize, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kM = kHeadSize == 64 ? 2 : 1, kKeys = kWarps * kM * 16, kQueries = 64;
   static constexpr int kPart = kHeadSize == 64 ? 16 : kHeadSize == 128 ? 32 : 64;  // queries of a product: registers
   using Keys = Tile<T, kKeys, kD>;
   using Queries = Tile<T, kQueries, kD>;
   using Loads = Ring<Tile<T, 2 * kQueries, kD>, 2>;  // queries, then dout
-  static constexpr size_t kSharedBytes = 2 * Keys::kBytes + Loads::kBytes + KeyNotes<kKeys, kQueries>::kBytes;
+  using Window = Sight<kKeys, kQueries>;
+  static constexpr size_t kWindow = kBoxed ? Window::kBytes : 0;
+  static constexpr size_t kSharedBytes = 2 * Keys::kBytes + Loads::kBytes + kWindow + KeyNotes<kKeys, kQueries>::kBytes;
 };
 
 struct BackwardParams {
@@ -55,6 +62,7 @@ struct QueryRooms {
   typename Traits::Queries q, dout;
   typename Traits::Loads ring;
   float *lse, *delta;  // of the tile's queries
+  typename Traits::Window sight;
   Notes<Traits::kQueries, Traits::kKeys> notes;
 };
 
@@ -64,12 +72,14 @@ VK_DEVICE QueryRooms<Traits> query_rooms() {
   char* dout = shared_memory() + Traits::Queries::kBytes;
   char* ring = dout + Traits::Queries::kBytes;
   float* stats = reinterpret_cast<float*>(ring + Traits::Loads::kBytes);
+  char* sight = ring + Traits::Loads::kBytes + Traits::kStats;
   return {{reinterpret_cast<T*>(shared_memory())},
           {reinterpret_cast<T*>(dout)},
           {ring},
           stats,
           stats + Traits::kQueries,
-          notes_at<Traits::kQueries, Traits::kKeys>(ring + Traits::Loads::kBytes + Traits::kStats)};
+          sight_at<Traits::kQueries, Traits::kKeys>(sight),
+          notes_at<Traits::kQueries, Traits::kKeys>(sight + Traits::kWindow)};
 }
 
 // Keys and values of step `step`.
@@ -83,6 +93,7 @@ VK_DEVICE void start_keys(const Problem& p, const QueryRooms<Traits>& room, int 
   }
   commit_copies();
   note_keys(p.mask, room.notes, step + 1, steps);
+  if constexpr (Traits::kBoxed) note_boxed_keys(p.mask, room.notes, room.sight, step + 1, steps);
 }
 
 // A quarter of rowsum(dout out) of row r of the tile: every fourth vector from the lane's on.
@@ -162,6 +173,7 @@ query_gradients(const BackwardParams params) {
   const Problem& p = params.problem;
   const QueryRooms<Traits> room = query_rooms<Traits>();
   const int steps = plan_walk<kThreads>(p.mask, p.schedule, room.notes), first = warp() * kM * 16;
+  if constexpr (Traits::kBoxed) note_boxed_keys(p.mask, room.notes, room.sight, 0, steps);
   copy_queries<kThreads>(p.q, p.d, room.notes, room.q);
   copy_queries<kThreads>(params.dout, p.d, room.notes, room.dout);
   start_keys(p, room, 0, steps);
@@ -173,6 +185,8 @@ query_gradients(const BackwardParams params) {
   for (int step = 0; step < steps; ++step) {
     const auto pair = wait_for(room.ring, step);
     start_keys(p, room, step + 1, steps);
+    if constexpr (Traits::kBoxed)
+      if (!queries_see<kM * 16>(p.mask, room.notes, room.sight, step, first)) continue;
     const typename Traits::Keys keys{pair.data}, values{pair.data + Traits::kKeys * Traits::kD};
     FragmentC s[kM][kN] = {}, ds[kM][kN] = {};
     multiply_rows<T>(s, room.q, first, keys);
@@ -182,7 +196,10 @@ query_gradients(const BackwardParams params) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       turn_rows(s[m], room.lse, first + 16 * m, p.scale);
-      if (block.masked) hide(s[m], counting<kN>(room.notes, block, first + 16 * m), 0.0f);
+      if constexpr (Traits::kBoxed)
+        hide(s[m], seen_bits<kN>(room.sight, first + 16 * m, 0), 0.0f);
+      else if (block.masked)
+        hide(s[m], counting<kN>(room.notes, block, first + 16 * m), 0.0f);
       differentiate_rows(ds[m], s[m], room.delta, first + 16 * m);
       round_weights<T>(weights[m], ds[m]);
     }
@@ -216,6 +233,7 @@ template <class Traits>
 struct KeyRooms {
   typename Traits::Keys k, v;
   typename Traits::Loads ring;
+  typename Traits::Window sight;
   KeyNotes<Traits::kKeys, Traits::kQueries> notes;
 };
 
@@ -224,10 +242,18 @@ VK_DEVICE KeyRooms<Traits> key_rooms() {
   using T = typename Traits::Element;
   char* v = shared_memory() + Traits::Keys::kBytes;
   char* ring = v + Traits::Keys::kBytes;
+  char* sight = ring + Traits::Loads::kBytes;
   return {{reinterpret_cast<T*>(shared_memory())},
           {reinterpret_cast<T*>(v)},
           {ring},
-          key_notes_at<Traits::kKeys, Traits::kQueries>(ring + Traits::Loads::kBytes)};
+          sight_at<Traits::kKeys, Traits::kQueries>(sight),
+          key_notes_at<Traits::kKeys, Traits::kQueries>(sight + Traits::kWindow)};
+}
+
+template <class Traits>
+VK_DEVICE void note_step(const Problem& p, const KeyRooms<Traits>& room, int interval, int step, int count) {
+  note_queries(p.mask, room.notes, interval, step, count, p.share);
+  if constexpr (Traits::kBoxed) note_boxed_queries(p.mask, room.notes, room.sight, step, count, p.share);
 }
 
 // Queries and dout of step `step` of a run: block step % count of its list, for query head step / count.
@@ -242,7 +268,7 @@ VK_DEVICE void start_queries(const BackwardParams& p, const KeyRooms<Traits>& ro
     copy_stats(p.stats, p.problem.schedule, head, room.notes, step, count);
   }
   commit_copies();
-  note_queries(p.problem.mask, room.notes, interval, step + 1, count, p.problem.share);
+  note_step(p.problem, room, interval, step + 1, count);
 }
 
 // The same with queries as columns.
@@ -286,7 +312,10 @@ VK_DEVICE void add_part(const BackwardParams& params, const KeyRooms<Traits>& ro
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     turn_columns(s[m], lse, p.scale);
-    if (masked) hide(s[m], counted<kN>(p.schedule, room.notes, step, part, first + 16 * m), 0.0f);
+    if constexpr (Traits::kBoxed)
+      hide(s[m], seen_bits<kN>(room.sight, first + 16 * m, part), 0.0f);
+    else if (masked)
+      hide(s[m], counted<kN>(p.schedule, room.notes, step, part, first + 16 * m), 0.0f);
     round_weights<T>(weights[m], s[m]);
   }
   multiply_rows<T>(ds, room.v, first, dout);
@@ -312,13 +341,16 @@ key_gradients(const BackwardParams params) {
   FragmentC dk[kM][Traits::kD / 8] = {}, dv[kM][Traits::kD / 8] = {};
   for (int interval = 0; interval < p.mask.intervals; ++interval)
     for (int chunk = 0; chunk < params.blocks; chunk += kThreads) {
-      const int count = list_blocks<kThreads>(p, params.spans, params.blocks, interval, chunk, room.notes);
-      note_queries(p.mask, room.notes, interval, 0, count, p.share);
+      const int count =
+          list_blocks<kThreads, Traits::kBoxed>(p, params.spans, params.blocks, interval, chunk, room.notes);
+      note_step(p, room, interval, 0, count);
       sync_block();
       start_queries(params, room, interval, 0, count);
       for (int step = 0; step < count * p.share; ++step) {
         wait_for(room.ring, step);
         start_queries(params, room, interval, step + 1, count);
+        if constexpr (Traits::kBoxed)
+          if (!keys_seen<kM * 16>(p.mask, p.schedule, room.notes, room.sight, step, warp() * kM * 16)) continue;
         const bool masked = load_shared(room.notes.list + step % count).masked;
 #pragma unroll 1
         for (int part = 0; part < Traits::kQueries; part += Traits::kPart)
@@ -334,10 +366,10 @@ key_gradients(const BackwardParams params) {
   store_keys<T>(p, params.dv, room.notes, room.v, warp() * kM * 16, dv);
 }
 
-template <class T, int kHeadSize>
+template <class T, int kHeadSize, bool kBoxed>
 void run(const AttentionParams& a, const AttentionWorkspace& room, const Stream& stream) {
-  using Mine = QueryTraits<T, kHeadSize>;
-  using Theirs = KeyTraits<T, kHeadSize>;
+  using Mine = QueryTraits<T, kHeadSize, kBoxed>;
+  using Theirs = KeyTraits<T, kHeadSize, kBoxed>;
   BackwardParams p{};
   p.problem = problem_of(a, Mine::kQueries, Theirs::kKeys, false);
   p.dout = rows_of(a.dout);
@@ -363,19 +395,24 @@ void run(const AttentionParams& a, const AttentionWorkspace& room, const Stream&
          {blocks_of(p.problem.schedule), 1, Theirs::kThreads, Theirs::kSharedBytes}, stream, p);
 }
 
-template <class T>
+template <class T, bool kBoxed>
 void by_head_size(const AttentionParams& a, const AttentionWorkspace& room, const Stream& stream) {
   const int64_t d = a.q.size(3);
-  if (d <= 64) return run<T, 64>(a, room, stream);
-  if (d <= 80) return run<T, 80>(a, room, stream);
-  if (d <= 96) return run<T, 96>(a, room, stream);
-  run<T, 128>(a, room, stream);
+  if (d <= 64) return run<T, 64, kBoxed>(a, room, stream);
+  if (d <= 80) return run<T, 80, kBoxed>(a, room, stream);
+  if (d <= 96) return run<T, 96, kBoxed>(a, room, stream);
+  run<T, 128, kBoxed>(a, room, stream);
+}
+
+template <class T>
+void by_mask(const AttentionParams& a, const AttentionWorkspace& room, const Stream& stream) {
+  a.mask.q_attr ? by_head_size<T, true>(a, room, stream) : by_head_size<T, false>(a, room, stream);
 }
 
 }  // namespace
 
 void attention_backward_cuda(const AttentionParams& p, const AttentionWorkspace& room, const Stream& stream) {
-  p.q.dtype == Dtype::bf16 ? by_head_size<bf16>(p, room, stream) : by_head_size<f16>(p, room, stream);
+  p.q.dtype == Dtype::bf16 ? by_mask<bf16>(p, room, stream) : by_mask<f16>(p, room, stream);
 }
 
 }  // namespace vk

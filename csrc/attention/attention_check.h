@@ -10,7 +10,7 @@
 namespace vk::attention {
 
 inline constexpr const char* op = "attention";
-inline constexpr int64_t kMaxIntervals = 3, kMaxRelations = 8, kMaxLength = int64_t{1} << 30;
+inline constexpr int64_t kMaxIntervals = 3, kMaxLength = int64_t{1} << 30;
 
 inline void check_contiguous(const char* name, const TensorRef& t) {
   int64_t stride = 1;

@@ -14,8 +14,7 @@ void check_vectors(const char* name, const TensorRef& t) {
   VK_CHECK(whole || t.numel() == 0, op, name, "lie at 16-byte addresses, row by row", shape_text(t));
 }
 
-void check_call(const TensorRef& q, const TensorRef& k, const TensorRef& v, const TensorRef& q_attr) {
-  VK_CHECK(!q_attr, op, "q_attr", "be absent from a call of this backend", shape_text(q_attr));
+void check_call(const TensorRef& q, const TensorRef& k, const TensorRef& v) {
   VK_CHECK(q.dtype == Dtype::bf16 || q.dtype == Dtype::f16, op, "q", "have dtype bfloat16, float16",
            static_cast<int>(q.dtype));
   VK_CHECK(q.size(3) <= 128 && q.size(3) % 8 == 0, op, "q", "have a head size of at most 128 that is a multiple of 8",
@@ -28,7 +27,7 @@ void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, 
              TensorRef q_global, TensorRef k_global, double scale, std::vector<int64_t> layout,
              std::vector<int64_t> bounds, int device, uintptr_t stream) {
   check_inputs(q, k, v, o, lse);
-  check_call(q, k, v, q_attr);
+  check_call(q, k, v);
   check_vectors("o", o);
   AttentionParams p{q, k, v, o, lse, scale, {}, {}, {}, {}, {}, {}};
   p.mask = make_mask(q, k, layout, q_rows, k_rows, q_count, k_count, ranges, q_attr, k_attr, std::move(bounds),
@@ -49,7 +48,7 @@ void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRe
               TensorRef k_attr, TensorRef q_global, TensorRef k_global, double scale, std::vector<int64_t> layout,
               std::vector<int64_t> bounds, int device, uintptr_t stream) {
   check_inputs(q, k, v, o, lse);
-  check_call(q, k, v, q_attr);
+  check_call(q, k, v);
   check_gradients(q, k, lse, dout, dlse, dq, dk, dv);
   for (const auto& [name, t] :
        {std::pair{"dout", dout}, std::pair{"o", o}, std::pair{"dq", dq}, std::pair{"dk", dk}, std::pair{"dv", dv}})

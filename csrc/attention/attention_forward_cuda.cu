@@ -10,16 +10,20 @@ namespace {
 
 using namespace device;
 
-template <class T, int kHeadSize>
+template <class T, int kHeadSize, bool kWithBox>
 struct ForwardTraits {
   using Element = T;
+  static constexpr bool kBoxed = kWithBox;
   static constexpr int kD = kHeadSize, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kM = 2;                       // 16-row tiles of a warp: one operand of keys serves both
   static constexpr int kQueries = kWarps * kM * 16;  // of a block
-  static constexpr int kKeys = 64, kSlots = 3;
+  static constexpr int kKeys = kBoxed && kHeadSize == 128 ? 32 : 64, kSlots = 3;  // registers
   using Queries = Tile<T, kQueries, kD>;
-  using Loads = Ring<Tile<T, kKeys, kD>, kSlots>;
-  static constexpr size_t kSharedBytes = Queries::kBytes + Loads::kBytes + Notes<kQueries, kKeys>::kBytes;
+  using Keys = Tile<T, kKeys, kD>;
+  using Loads = Ring<Keys, kSlots>;
+  using Window = Sight<kQueries, kKeys>;
+  static constexpr size_t kWindow = kBoxed ? Window::kBytes : 0;
+  static constexpr size_t kSharedBytes = Queries::kBytes + Loads::kBytes + kWindow + Notes<kQueries, kKeys>::kBytes;
 };
 
 struct ForwardParams {
@@ -33,15 +37,18 @@ template <class Traits>
 struct Rooms {
   typename Traits::Queries q;
   typename Traits::Loads ring;
+  typename Traits::Window sight;
   Notes<Traits::kQueries, Traits::kKeys> notes;
 };
 
 template <class Traits>
 VK_DEVICE Rooms<Traits> rooms() {
   char* ring = shared_memory() + Traits::Queries::kBytes;
+  char* sight = ring + Traits::Loads::kBytes;
   return {{reinterpret_cast<typename Traits::Element*>(shared_memory())},
           {ring},
-          notes_at<Traits::kQueries, Traits::kKeys>(ring + Traits::Loads::kBytes)};
+          sight_at<Traits::kQueries, Traits::kKeys>(sight),
+          notes_at<Traits::kQueries, Traits::kKeys>(sight + Traits::kWindow)};
 }
 
 // Load 2 t fetches the keys of step t, load 2 t + 1 its values.
@@ -50,7 +57,10 @@ VK_DEVICE void start_load(const Problem& p, const Rooms<Traits>& room, int index
   if (index < 2 * steps)
     copy_keys<Traits::kThreads>(index % 2 ? p.v : p.k, p.d, p.share, room.notes, index / 2, slot_of(room.ring, index));
   commit_copies();
-  if (index % 2 == 0) note_keys(p.mask, room.notes, index / 2 + 1, steps);
+  if (index % 2 == 0) {
+    note_keys(p.mask, room.notes, index / 2 + 1, steps);
+    if constexpr (Traits::kBoxed) note_boxed_keys(p.mask, room.notes, room.sight, index / 2 + 1, steps);
+  }
 }
 
 // Multiplies this warp's queries by -1 or 0, which changes no digit: the softmax wants a positive scale.
@@ -90,14 +100,39 @@ VK_DEVICE void complete_rows(const ForwardParams& p, const Rooms<Traits>& room, 
   rescale(acc, by);
 }
 
+// Weights of the keys of step `step`; sums that were made with other maxima are brought to the new ones.
+template <class Traits>
+VK_DEVICE void weigh(const Problem& p, const Rooms<Traits>& room, const typename Traits::Keys& keys, int step,
+                     FragmentA (&weights)[Traits::kM][Traits::kKeys / 16], FragmentC (&acc)[Traits::kM][Traits::kD / 8],
+                     OnlineSoftmax (&softmax)[Traits::kM]) {
+  using T = typename Traits::Element;
+  constexpr int kM = Traits::kM, kN = Traits::kKeys / 8;
+  const int first = warp() * kM * 16;
+  FragmentC s[kM][kN] = {};
+  multiply_rows<T>(s, room.q, first, keys);
+  const KeyBlock block = key_block<Traits::kKeys>(room.notes.runs, step);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    if constexpr (Traits::kBoxed)
+      hide(s[m], seen_bits<kN>(room.sight, first + 16 * m, 0), kNothing);
+    else if (block.masked)
+      hide(s[m], counting<kN>(room.notes, block, first + 16 * m), kNothing);
+    float keep[2];
+    softmax_step(softmax[m], s[m], p.scale, keep);
+    round_weights<T>(weights[m], s[m]);
+    rescale(acc[m], keep);
+  }
+}
+
 template <class Traits>
 VK_KERNEL(Traits::kThreads, 2)
 attend(const ForwardParams params) {
   using T = typename Traits::Element;
-  constexpr int kM = Traits::kM, kN = Traits::kKeys / 8, kThreads = Traits::kThreads;
+  constexpr int kM = Traits::kM, kThreads = Traits::kThreads;
   const Problem& p = params.problem;
   const Rooms<Traits> room = rooms<Traits>();
   const int steps = plan_walk<kThreads>(p.mask, p.schedule, room.notes), first = warp() * kM * 16;
+  if constexpr (Traits::kBoxed) note_boxed_keys(p.mask, room.notes, room.sight, 0, steps);
   copy_queries<kThreads>(p.q, p.d, room.notes, room.q);
   start_load(p, room, 0, steps);
   start_load(p, room, 1, steps);
@@ -108,21 +143,13 @@ attend(const ForwardParams params) {
   for (int step = 0; step < steps; ++step) {
     const auto keys = wait_for(room.ring, 2 * step);
     start_load(p, room, 2 * step + 2, steps);
-    FragmentC s[kM][kN] = {};
-    multiply_rows<T>(s, room.q, first, keys);
-    const KeyBlock block = key_block<Traits::kKeys>(room.notes.runs, step);
-    FragmentA weights[kM][kN / 2];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      if (block.masked) hide(s[m], counting<kN>(room.notes, block, first + 16 * m), kNothing);
-      float keep[2];
-      softmax_step(softmax[m], s[m], p.scale, keep);
-      round_weights<T>(weights[m], s[m]);
-      rescale(acc[m], keep);
-    }
+    FragmentA weights[kM][Traits::kKeys / 16];
+    bool sees = true;
+    if constexpr (Traits::kBoxed) sees = queries_see<kM * 16>(p.mask, room.notes, room.sight, step, first);
+    if (sees) weigh(p, room, keys, step, weights, acc, softmax);
     const auto values = wait_for(room.ring, 2 * step + 1);
     start_load(p, room, 2 * step + 3, steps);
-    mix_rows<T>(acc, weights, values, p.d);
+    if (sees) mix_rows<T>(acc, weights, values, p.d);
   }
   wait_for_copies<0>();  // of a walk without steps, the queries
 
@@ -141,19 +168,24 @@ void run(const AttentionParams& a, const Stream& stream) {
          {blocks_of(p.problem.schedule), 1, Traits::kThreads, Traits::kSharedBytes}, stream, p);
 }
 
-template <class T>
+template <class T, bool kBoxed>
 void by_head_size(const AttentionParams& a, const Stream& stream) {
   const int64_t d = a.q.size(3);
-  if (d <= 64) return run<ForwardTraits<T, 64>>(a, stream);
-  if (d <= 80) return run<ForwardTraits<T, 80>>(a, stream);
-  if (d <= 96) return run<ForwardTraits<T, 96>>(a, stream);
-  run<ForwardTraits<T, 128>>(a, stream);
+  if (d <= 64) return run<ForwardTraits<T, 64, kBoxed>>(a, stream);
+  if (d <= 80) return run<ForwardTraits<T, 80, kBoxed>>(a, stream);
+  if (d <= 96) return run<ForwardTraits<T, 96, kBoxed>>(a, stream);
+  run<ForwardTraits<T, 128, kBoxed>>(a, stream);
+}
+
+template <class T>
+void by_mask(const AttentionParams& a, const Stream& stream) {
+  a.mask.q_attr ? by_head_size<T, true>(a, stream) : by_head_size<T, false>(a, stream);
 }
 
 }  // namespace
 
 void attention_forward_cuda(const AttentionParams& p, const Stream& stream) {
-  p.q.dtype == Dtype::bf16 ? by_head_size<bf16>(p, stream) : by_head_size<f16>(p, stream);
+  p.q.dtype == Dtype::bf16 ? by_mask<bf16>(p, stream) : by_mask<f16>(p, stream);
 }
 
 }  // namespace vk

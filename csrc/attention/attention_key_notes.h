@@ -84,17 +84,19 @@ VK_DEVICE void copy_own_keys(const Problem& p, const Rows& x, const KeyNotes<R, 
 // How queries [first, end), which span `span`, meet a tile of keys: not at all, some of them some, all of them all.
 enum Meeting : int { kNone, kMasked, kWhole };
 
+template <bool kBoxed>
 VK_DEVICE Meeting meeting_of(const Mask& m, const KeyRange& keys, const Span* span, int first, int end) {
   if (keys.begin >= keys.end || first >= end) return kNone;
   if (m.packed) return kMasked;
-  if (!m.ranges) return kWhole;
+  const Meeting whole = kBoxed ? kMasked : kWhole;
+  if (!m.ranges) return whole;
   const Span s = load(span);
   if (s.first >= s.last || s.first >= keys.end || s.last <= keys.begin) return kNone;
-  return s.core_first > keys.begin || s.core_last < keys.end ? kMasked : kWhole;
+  return s.core_first > keys.begin || s.core_last < keys.end ? kMasked : whole;
 }
 
 // Lists the blocks of queries, 128 from `chunk` on, that meet the tile of keys; how many.
-template <int kThreads, int kKeys, int kQueries>
+template <int kThreads, bool kBoxed, int kKeys, int kQueries>
 VK_DEVICE int list_blocks(const Problem& p, const Span* spans, int blocks, int interval, int chunk,
                           const KeyNotes<kKeys, kQueries>& notes) {
   static_assert(kThreads == 128, "a thread looks at one block");
@@ -109,7 +111,7 @@ VK_DEVICE int list_blocks(const Problem& p, const Span* spans, int blocks, int i
   const int block = chunk + thread_index();
   first += block * kQueries;
   const int64_t index = (at.sample * m.intervals + interval) * blocks + block;
-  const Meeting meeting = block < blocks ? meeting_of(m, keys, spans + index, first, end) : kNone;
+  const Meeting meeting = block < blocks ? meeting_of<kBoxed>(m, keys, spans + index, first, end) : kNone;
   const uint32_t votes = ballot(meeting != kNone);
   if (lane() == 0) store_shared(notes.counts + warp(), popcount(votes));
   sync_block();  // and nobody reads the list of before
@@ -139,6 +141,32 @@ VK_DEVICE void note_queries(const Mask& m, const KeyNotes<kKeys, kQueries>& note
   if (block.masked)
     store_shared(notes.ranges + step % 3 * kQueries + thread_index(),
                  live ? interval_of(m, at, i, interval) : KeyRange{0, 0});
+}
+
+// What the box needs of the queries of step `step`, for use after the next barrier.
+template <int kKeys, int kQueries>
+VK_DEVICE void note_boxed_queries(const Mask& m, const KeyNotes<kKeys, kQueries>& notes,
+                                  const Sight<kKeys, kQueries>& sight, int step, int count, int share) {
+  if (step >= count * share) return;
+  const Place at = load_shared(notes.place);
+  note_columns(m, m.q, at, sight, step, load_shared(notes.list + step % count).first, at.live_q);
+}
+
+// Notes which queries of step `step` see kRows keys of the tile from `row` on; whether any does.
+template <int kRows, int kKeys, int kQueries>
+VK_DEVICE bool keys_seen(const Mask& m, const Schedule& s, const KeyNotes<kKeys, kQueries>& notes,
+                         const Sight<kKeys, kQueries>& sight, int step, int row) {
+  const Place at = load_shared(notes.place);
+  const int first = at.tile * s.step;
+  const auto inside = [&](int r, int word) {
+    const KeyRange* ranges = notes.ranges + step % 3 * kQueries + 32 * word;
+    uint32_t bits = 0;
+#pragma unroll 8
+    for (int c = 0; c < 32; ++c)
+      if (in_range(load_shared(ranges + c), first + r)) bits |= 1u << c;
+    return bits;
+  };
+  return note_seen<true, kRows>(m, at, sight, step, row, first, inside);
 }
 
 template <int kThreads, class T, int R, int C, int kKeys>

@@ -11,6 +11,7 @@
 namespace vk::device {
 
 inline constexpr int kFar = 1 << 30;  // no index lies beyond
+inline constexpr int kRelations = attention::kMaxRelations;
 
 VK_HD int min_of(int a, int b) { return a < b ? a : b; }
 VK_HD int max_of(int a, int b) { return a > b ? a : b; }
@@ -22,6 +23,10 @@ struct Side {
   int64_t group, token;         // strides, in rows
   int tokens, length;           // rows that exist; tokens of a group
   int all;                      // indices of a place
+  // Of a mask with a box: a line of `length` for each relation of a sample; which tokens skip it, or null.
+  const int32_t* attributes;
+  const uint8_t* global;
+  int64_t attributes_b, global_b;
 };
 
 struct Mask {
@@ -30,11 +35,8 @@ struct Mask {
   const int32_t* ranges;
   int64_t ranges_b;
   int intervals;  // 1 without ranges: every live key
-  const int32_t *q_attr, *k_attr;
-  const uint8_t *q_global, *k_global;
-  int64_t q_attr_b, k_attr_b, q_global_b, k_global_b;
-  int relations;
-  int bounds[16];
+  int relations;  // of the box: a_k - a_q from bounds[2 a] to bounds[2 a + 1]
+  int bounds[2 * kRelations];
 };
 
 // Which tile of which head of which group of which sample a block computes.
@@ -103,11 +105,11 @@ VK_DEVICE int steps_of(const KeyRun& run) {
 }
 
 template <int kKeys>
-VK_DEVICE KeyRun run_of(const Span& s, bool masked) {
+VK_DEVICE KeyRun run_of(const Span& s) {
   KeyRun run{s.first, s.last, 0, 0};
   if (s.first >= s.last) return run;
   run.before = min_of((max_of(s.core_first - s.first, 0) + kKeys - 1) / kKeys, steps_of<kKeys>(run));
-  if (!masked) run.core = max_of(max_of(min_of(s.core_last, s.last) - s.first, 0) / kKeys - run.before, 0);
+  run.core = max_of(max_of(min_of(s.core_last, s.last) - s.first, 0) / kKeys - run.before, 0);
   return run;
 }
 
@@ -142,17 +144,19 @@ VK_DEVICE void hide(FragmentC (&s)[N], uint32_t bits, float hidden) {
 
 inline int64_t sample_stride(const TensorRef& t) { return !t || t.size(0) == 1 ? 0 : t.stride(0); }
 
+inline void add_box(Side& side, const TensorRef& attributes, const TensorRef& global) {
+  side.attributes = attributes.ptr<const int32_t>(), side.attributes_b = sample_stride(attributes);
+  side.global = global.ptr<const uint8_t>(), side.global_b = sample_stride(global);
+}
+
 inline Side side_on_device(const TensorRef& rows, const TensorRef& count, int64_t group, int64_t token, int64_t tokens,
                            int64_t length) {
-  return {rows.ptr<const int32_t>(),
-          count.ptr<const int32_t>(),
-          sample_stride(rows),
-          sample_stride(count),
-          group,
-          token,
-          int(tokens),
-          int(length),
-          int(length)};
+  Side side{};
+  side.rows = rows.ptr<const int32_t>(), side.rows_b = sample_stride(rows);
+  side.count = count.ptr<const int32_t>(), side.count_b = sample_stride(count);
+  side.group = group, side.token = token;
+  side.tokens = int(tokens), side.length = side.all = int(length);
+  return side;
 }
 
 // Groups that fit a tile of `tile` tokens more than once are packed: whole groups share it.
@@ -168,12 +172,10 @@ inline Mask mask_on_device(const AttentionParams& a, int tile) {
   m.ranges = x.ranges.ptr<const int32_t>();
   m.ranges_b = sample_stride(x.ranges);
   m.intervals = x.ranges ? int(x.ranges.size(2) / 2) : 1;
-  m.q_attr = x.q_attr.ptr<const int32_t>(), m.k_attr = x.k_attr.ptr<const int32_t>();
-  m.q_global = x.q_global.ptr<const uint8_t>(), m.k_global = x.k_global.ptr<const uint8_t>();
-  m.q_attr_b = sample_stride(x.q_attr), m.k_attr_b = sample_stride(x.k_attr);
-  m.q_global_b = sample_stride(x.q_global), m.k_global_b = sample_stride(x.k_global);
+  add_box(m.q, x.q_attr, x.q_global);
+  add_box(m.k, x.k_attr, x.k_global);
   m.relations = x.q_attr ? int(x.q_attr.size(1)) : 0;
-  for (size_t i = 0; i < x.bounds.size() && i < 16; ++i) m.bounds[i] = int(x.bounds[i]);
+  for (int i = 0; i < 2 * m.relations; ++i) m.bounds[i] = int(x.bounds[i]);
   return m;
 }
 

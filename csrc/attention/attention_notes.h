@@ -2,6 +2,7 @@
 // which rows its queries and keys are, which keys it walks, and who sees which of them.
 #pragma once
 
+#include "attention_box.h"
 #include "attention_params.h"
 #include "vkernels/device/tile.h"
 
@@ -71,6 +72,28 @@ VK_DEVICE void note_keys(const Mask& m, const Notes<kQueries, kKeys>& notes, int
   store_shared(notes.key_rows + step % 2 * kKeys + thread_index(), row);
 }
 
+// What the box needs of the keys of step `step`, for use after the next barrier.
+template <int kQueries, int kKeys>
+VK_DEVICE void note_boxed_keys(const Mask& m, const Notes<kQueries, kKeys>& notes, const Sight<kQueries, kKeys>& sight,
+                               int step, int steps) {
+  if (step >= steps) return;
+  const KeyBlock block = key_block<kKeys>(notes.runs, step);
+  note_columns(m, m.k, load_shared(notes.place), sight, step, block.first, block.limit);
+}
+
+// Notes what kRows queries of the tile from `row` on see of the keys of step `step`; whether they see any.
+template <int kRows, int kQueries, int kKeys>
+VK_DEVICE bool queries_see(const Mask& m, const Notes<kQueries, kKeys>& notes, const Sight<kQueries, kKeys>& sight,
+                           int step, int row) {
+  const KeyBlock block = key_block<kKeys>(notes.runs, step);
+  const auto inside = [&](int r, int word) {
+    const KeyRange range = load_shared(notes.ranges + block.interval * kQueries + r);
+    const int first = block.first + 32 * word;
+    return bits_between(range.begin - first, range.end - first);
+  };
+  return note_seen<false, kRows>(m, load_shared(notes.place), sight, step, row, load_shared(notes.tile).first, inside);
+}
+
 // Notes everything down for all threads of the block; the number of steps of the walk.
 template <int kThreads, int kQueries, int kKeys>
 VK_DEVICE int plan_walk(const Mask& m, const Schedule& schedule, const Notes<kQueries, kKeys>& notes) {
@@ -88,7 +111,7 @@ VK_DEVICE int plan_walk(const Mask& m, const Schedule& schedule, const Notes<kQu
     Span all = load_shared(notes.spans);
 #pragma unroll
     for (int w = 1; w < kThreads / kWarp; ++w) all = joined(all, load_shared(notes.spans + w));
-    const KeyRun run = run_of<kKeys>(all, m.relations > 0);
+    const KeyRun run = run_of<kKeys>(all);
     if (thread_index() == 0) store_shared(notes.runs + index, run);
     steps += steps_of<kKeys>(run);
     sync_block();  // the spans are written again, the runs are read

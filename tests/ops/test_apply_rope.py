@@ -164,15 +164,31 @@ def test_hugging_face_bit_for_bit():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from vkernels.ops.apply_rope.api import tables_of
+    from vkernels.ops.apply_rope.api import angles_of
 
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128)
     pos = torch.arange(500)[None] * 7
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), pos)
     spec = RopeSpec.from_hf(config)
-    _, c, s = tables_of("apply_rope", spec, pos, "hf_fp32", 1, 500)
+    _, c, s = angles_of("apply_rope", spec, pos, "hf_fp32", 1, 500)
     assert torch.equal(cos[..., :64], c)
     assert torch.equal(sin[..., :64], s)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", [RopeSpec.build(16), RopeSpec.grid((8, 4, 4))], ids=["one axis", "three axes"])
+def test_a_float32_table_is_the_product_of_float32_numbers(spec, dtype):
+    """Bit for bit, whatever holds the positions: they are rounded to float32, then multiplied, then turned to sines.
+    Rows of positions that no pair asks for change nothing."""
+    pos = (torch.rand(4, 2, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2**30 + 0.3).to(dtype)
+    axis, freq = spec.float32_tables(pos.device)
+    angle = torch.stack([pos[a].float() * f for a, f in zip(axis.tolist(), freq, strict=True)], -1)
+    q = torch.randn(2, 9, 1, 16)
+    got = apply_rope(q, None, spec, pos, angle="hf_fp32")
+    again = apply_rope(q, None, spec, pos, angle="hf_fp32")  # as remembered
+    want = apply_rope(q, None, spec, angle=(angle.cos(), angle.sin()))
+    assert torch.equal(got, want)
+    assert torch.equal(again, want)
 
 
 def test_native_refuses_what_python_would():

@@ -19,6 +19,7 @@ import torch
 import vkernels as vk
 from tests.ops.test_divided_attention import by_hand, make
 from vkernels import library
+from vkernels.ops.divided_attention import torch_op
 
 if library.emulator is None:
     pytest.skip("the CUDA kernels are not emulated here (needs g++, ninja and pybind11)", allow_module_level=True)
@@ -68,6 +69,27 @@ def test_head_sizes(d, dtype):
     agree(1, vk.Grid(5, 1, 4), d, n=2, m=2, dtype=dtype)
     agree(1, vk.Grid(18, 1, 1), d, dtype=dtype)
     agree(1, vk.Grid(2, 1, 17), d, dtype=dtype, axis="spatial", cls=1)
+
+
+@pytest.mark.parametrize("d", [64, 72, 88, 128])
+@pytest.mark.parametrize("order", ["b s three n d", "b s n three d", "b three n s d"])
+def test_a_packed_qkv_is_read_where_it_lies(monkeypatch, order, d):
+    """The kernels, whose every access is checked, get the slices themselves: 16 bytes at a time needs no copy."""
+    grid, sizes = vk.Grid(4, 1, 3), {"b": 2, "s": 12, "three": 3, "n": 2, "d": d}
+    axes = order.split()
+    packed = torch.randn(*(sizes[axis] for axis in axes), generator=torch.Generator().manual_seed(1)).bfloat16()
+    q, k, v = packed.permute(*(axes.index(axis) for axis in sizes if axis != "three"), axes.index("three")).unbind(-1)
+    seen = []
+
+    def watched(name, tensors, *numbers):
+        seen.append([x.data_ptr() for x in tensors if x is not None])
+        library.run_cuda(name, tensors, *numbers)
+
+    monkeypatch.setattr(torch_op, "run_cuda", watched)
+    close(run(q, k, v, grid), expected(q, k, v, grid), torch.bfloat16)
+    pointers = [x.data_ptr() for x in (q, k, v)]
+    assert seen[0][:3] == pointers
+    assert seen[1][1:4] == pointers
 
 
 # A warp has 16 rows: 16 // f sequences. The last warp of a block, its last sequences and rows behind them are partial.

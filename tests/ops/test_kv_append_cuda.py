@@ -63,6 +63,15 @@ def test_rows_that_leave_16_byte_addresses():
             same_storage(*caches)
 
 
+def test_a_call_that_begins_at_an_odd_address():
+    """Every stride is a multiple of 16 bytes, and no row lies at one."""
+    caches = [vk.KVCache("bf16", b=1, m=2, d=16, capacity=8) for _ in range(2)]
+    k, v = (torch.randn(1 + 5 * 2 * 16).bfloat16()[1:].view(1, 5, 2, 16) for _ in "kv")
+    for cache, backend in zip(caches, ("cpu", "cuda"), strict=True):
+        cache.append(k, v, backend=backend)
+    same_storage(*caches)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_the_order_of_threads_does_not_matter(order):
     """Forward, backward and shuffled: the window is read before it is filled, ranges before they are used."""

@@ -39,12 +39,13 @@ def given(spec, b=1, s=3, n=3, m=2, d=64, *, norm=None, bias=True, dtype=torch.f
     return arguments
 
 
-def outputs_and_gradients(arguments, backend):
+def outputs_and_gradients(arguments, backend, lie=lambda x: x):
+    """`lie` puts the incoming gradients somewhere else."""
     names = [name for name in ("qkv", "bias", "q_norm", "k_norm") if name in arguments]
-    leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}  # as they lie
     out = qkv_prologue(**{**arguments, **leaves}, backend=backend)
     torch.manual_seed(1)
-    grads = [torch.randn_like(x) for x in out]
+    grads = [lie(torch.randn_like(x)) for x in out]
     return [*out, *torch.autograd.grad(out, list(leaves.values()), grads)]
 
 
@@ -126,15 +127,46 @@ def test_axes_of_their_own_for_every_head():
         close_to_cpu(given(spec, s=4, n=6, m=3, d=d, norm=("post", "head"), axes=2))
 
 
+def among_others(x, first):
+    """`x` inside a larger tensor: more tokens than its own in every sample, more columns, from column `first` on."""
+    b, s, *rest, d = x.shape
+    larger = torch.zeros(b, s + 3, *rest, d + first + 8, dtype=x.dtype)
+    larger[:, 2 : 2 + s, ..., first : first + d] = x
+    return larger[:, 2 : 2 + s, ..., first : first + d]
+
+
 @pytest.mark.parametrize("norm", [("pre", "head"), ("pre", "all")], ids=str)
 @pytest.mark.parametrize("d", [64, 72])
 def test_however_tensors_lie_the_same_bits(d, norm):
-    arguments = given(RopeSpec.build(d), s=4, d=d, norm=norm, dtype=torch.bfloat16)
+    """Rows at addresses of 16 bytes or at odd ones, samples and heads further apart than they are long."""
+    arguments = given(RopeSpec.build(d), b=2, s=4, d=d, norm=norm, dtype=torch.bfloat16)
     want = outputs_and_gradients(arguments, "cuda")
     odd = {name: strided(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    odd["qkv"] = torch.cat([arguments["qkv"][..., :3], arguments["qkv"]], -1)[..., 3:]
-    for a, b in zip(outputs_and_gradients(odd, "cuda"), want, strict=True):
-        assert torch.equal(a, b)
+    for first in (8, 3):
+        odd["qkv"] = among_others(arguments["qkv"], first)
+        for lie in (
+            lambda x, first=first: among_others(x, first),
+            lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        ):
+            for a, b in zip(outputs_and_gradients(odd, "cuda", lie), want, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("norm", ["head", "all"])
+def test_weights_at_odd_addresses(norm):
+    """float32 vectors that begin 4 bytes after a multiple of 16 are read as they lie."""
+    arguments = given(RopeSpec.build(64), norm=("pre", norm))
+    want = outputs_and_gradients(arguments, "cuda")
+    for name in ("bias", "q_norm", "k_norm"):
+        moved = torch.cat([torch.zeros(1), arguments[name]])[1:]
+        for a, b in zip(outputs_and_gradients({**arguments, name: moved}, "cuda"), want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_angles_of_a_second_group_of_tokens():
+    """Sixteen rows of axes of 256 elements leave room for the angles of four tokens; a block of the backward has 8."""
+    spec = RopeSpec(tuple(0.9**j for j in range(128)), axis=tuple((row % 2,) * 128 for row in range(16)))
+    close_to_cpu(given(spec, s=8, n=16, m=16, d=256, axes=2))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

@@ -6,7 +6,8 @@ taps that wraps (it hangs), the last tap skipped, an empty row of a maximum left
 not counted, the rows of a second source numbered from 0, a second row axis with the stride of the first, weights of
 another sample, a scale dropped forward and backward, the mean of columns past the row, a sign in the norm's gradient,
 rows of the next chunk counted twice, the last row of a chunk left out, NaN of absent rows in the parameters' sums, the
-edge of a turned tile, a repeated axis given a stride, a step one past the end of x.
+edge of a turned tile, a repeated axis given a stride, a step one past the end of x. Of rows in parts: the mean of g
+left out, its product not divided by the deviation, the mean of one part for all, the sums of row 0 for every row.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import vkernels as vk
 from vkernels import rearrangement as plans
 from vkernels.library import INTERPRETED, op
 from vkernels.testing import guarded_memory, poisoned_memory, strided
+from vkernels.triton.launch import recording
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)"),
@@ -94,6 +96,40 @@ def test_borders_of_row_tiles(c):
 
 
 @interpreted
+@interpreted
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # rows that are not there, at eps 0
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("c", [16, 33])
+def test_rows_too_long_for_registers_are_undone_in_parts(monkeypatch, norm, c):
+    """Registers of 32 numbers: 16 channels without a bias stay whole, 33 with one go in parts of 16."""
+    from vkernels.ops.rearrange import triton_backward
+
+    monkeypatch.setattr(triton_backward, "WHOLE", 32)
+    g = torch.Generator().manual_seed(c)
+    x, residual = (torch.randn(1, 3, c, generator=g, requires_grad=True) for _ in range(2))
+    weight, shift, bias, gate = (torch.randn(c, generator=g, requires_grad=True) for _ in range(4))
+    all_ = c == 33
+    more = {"bias": bias, "gate": gate, "norm_bias": shift} if all_ else {}
+    y, u = run(
+        x, plans.keep(indices=torch.tensor([2, 0]), n=3), norm=norm, norm_weight=weight, residual=residual[:, :2],
+        scale=0.5, return_sum=True, eps=1e-3, **more,
+    )  # fmt: skip
+    leaves = [x, residual, weight, *more.values()]
+    dy, du = (torch.randn(y.shape, generator=g) for _ in range(2))
+    got = torch.autograd.grad([y, u], leaves, [dy, du])
+    v = x[:, [2, 0]].double()
+    want_u = residual[:, :2].double() + 0.5 * (gate * (v + bias) if all_ else v)
+    last = shift.double() if all_ else None
+    want_y = (
+        F.layer_norm(want_u, (c,), weight.double(), last, 1e-3)
+        if norm == "layer"
+        else want_u * torch.rsqrt((want_u**2).mean(-1, keepdim=True) + 1e-3) * weight + (0 if last is None else last)
+    )
+    want = torch.autograd.grad([want_y, want_u], leaves, [dy.double(), du.double()])
+    for g_, w in zip([y, u, *got], [want_y, want_u, *want], strict=True):
+        torch.testing.assert_close(g_.double(), w.double(), rtol=1e-4, atol=2e-5)
+
+
 def test_a_source_may_have_three_axes_and_four_sources_meet():
     x = torch.randn(2, 4, 5, 6, 8)[:, 1:3, 1:, ::2].requires_grad_()
     others = [torch.randn(1, n, 8, requires_grad=True) for n in (3, 1)]
@@ -331,6 +367,19 @@ print(json.dumps(len({k for call in kept for _, k in call})))
 """
     assert python(code % "range(64, 4096, 200)") == 1
     assert python(code % "LENGTHS") <= 8
+
+
+def test_how_long_rows_may_be_to_stay_whole():
+    """12,288 channels and more always go in parts, 4,096 never do."""
+    from vkernels.ops.rearrange import triton_backward
+
+    weight = torch.zeros(1)
+    for c, vectors, kernels in ((4096, 4, 1), (4104, 4, 2), (8192, 2, 1), (12288, 1, 2)):
+        x, v = weight.expand(1, 2, c), [None if i >= vectors else weight.expand(c) for i in range(4)]
+        index = torch.zeros(1, 2, dtype=torch.int32)
+        with recording("sm90") as noted:
+            triton_backward.rows_bwd(x, None, [x], None, index, None, *v[2:], None, *v[:2], 0, 1, 1.0, 1e-5)
+        assert len(noted) == kernels, (c, vectors)
 
 
 def test_first_rows_of_the_tables_are_pinned():

@@ -17,9 +17,14 @@ def row_statistics(u, inside, eps, C: tl.constexpr, LAYER: tl.constexpr):
 
 
 @triton.jit
-def norm_gradient(g, unit, deviation, C: tl.constexpr, LAYER: tl.constexpr):
+def gradient_means(g, unit, C: tl.constexpr, LAYER: tl.constexpr):
+    """What `norm_gradient` needs of whole rows [rows, 1]: the means of g * unit and, for LayerNorm, of g."""
+    mixed = tl.sum(g * unit, 1, keep_dims=True) / C
+    plain = tl.sum(g, 1, keep_dims=True) / C if LAYER else tl.zeros([g.shape[0], 1], tl.float32)
+    return mixed, plain
+
+
+@triton.jit
+def norm_gradient(g, unit, deviation, mixed, plain):
     """The gradient of u from `g`, that of unit = (u - mean) * deviation: what moves mean and deviation is taken off."""
-    du = g - unit * (tl.sum(g * unit, 1, keep_dims=True) / C)
-    if LAYER:
-        du -= tl.sum(g, 1, keep_dims=True) / C
-    return du * deviation
+    return (g - unit * mixed - plain) * deviation

@@ -56,22 +56,34 @@ def refuse_unusable_positions(name: str, pos: torch.Tensor) -> None:
         require(False, name, "pos", "be finite and below 2^31 in magnitude", pos[bad][0].item())
 
 
-def tables_of(
-    name: str, spec: RopeSpec, pos: torch.Tensor | None, angle: str | tuple[torch.Tensor, torch.Tensor], b: int, s: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(pos, cos, sin) of a call: positions for exact angles, else float32 tables [b|1, s, r]."""
-    if isinstance(angle, str):
-        require(angle in ("exact", "hf_fp32"), name, "angle", "be exact, hf_fp32 or (cos, sin)", repr(angle))
-        if pos is None:
-            raise ValueError(refusal(name, "pos", f"be given with angle={angle!r}", None))
-        pos = canonical_positions(name, spec, pos, b, s)
-        if angle == "exact":
-            return pos, None, None
+def positions_of(name: str, spec: RopeSpec, pos: torch.Tensor | None, angle: str, b: int, s: int) -> torch.Tensor:
+    """[axes, b|1, s] of a call whose angles are computed."""
+    require(angle in ("exact", "hf_fp32"), name, "angle", "be exact, hf_fp32 or (cos, sin)", repr(angle))
+    if pos is None:
+        raise ValueError(refusal(name, "pos", f"be given with angle={angle!r}", None))
+    if angle != "exact":
         require(len(spec.axis_rows) == 1, name, "angle", "be exact where heads follow different axes", angle)
-        refuse_unusable_positions(name, pos)
-        axis, freq = spec.float32_tables(pos.device)
-        table = pos.float().permute(1, 2, 0).index_select(2, axis) * freq
-        return None, table.cos(), table.sin()
+    return canonical_positions(name, spec, pos, b, s)
+
+
+def float32_table(spec: RopeSpec, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) [b|1, s, r] of positions [axes, b|1, s] in Hugging Face's float32 arithmetic."""
+    axis, freq = spec.float32_tables(pos.device)
+    row = pos.permute(1, 2, 0)
+    if spec.n_axes > 1:
+        row = row.index_select(2, axis)
+    elif pos.shape[0] > 1:
+        row = row[..., :1]
+    if row.dtype == torch.float64:
+        row = row.float()
+    table = row * freq  # positions become float32 first
+    return table.cos(), table.sin()
+
+
+def tables_of(
+    name: str, spec: RopeSpec, angle: tuple[torch.Tensor, torch.Tensor], b: int, s: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caller's tables as float32 [b|1, s, r]."""
     require(len(angle) == 2, name, "angle", "be exact, hf_fp32 or (cos, sin)", angle)
     tables = []
     for argument, table in zip(("cos", "sin"), angle, strict=True):
@@ -88,7 +100,20 @@ def tables_of(
                 else table.unflatten(-1, (spec.blocks, 2, -1))[..., 0, :].flatten(-2)
             )
         tables.append(table.float())
-    return None, tables[0], tables[1]
+    return tables[0], tables[1]
+
+
+def angles_of(
+    name: str, spec: RopeSpec, pos: torch.Tensor | None, angle: str | tuple[torch.Tensor, torch.Tensor], b: int, s: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(pos, cos, sin) of a call: positions for exact angles, else tables."""
+    if not isinstance(angle, str):
+        return None, *tables_of(name, spec, angle, b, s)
+    pos = positions_of(name, spec, pos, angle, b, s)
+    if angle == "exact":
+        return pos, None, None
+    refuse_unusable_positions(name, pos)
+    return None, *float32_table(spec, pos)
 
 
 def prepare(
@@ -113,7 +138,7 @@ def prepare(
         if sizes.get(argument, 0) % heads:
             rule = f"have a multiple of the {heads} heads of spec"
             require(False, name, "q" if argument == "n" else "k", rule, sizes[argument])
-    pos, cos, sin = tables_of(name, spec, pos, angle, sizes["b"], sizes["s"])
+    pos, cos, sin = angles_of(name, spec, pos, angle, sizes["b"], sizes["s"])
     for argument, given in (("pos", pos), ("cos", cos), ("sin", sin)):
         if given is not None and given.device != q.device:
             require(False, name, argument, f"be on the device of q ({q.device})", given.device, TypeError)
@@ -127,13 +152,40 @@ def prepare(
     return Call(q, k, spec, pos, cos, sin, inverse, scale, inplace)
 
 
+class Decision(NamedTuple):
+    backend: Backend
+    shape: tuple[int, ...] | None  # of the positions as [axes, b|1, s]; None with the caller's tables
+    doors: dict[str, Any]
+
+
 @remembered
-def _decide(
-    q, k, spec, pos, inverse, inplace, angle, backend
-) -> tuple[Backend, tuple[int, ...] | None, dict[str, Any]]:
-    """(backend, shape of the positions it takes, doors)."""
+def decide(q, k, spec, pos, inverse, inplace, angle, backend) -> Decision:
     call = prepare(q, k, spec, pos, inverse=inverse, inplace=inplace, angle=angle)
-    return choose("apply_rope", BACKENDS, backend, call), None if call.pos is None else call.pos.shape, {}
+    chosen = choose("apply_rope", BACKENDS, backend, call)
+    shape = None
+    if isinstance(angle, str):
+        shape = tuple(positions_of("apply_rope", spec, pos, angle, *q.shape[:2]).shape)  # a view by a Size costs 1 us
+    return Decision(chosen, shape, {})
+
+
+def turn(
+    decision: Decision, q, k, spec: RopeSpec, pos, inverse=False, inplace=False, angle: Any = "exact"
+) -> tuple[torch.Tensor, Any]:
+    """(q, k or None) turned as was decided for calls that look like this one."""
+    chosen, shape, doors = decision
+    cos = sin = None
+    if shape is None:
+        pos, cos, sin = angles_of("apply_rope", spec, pos, angle, *q.shape[:2])
+    else:
+        if pos.shape != shape:
+            pos = pos.view(shape)
+        if angle != "exact":
+            if chosen.name in ("cpu", "reference"):  # GPU backends look at no value
+                refuse_unusable_positions("apply_rope", pos)
+            cos, sin = float32_table(spec, pos)
+            pos = None
+    scale = 1.0 / spec.scale if inverse else spec.scale
+    return chosen.run(Call(q, k, spec, pos, cos, sin, inverse, scale, inplace, doors))
 
 
 def apply_rope(
@@ -174,14 +226,8 @@ def apply_rope(
 
     Source: RoFormer, arXiv:2104.09864.
     """
-    chosen, shape, doors = _decide(q, k, spec, pos, inverse, inplace, angle, backend)
-    cos = sin = None
-    if shape is None or pos is None:
-        pos, cos, sin = tables_of("apply_rope", spec, pos, angle, *q.shape[:2])
-    elif pos.shape != shape:
-        pos = pos.view(shape)
-    scale = 1.0 / spec.scale if inverse else spec.scale
-    q_out, k_out = chosen.run(Call(q, k, spec, pos, cos, sin, inverse, scale, inplace, doors))
+    decision = decide(q, k, spec, pos, inverse, inplace, angle, backend)
+    q_out, k_out = turn(decision, q, k, spec, pos, inverse, inplace, angle)
     if k is None:
         return q_out
     return q_out, k_out

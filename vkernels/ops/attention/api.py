@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
-from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.apply_rope import api as rotation
 from vkernels.ops.attention import reference, torch_op
 from vkernels.remember import remembered
 
@@ -25,6 +25,7 @@ class Call(NamedTuple):
     scale: float
     rope: Any
     return_lse: bool
+    turning: rotation.Decision | None = None
     doors: dict[str, Any] | None = None
 
 
@@ -69,10 +70,14 @@ def _check_mask(mask: VideoMask | MaskPlan, axes: dict[str, int]) -> None:
 
 
 @remembered
-def _decide(q, k, v, form, scale, pair, return_lse, backend, *, mask, rope) -> tuple[Backend, float, dict[str, Any]]:
-    """(backend, scale, doors). `form` is what the mask looks like."""
+def _decide(
+    q, k, v, form, scale, rope, return_lse, backend, *, mask
+) -> tuple[Backend, float, rotation.Decision | None, dict[str, Any]]:
+    """(backend, scale, how q and k are turned, doors). `form` is what the mask looks like."""
     call = prepare(q, k, v, mask=mask, scale=scale, rope=rope, return_lse=return_lse)
-    return choose("attention", BACKENDS, backend, call), call.scale, {}
+    chosen = choose("attention", BACKENDS, backend, call)
+    turning = None if rope is None else rotation.decide(q, k, *rope, False, False, "exact", chosen.name)
+    return chosen, call.scale, turning, {}
 
 
 def attention(
@@ -114,20 +119,22 @@ def attention(
     Source: online softmax in tiles after FlashAttention, arXiv:2205.14135.
     """
     form = mask.form(q) if isinstance(mask, (VideoMask, MaskPlan)) else mask
-    pair = rope is None or (isinstance(rope, tuple) and len(rope) == 2)  # apply_rope looks at what is in it
-    chosen, scale, doors = _decide(q, k, v, form, scale, pair, return_lse, backend, mask=mask, rope=rope)
-    return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, doors))
+    chosen, scale, turning, doors = _decide(q, k, v, form, scale, rope, return_lse, backend, mask=mask)
+    return chosen.run(Call(q, k, v, mask, scale, rope, return_lse, turning, doors))
+
+
+def _plan(call: Call) -> MaskPlan | None:
+    return call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
 
 
 def _run(call: Call, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    q, k, mask = call.q, call.k, call.mask
-    if call.rope is not None:
-        q, k = apply_rope(q, k, *call.rope, backend=backend)
+    q, k = call.q, call.k
+    if call.turning is not None:
+        q, k = rotation.turn(call.turning, q, k, *call.rope)
     if backend == "reference":
-        out, lse = reference.attention(q, k, call.v, mask, call.scale)
+        out, lse = reference.attention(q, k, call.v, call.mask, call.scale)
     else:
-        plan = mask.plan(q.device) if isinstance(mask, VideoMask) else mask
-        arguments = torch_op.mask_arguments(plan, q.shape[1], k.shape[1])
+        arguments = torch_op.mask_arguments(_plan(call), q.shape[1], k.shape[1])
         out, lse = op("attention_fwd", backend, call.doors)(q, k, call.v, call.scale, *arguments)
     return (out, lse) if call.return_lse else out
 
@@ -152,10 +159,6 @@ def _cuda_why_not(call: Call) -> str | None:
     d = call.q.shape[3]
     if d > 128 or d % 8:
         return f"the head size is {d}, this backend serves multiples of 8 up to 128"
-    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
-    if plan is not None and plan.box is not None:
-        relations = len(plan.box.bounds)
-        return f"the mask compares {relations} attributes beyond its intervals, this backend serves none"
     return None
 
 
@@ -164,16 +167,28 @@ def _triton_why_not(call: Call) -> str | None:
         return reason
     if call.q.shape[3] > 256:
         return f"the head size is {call.q.shape[3]}, this backend serves at most 256"
-    plan = call.mask.plan(call.q.device) if isinstance(call.mask, VideoMask) else call.mask
+    plan = _plan(call)
     relations = 0 if plan is None or plan.box is None else len(plan.box.bounds)
     if relations > 4:
         return f"the mask compares {relations} attributes beyond its intervals, this backend serves at most 4"
     return None
 
 
+def _kind(call: Call) -> tuple[torch.device, str]:
+    """What a query sees decides the loop that runs: short groups, a window, some keys or all of them."""
+    plan = _plan(call)
+    if plan is None:
+        sees = "all keys"
+    elif plan.groups > 1 and max(plan.len_q, plan.len_k) <= 64:
+        sees = "short groups"
+    else:
+        sees = "windows" if plan.box is not None else "all keys" if plan.ranges is None else "intervals"
+    return like(call.q, None, sees)
+
+
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda call: _run(call, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda call: _run(call, "cuda")),
+    Backend("cuda", _cuda_why_not, lambda call: _run(call, "cuda"), _kind),
     Backend("triton", _triton_why_not, lambda call: _run(call, "triton")),
     Backend("reference", lambda call: None, lambda call: _run(call, "reference")),
 )

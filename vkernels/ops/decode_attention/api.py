@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, refusal, require, same_dtype
-from vkernels.dispatch import Backend, choose, like
+from vkernels.dispatch import Backend, at_most, choose, like
 from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
@@ -125,9 +125,8 @@ def _cuda_why_not(call: Call) -> str | None:
 
 def _kind(call: Call) -> tuple[torch.device, str]:
     """The store decides what is read, the queries that share a key how often."""
-    device, rows = like(call.q)
     shared = call.q.shape[1] * call.q.shape[2] // call.cache.m
-    return device, f"{call.cache.scheme}, {rows}, {next((n for n in (8, 16) if shared <= n), 'more')} queries"
+    return like(call.q, None, call.cache.scheme, f"queries <= {at_most(shared, 8, 16)}")
 
 
 BACKENDS = (

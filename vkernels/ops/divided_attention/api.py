@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, at_most, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
@@ -150,6 +150,12 @@ def _triton_why_not(c: Call) -> str | None:
     return None if rows < 2**30 else f"b*n*(t+1)*(l+1) is {rows}, this backend takes less than 2^30"
 
 
+def _kind(c: Call) -> tuple[torch.device, str]:
+    """The length of a group decides how many share a tile."""
+    tokens = c.frames_per_group * (1 if c.axis == "temporal" else c.l)
+    return like(c.q, None, c.axis, f"groups <= {at_most(tokens, 16, 128)}")
+
+
 BACKENDS = (
     Backend(
         "cpu",
@@ -160,6 +166,7 @@ BACKENDS = (
         "cuda",
         _cuda_why_not,
         lambda c: op("divided_attention_fwd", "cuda")(c.q, c.k, c.v, c.scale, c.layout),
+        _kind,
     ),
     Backend(
         "triton",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda, unit_stride
+from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda, unit_stride, whole_vectors
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -23,14 +23,6 @@ def _cpu(q, k, v, scale, layout):
     o = fresh(_like(q))
     native().divided_attention_fwd(ref(unit_stride(q)), ref(unit_stride(k)), ref(unit_stride(v)), ref(o), scale, layout)
     return o
-
-
-def whole_vectors(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself, or a copy where its rows do not lie at multiples of 16 bytes."""
-    strides = [stride for size, stride in zip(x.shape, x.stride()[:-1], strict=False) if size != 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _scratch(q: torch.Tensor, heads: tuple[int, ...], layout: list[int], stats: bool) -> list[torch.Tensor | None]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, refusal, require
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
 from vkernels.ops.kv_append import reference, torch_op  # noqa: F401  (registers the overload)
@@ -108,9 +108,13 @@ def _registered(call: Call, backend: str) -> None:
     op("kv_append", backend, call.doors)(k, v, counts, c.lengths, c.table, *c.tensors(), c.layout.ints())
 
 
+def _kind(c: Call) -> tuple[torch.device, str]:
+    return like(c.k, None, c.cache.scheme)
+
+
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.k), lambda c: _registered(c, "cpu")),
-    Backend("cuda", lambda c: cuda_why_not(c.k), lambda c: _registered(c, "cuda")),
+    Backend("cuda", lambda c: cuda_why_not(c.k), lambda c: _registered(c, "cuda"), _kind),
     Backend("triton", lambda c: triton_why_not(c.k), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, lambda c: reference.kv_append(c.cache, c.k, c.v, c.counts)),
 )

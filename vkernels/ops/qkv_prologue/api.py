@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import bind, require, same_dtype
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.kv_cache import KVCache
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.apply_rope.api import canonical_positions
@@ -226,7 +226,7 @@ def _cuda_why_not(call: Call) -> str | None:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.qkv), lambda c: _registered(c, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda")),
+    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda"), lambda c: like(c.qkv, c.heads[2])),
     Backend("triton", lambda c: triton_why_not(c.qkv), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

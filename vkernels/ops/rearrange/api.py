@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vkernels.check import FLOATS, ShapeError, bind, refusal, require
-from vkernels.dispatch import Backend, choose
+from vkernels.dispatch import Backend, choose, like
 from vkernels.library import DTYPE_CODE, cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.ops.rearrange import reference, torch_op
 from vkernels.rearrangement.pattern import Affine
@@ -457,9 +457,17 @@ def _cuda_why_not(call: Call) -> str | None:
     return None
 
 
+def _kind(call: Call) -> tuple[torch.device, str]:
+    """A move sees bytes; rows are reduced, and may be normalised."""
+    x = call.x[0]
+    if call.affine is not None:
+        return x.device, f"{x.element_size()} bytes, a move"
+    return like(x, None, call.plan.reduce, *([] if call.norm is None else ["a norm"]))
+
+
 BACKENDS = (
     Backend("cpu", _cpu_why_not, lambda c: _run_native(c, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda c: _run_native(c, "cuda")),
+    Backend("cuda", _cuda_why_not, lambda c: _run_native(c, "cuda"), _kind),
     Backend("triton", _triton_why_not, lambda c: _run_native(c, "triton")),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -1,7 +1,8 @@
 """rearrange on Triton, backward: no atomics anywhere, so every sum has one order.
 
 The gradient of the sources is the forward kernel on the transposed plan. Here is what comes before it: the epilogue
-undone row by row, rows gathered again rather than saved, and the gradient of a maximum.
+undone row by row, rows gathered again rather than saved, and the gradient of a maximum. A norm wants its row whole;
+rows too long for registers leave their sums behind in a pass of their own, and are then undone in parts.
 """
 
 from __future__ import annotations
@@ -34,9 +35,94 @@ from vkernels.ops.rearrange.triton_gather import (
 )
 from vkernels.rearrangement.plan import transpose_csr
 from vkernels.triton.launch import alignment, cdiv, launch
-from vkernels.triton.norm import norm_gradient, row_statistics
+from vkernels.triton.norm import gradient_means, norm_gradient, row_statistics
 
 _STRIDES = [f"stride_{name}{axis}" for name in ("r", "dy", "ds") for axis in "br"]
+WHOLE = 16384  # channels times the parameters that want gradients, at least 2: what registers hold of a row
+
+
+@triton.jit
+def _load_at(ptr, stride_b, stride_r, sample, row, column, inside, ALIGN: tl.constexpr):
+    at = (sample * (stride_b * ALIGN) + row * (stride_r * ALIGN))[:, None] + column[None, :]
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_vector(ptr, column, C: tl.constexpr):
+    return tl.load(ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _before_norm(
+    v, bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, sample, row, column, inside, scale,
+    C: tl.constexpr, ALIGN: tl.constexpr, GATE_STEP: tl.constexpr,
+):  # fmt: skip
+    """u of rows whose gathered sums are `v`."""
+    residual = None
+    if residual_ptr is not None:
+        residual = _load_at(residual_ptr, stride_rb, stride_rr, sample, row, column, inside, ALIGN)
+    return scaled_sum(v, bias_ptr, gate_ptr, residual, column, scale, C, GATE_STEP)
+
+
+@triton.jit(
+    do_not_specialize=[*SOURCE_SIZES, *PLAN_SIZES, *_STRIDES[:4], "tasks", "n_out"],
+    do_not_specialize_on_alignment=INDICES,
+)
+def _norm_sums_kernel(
+    x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2,
+    x1_ptr, x1_first, x1_n1, x1_n2, x1_b, x1_s0, x1_s1, x1_s2,
+    x2_ptr, x2_first, x2_n1, x2_n2, x2_b, x2_s0, x2_s1, x2_s2,
+    x3_ptr, x3_first, x3_n1, x3_n2, x3_b, x3_s0, x3_s1, x3_s2,
+    ptr_ptr, idx_ptr, weight_ptr, stride_ptr, stride_idx, stride_weight, taps, n_rows,
+    bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, norm_weight_ptr,
+    dy_ptr, stride_dyb, stride_dyr, sums_ptr, tasks, n_out, scale, eps,
+    COUNT: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, MAX: tl.constexpr, NORM: tl.constexpr,
+    GATE_STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """sums [tasks, 4]: mean, 1 / deviation and the two of `gradient_means`, from parts of rows."""
+    x0 = (x0_ptr, x0_first, x0_n1, x0_n2, x0_b, x0_s0, x0_s1, x0_s2)
+    x1 = (x1_ptr, x1_first, x1_n1, x1_n2, x1_b, x1_s0, x1_s1, x1_s2)
+    x2 = (x2_ptr, x2_first, x2_n1, x2_n2, x2_b, x2_s0, x2_s1, x2_s2)
+    x3 = (x3_ptr, x3_first, x3_n1, x3_n2, x3_b, x3_s0, x3_s1, x3_s2)
+    plan = (ptr_ptr, idx_ptr, weight_ptr, stride_ptr, stride_idx, stride_weight, taps, n_rows)
+    task = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    sample, row, live = task // n_out, task % n_out, task < tasks
+    zero = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    mean = tl.zeros([BLOCK_R, 1], tl.float32)
+    if NORM == 1:
+        total = zero
+        for first in range(0, C, BLOCK_C):
+            column = first + tl.arange(0, BLOCK_C)
+            inside = live[:, None] & (column < C)[None, :]
+            v = reduce_taps((x0, x1, x2, x3), plan, sample, row, live, column, COUNT, C, ALIGN, MAX, TAPS)
+            u = _before_norm(
+                v, bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, sample, row, column, inside, scale,
+                C, ALIGN, GATE_STEP,
+            )  # fmt: skip
+            total += tl.where(inside, u, 0.0)
+        mean = tl.sum(total, 1, keep_dims=True) / C
+    squares, mixed, plain = zero, zero, zero
+    for first in range(0, C, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        inside = live[:, None] & (column < C)[None, :]
+        v = reduce_taps((x0, x1, x2, x3), plan, sample, row, live, column, COUNT, C, ALIGN, MAX, TAPS)
+        u = _before_norm(
+            v, bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, sample, row, column, inside, scale,
+            C, ALIGN, GATE_STEP,
+        )  # fmt: skip
+        apart = tl.where(inside, u - mean, 0.0)
+        g = _load_at(dy_ptr, stride_dyb, stride_dyr, sample, row, column, inside, ALIGN)
+        if norm_weight_ptr is not None:
+            g *= _load_vector(norm_weight_ptr, column, C)
+        squares += apart * apart
+        mixed += g * apart
+        plain += g
+    deviation = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / C + eps)
+    to, there = sums_ptr + 4 * task[:, None], live[:, None]
+    tl.store(to, mean, mask=there)
+    tl.store(to + 1, deviation, mask=there)
+    tl.store(to + 2, tl.sum(mixed, 1, keep_dims=True) * deviation / C, mask=there)
+    tl.store(to + 3, tl.sum(plain, 1, keep_dims=True) / C if NORM == 1 else mean, mask=there)
 
 
 @triton.jit
@@ -56,7 +142,7 @@ def _rows_bwd_kernel(
     x3_ptr, x3_first, x3_n1, x3_n2, x3_b, x3_s0, x3_s1, x3_s2,
     ptr_ptr, idx_ptr, weight_ptr, stride_ptr, stride_idx, stride_weight, taps, n_rows,
     bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, norm_weight_ptr, norm_bias_ptr,
-    dy_ptr, stride_dyb, stride_dyr, dsum_ptr, stride_dsb, stride_dsr, du_ptr, dv_ptr, partial_ptr,
+    dy_ptr, stride_dyb, stride_dyr, dsum_ptr, stride_dsb, stride_dsr, du_ptr, dv_ptr, partial_ptr, sums_ptr,
     tasks, n_out, chunks, scale, eps,
     COUNT: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, MAX: tl.constexpr, NORM: tl.constexpr,
     GATE_STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr,
@@ -76,33 +162,37 @@ def _rows_bwd_kernel(
         task = start + tl.arange(0, BLOCK_R)
         sample, row, live = task // n_out, task % n_out, task < end
         inside = live[:, None] & (column < C)[None, :]
-        at = (sample * (stride_dyb * ALIGN) + row * (stride_dyr * ALIGN))[:, None] + column[None, :]
-        g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = _load_at(dy_ptr, stride_dyb, stride_dyr, sample, row, column, inside, ALIGN)
         if NORM > 0 or gate_ptr is not None:
             v = reduce_taps((x0, x1, x2, x3), plan, sample, row, live, column, COUNT, C, ALIGN, MAX, TAPS)
         if NORM > 0:
-            residual = None
-            if residual_ptr is not None:
-                at = (sample * (stride_rb * ALIGN) + row * (stride_rr * ALIGN))[:, None] + column[None, :]
-                residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            u = scaled_sum(v, bias_ptr, gate_ptr, residual, column, scale, C, GATE_STEP)
-            mean, deviation = row_statistics(u, inside, eps, C, NORM == 1)
+            u = _before_norm(
+                v, bias_ptr, gate_ptr, residual_ptr, stride_rb, stride_rr, sample, row, column, inside, scale,
+                C, ALIGN, GATE_STEP,
+            )  # fmt: skip
+            if sums_ptr is None:
+                mean, deviation = row_statistics(u, inside, eps, C, NORM == 1)
+            else:
+                sums, there = sums_ptr + 4 * task[:, None], live[:, None]
+                mean, deviation = tl.load(sums, mask=there, other=0.0), tl.load(sums + 1, mask=there, other=0.0)
+                mixed, plain = tl.load(sums + 2, mask=there, other=0.0), tl.load(sums + 3, mask=there, other=0.0)
             unit = tl.where(inside, (u - mean) * deviation, 0.0)
             if norm_bias_ptr is not None:
                 dnorm_bias += g
             if norm_weight_ptr is not None:
                 dweight += g * unit
-                g *= tl.load(norm_weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-            g = norm_gradient(g, unit, deviation, C, NORM == 1)
+                g *= _load_vector(norm_weight_ptr, column, C)
+            if sums_ptr is None:
+                mixed, plain = gradient_means(g, unit, C, NORM == 1)
+            g = norm_gradient(g, unit, deviation, mixed, plain)
         if dsum_ptr is not None:
-            at = (sample * (stride_dsb * ALIGN) + row * (stride_dsr * ALIGN))[:, None] + column[None, :]
-            g += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            g += _load_at(dsum_ptr, stride_dsb, stride_dsr, sample, row, column, inside, ALIGN)
         at = (task * C)[:, None] + column[None, :]
         tl.store(du_ptr + at, g.to(du_ptr.dtype.element_ty), mask=inside)
         g = tl.where(inside, g, 0.0) * scale
         if gate_ptr is not None:
             if bias_ptr is not None:
-                v += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
+                v += _load_vector(bias_ptr, column, C)
             dgate += g * v
             g *= tl.load(gate_ptr + column * GATE_STEP, mask=column < C, other=0.0).to(tl.float32)[None, :]
         if bias_ptr is not None:
@@ -138,20 +228,33 @@ def rows_bwd(
     dy, dsum, residual = (None if t is None else unit_stride(t) for t in (dy, dsum, residual))
     dense = [t for t in (dy, dsum, residual) if t is not None]
     align = alignment([apart(x), *row_steps(x), *(stride for t in dense for stride in t.stride()[:2])])
-    here = blocks("_rows_bwd_kernel", x[0], whole=norm > 0)
 
     def by_row(t: Tensor | None) -> list[int | None]:
         return [None, None] if t is None else [t.stride(0) // align, t.stride(1) // align]
 
-    launch(
-        _rows_bwd_kernel, (partial.shape[0] * cdiv(c, here["BLOCK_C"]),),
+    gathered = (
         *source_arguments(x, source_tails(source_numbers(x), align)), ptr, idx, weight,
-        *plan_numbers(ptr, idx, weight, n_rows),
-        bias, gate, residual, *by_row(residual), norm_weight, norm_bias,
-        dy, *by_row(dy), dsum, *by_row(dsum), du, dv if dv.dim() == 3 else None, partial,
-        b * n_out, n_out, partial.shape[0], scale, eps,
-        COUNT=len(x), C=c, ALIGN=align, MAX=reduce == REDUCES["max"], NORM=norm,
-        GATE_STEP=1 if gate is None else gate.stride(0), **here,
+        *plan_numbers(ptr, idx, weight, n_rows), bias, gate, residual, *by_row(residual), norm_weight,
+    )  # fmt: skip
+    meta = {
+        "COUNT": len(x), "C": c, "ALIGN": align, "MAX": reduce == REDUCES["max"], "NORM": norm,
+        "GATE_STEP": 1 if gate is None else gate.stride(0),
+    }  # fmt: skip
+    wanted = sum(vector is not None for vector in (bias, gate, norm_weight, norm_bias))
+    sums = None
+    if in_parts := norm > 0 and c * max(wanted, 2) > WHOLE:
+        sums = x[0].new_empty((b * n_out, 4), dtype=torch.float32)
+        here = blocks("_norm_sums_kernel", x[0], whole=False)
+        launch(
+            _norm_sums_kernel, (cdiv(b * n_out, here["BLOCK_R"]),), *gathered, dy, *by_row(dy), sums, b * n_out, n_out,
+            scale, eps, **meta, **here,
+        )  # fmt: skip
+    kernel = "_rows_bwd_kernel, in parts" if in_parts else "_rows_bwd_kernel"
+    here = blocks(kernel, x[0], whole=norm > 0 and not in_parts)
+    launch(
+        _rows_bwd_kernel, (partial.shape[0] * cdiv(c, here["BLOCK_C"]),), *gathered, norm_bias,
+        dy, *by_row(dy), dsum, *by_row(dsum), du, dv if dv.dim() == 3 else None, partial, sums,
+        b * n_out, n_out, partial.shape[0], scale, eps, **meta, **here,
     )  # fmt: skip
     return du, dv, partial
 
