@@ -24,8 +24,8 @@ from benchmarks.gpu.proof import backends, prove
 from benchmarks.gpu.race import judged, race_case
 from benchmarks.gpu.rivals import sdpa
 from benchmarks.gpu.timing import WallTimer, in_turn, spread
-from benchmarks.measure import relative_error
 from benchmarks.readme import gpu_numbers
+from vkernels.bench.measure import relative_error
 from vkernels.library import INTERPRETED
 from vkernels.spec import Shape, all_specs
 

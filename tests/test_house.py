@@ -37,7 +37,7 @@ def test_arrows_point_down(path):
     assert not roots & {"vkernels_video", "transformers", "einops", "benchmarks", "tests"}, (
         "python/ -> vkernels -> torch"
     )
-    if path.name not in EVIDENCE and "testing" not in path.parts:
+    if path.name not in EVIDENCE and not {"testing", "bench"} & set(path.parts):
         evidence = [n for n in imports(path) if re.fullmatch(r"vkernels\.(ops\.\w+\.)?spec", n)]
         assert not evidence, "evidence is not runtime"
 

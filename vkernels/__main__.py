@@ -1,4 +1,4 @@
-"""python -m vkernels  info | check | table | compile | tune"""
+"""python -m vkernels  info | check | table | compile | tune | bench"""
 
 from __future__ import annotations
 
@@ -147,7 +147,17 @@ def tune_tiles(arguments: argparse.Namespace) -> int:
     return 0 if measured else 1
 
 
+def bench(argv: list[str]) -> int:
+    """What a call costs here, beside what one would otherwise write."""
+    from vkernels.bench import cli
+
+    return cli.main(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # it parses its own
+        return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m vkernels", description=vkernels.__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -167,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--arch", help="a check: must be this GPU's")
     sub.add_argument("--minutes", type=float, default=10.0)
     sub.set_defaults(run=tune_tiles)
+    commands.add_parser("bench", help=bench.__doc__)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.cases import DeviceMaker, Race
 from benchmarks.gpu.proof import backends, refused
 from benchmarks.gpu.rivals import Rival, rivals
 from benchmarks.gpu.timing import in_turn, spread
-from benchmarks.measure import relative_error
+from vkernels.bench.measure import relative_error
 from vkernels.spec import OpSpec
 from vkernels.testing.results import tensors_of
 
