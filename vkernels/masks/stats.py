@@ -31,15 +31,40 @@ class MaskStats:
         )
 
 
+def _samples(plan: MaskPlan) -> int:
+    return max([x.shape[0] for x in (plan.ranges, plan.q_rows, plan.k_rows) if x is not None], default=1)
+
+
+def _live(plan: MaskPlan, p: int) -> tuple[int, int]:
+    """Queries and keys of sample p that are not dropped."""
+    counts = ((plan.q_count, plan.len_q), (plan.k_count, plan.len_k))
+    live_q, live_k = (length if x is None else int(x[min(p, x.shape[0] - 1)]) for x, length in counts)
+    return live_q, live_k
+
+
+def visible_pairs(plan: MaskPlan) -> float:
+    """Pairs a sample of the plan leaves visible, on average; O(N) except where a window is compared pair by pair."""
+    samples, visible = _samples(plan), 0
+    if plan.box is not None:
+        return measure(plan, 128).visible / samples
+    for p in range(samples):
+        live_q, live_k = _live(plan, p)
+        if plan.ranges is None:
+            visible += live_q * live_k
+        else:
+            ends = plan.ranges[min(p, plan.ranges.shape[0] - 1), :live_q].clamp(0, live_k).long()
+            visible += int((ends[:, 1::2] - ends[:, ::2]).clamp_min(0).sum())
+    return visible * plan.groups / samples
+
+
 def measure(plan: MaskPlan, block: int) -> MaskStats:
     """O(block * N) memory: one strip of queries at a time."""
     columns = torch.arange(plan.len_k)
-    samples = max([x.shape[0] for x in (plan.ranges, plan.q_rows, plan.k_rows) if x is not None], default=1)
+    samples = _samples(plan)
     visible = empty = partial = full = 0
     edges = torch.arange(0, plan.len_k, block)
     for p in range(samples):
-        live_q = plan.len_q if plan.q_count is None else int(plan.q_count[min(p, plan.q_count.shape[0] - 1)])
-        live_k = plan.len_k if plan.k_count is None else int(plan.k_count[min(p, plan.k_count.shape[0] - 1)])
+        live_q, live_k = _live(plan, p)
         for top in range(0, plan.len_q, block):
             rows = slice(top, min(top + block, plan.len_q))
             height = max(min(rows.stop, live_q) - top, 0)
