@@ -138,5 +138,6 @@ def _seen(mask: Any) -> list[str]:
         return []
     if mask.tokens <= COUNTED_IN_TILES:
         return [f"mask: {mask.stats()}".replace("\n", "\n  ")]
-    visible, pairs = visible_pairs(mask.plan("cpu")), mask.tokens**2
-    return [f"mask: {visible:,.0f} of {pairs:,} pairs visible ({visible / pairs:.1%})"]
+    visible, samples = visible_pairs(mask.plan("cpu"))
+    pairs = mask.tokens**2 * samples
+    return [f"mask: {visible:,} of {pairs:,} pairs visible ({visible / pairs:.1%})"]

@@ -16,6 +16,7 @@ import torch
 from vkernels.bench.results import Row
 from vkernels.spec import Cost
 
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest magnitude
 MIN_SAMPLE_S = 2e-3  # one sample repeats a call until it lasts this long
 
 

@@ -35,26 +35,24 @@ def _samples(plan: MaskPlan) -> int:
     return max([x.shape[0] for x in (plan.ranges, plan.q_rows, plan.k_rows) if x is not None], default=1)
 
 
-def _live(plan: MaskPlan, p: int) -> tuple[int, int]:
-    """Queries and keys of sample p that are not dropped."""
-    counts = ((plan.q_count, plan.len_q), (plan.k_count, plan.len_k))
-    live_q, live_k = (length if x is None else int(x[min(p, x.shape[0] - 1)]) for x, length in counts)
-    return live_q, live_k
+def _live(count: torch.Tensor | None, sample: int, length: int) -> int:
+    return length if count is None else int(count[min(sample, count.shape[0] - 1)])
 
 
-def visible_pairs(plan: MaskPlan) -> float:
-    """Pairs a sample of the plan leaves visible, on average; O(N) except where a window is compared pair by pair."""
-    samples, visible = _samples(plan), 0
+def visible_pairs(plan: MaskPlan) -> tuple[int, int]:
+    """Visible pairs over the samples the plan tells apart, and how many samples those are; O(N) without a box."""
+    samples = _samples(plan)
     if plan.box is not None:
-        return measure(plan, 128).visible / samples
+        return measure(plan, 128).visible, samples
+    total = 0
     for p in range(samples):
-        live_q, live_k = _live(plan, p)
+        live_q, live_k = _live(plan.q_count, p, plan.len_q), _live(plan.k_count, p, plan.len_k)
         if plan.ranges is None:
-            visible += live_q * live_k
+            total += live_q * live_k
         else:
-            ends = plan.ranges[min(p, plan.ranges.shape[0] - 1), :live_q].clamp(0, live_k).long()
-            visible += int((ends[:, 1::2] - ends[:, ::2]).clamp_min(0).sum())
-    return visible * plan.groups / samples
+            spans = plan.ranges[min(p, plan.ranges.shape[0] - 1), :live_q].unflatten(-1, (-1, 2)).clamp_max(live_k)
+            total += int((spans[..., 1] - spans[..., 0]).sum())
+    return total * plan.groups, samples
 
 
 def measure(plan: MaskPlan, block: int) -> MaskStats:
@@ -64,7 +62,7 @@ def measure(plan: MaskPlan, block: int) -> MaskStats:
     visible = empty = partial = full = 0
     edges = torch.arange(0, plan.len_k, block)
     for p in range(samples):
-        live_q, live_k = _live(plan, p)
+        live_q, live_k = _live(plan.q_count, p, plan.len_q), _live(plan.k_count, p, plan.len_k)
         for top in range(0, plan.len_q, block):
             rows = slice(top, min(top + block, plan.len_q))
             height = max(min(rows.stop, live_q) - top, 0)

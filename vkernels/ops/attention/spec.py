@@ -34,7 +34,9 @@ def _keep(maker: Maker, b: int, s: int, queries: bool) -> VideoMask:
 def _visible_pairs(call: Call) -> float:
     if call.mask is None:
         return float(call.q.shape[0] * call.q.shape[1] * call.k.shape[1])
-    return visible_pairs(call.mask.plan("cpu") if isinstance(call.mask, VideoMask) else call.mask) * call.q.shape[0]
+    plan = call.mask.plan("cpu") if isinstance(call.mask, VideoMask) else call.mask
+    visible, samples = visible_pairs(plan)
+    return float(visible) * call.q.shape[0] / samples
 
 
 def _cost(call: Call) -> Cost:
