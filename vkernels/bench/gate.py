@@ -35,7 +35,7 @@ SECONDS = 1.5  # of alternating pairs for one row, or PAIRS of them
 PAIRS = 7
 TRIES = 3
 RUNS = 3  # measurements that a band is made of
-HOW = "least = 1 + 0.5 (p20 - 1), never below 1; p20 is the lowest of the runs' 20th percentiles of the ratio"
+HOW = "least = 1 + 0.5 (lowest - 1), never below 1; lowest is the smallest lead of the runs"
 UPDATE = "python -m vkernels bench gate --update"
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -117,14 +117,14 @@ SET = tuple(
 
 @dataclass(frozen=True)
 class Ratio:
-    """Theirs over ours: the median of alternating pairs, and their 20th and 80th percentiles."""
+    """Their least time over ours, which other work on the machine disturbs least, and the spread of the pairs."""
 
-    median: float
+    lead: float
     p20: float
     p80: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.p20:.2f} to {self.p80:.2f})"
+        return f"{self.lead:.2f}x (pairs {self.p20:.2f} to {self.p80:.2f})"
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Band:
     """The least a row's ratio may be, and where that comes from."""
 
     least: float
-    p20: float  # lowest of the runs
-    median: float  # of their medians
+    lowest: float  # lead of the runs
+    median: float
     rival: str
 
 
@@ -148,13 +148,15 @@ def measure(contest: Contest, seconds: float = SECONDS) -> Ratio:
     del mine, other
     timer = WallTimer()
     loops = [loops_for(timer, side) for side in sides]
-    ratios: list[float] = []
+    pairs: list[tuple[float, float]] = []
     gc.collect()
     end = time.perf_counter() + seconds
-    while len(ratios) < PAIRS or time.perf_counter() < end:
+    while len(pairs) < PAIRS or time.perf_counter() < end:
         us, them = (timer.sample(side, n) for side, n in zip(sides, loops, strict=True))
-        ratios.append(them / us)
-    return Ratio(*spread(ratios))
+        pairs.append((us, them))
+    _, p20, p80 = spread([them / us for us, them in pairs])
+    us, them = (min(side) for side in zip(*pairs, strict=True))
+    return Ratio(them / us, p20, p80)
 
 
 Measure = Callable[[Contest], Ratio]
@@ -163,11 +165,11 @@ Measure = Callable[[Contest], Ratio]
 def judge(contest: Contest, band: Band, measure: Measure = measure) -> tuple[bool, str]:
     """Whether a row keeps its lead, and the sentence. A row below its band is measured again before it fails."""
     found: list[Ratio] = []
-    while len(found) < TRIES and not any(ratio.median >= band.least for ratio in found):
+    while len(found) < TRIES and not any(ratio.lead >= band.least for ratio in found):
         found.append(measure(contest))
-    best = max(found, key=lambda ratio: ratio.median)
+    best = max(found, key=lambda ratio: ratio.lead)
     said = f"{contest.name}: {best} of {contest.rival}, the band begins at {band.least:.2f}x"
-    if best.median >= band.least:
+    if best.lead >= band.least:
         return True, said + (f", measured {len(found)} times" if len(found) > 1 else "")
     return False, (
         f"{said}, it was {band.median:.2f}x; measured {len(found)} times. Where that is meant: {UPDATE} --accept"
@@ -175,9 +177,9 @@ def judge(contest: Contest, band: Band, measure: Measure = measure) -> tuple[boo
 
 
 def held(ratios: Sequence[Ratio], rival: str) -> Band:
-    p20 = min(ratio.p20 for ratio in ratios)
-    median = sorted(ratio.median for ratio in ratios)[len(ratios) // 2]
-    return Band(round(max(1.0, 1 + MARGIN * (p20 - 1)), 2), round(p20, 2), round(median, 2), rival)
+    leads = sorted(ratio.lead for ratio in ratios)
+    least = max(1.0, 1 + MARGIN * (leads[0] - 1))
+    return Band(round(least, 2), round(leads[0], 2), round(leads[len(leads) // 2], 2), rival)
 
 
 def isa() -> str:
