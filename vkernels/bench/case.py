@@ -1,4 +1,4 @@
-"""What can be measured: a case of one of our ops, or a whole call somebody brings along; and what either needs built."""
+"""What can be measured: a case of one of our ops, or a whole call somebody brings along; and either one built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vkernels.bench.problem import (
     filled,
     without_gradients,
 )
-from vkernels.bench.rivals import Prepare, Rival, rivals_of
+from vkernels.bench.rivals import Cannot, Prepare, Rival, rivals_of
 from vkernels.dispatch import choose
 from vkernels.roofline import Ceiling
 from vkernels.spec import Blank, Cost, Maker
@@ -43,7 +43,10 @@ class Case:
     backward: bool = False  # a run of everything also measures its gradients
     visible: Callable[..., Any] | None = None  # FlexAttention's predicate (b, h, q, k), where the mask has none
     rivals: Mapping[str, Prepare] = field(default_factory=dict)  # beside those every call of the op has
-    targets: Mapping[tuple[str, torch.dtype], float] = field(default_factory=dict)  # (beginning of rivals' names, dtype)
+    always: bool = False  # also where it takes long
+    targets: Mapping[tuple[str, torch.dtype], float] = field(
+        default_factory=dict
+    )  # (beginning of rivals' names, dtype)
     quick: Mapping[torch.dtype, str] = field(default_factory=dict)  # in the quick selection: dtype -> rival
 
 
@@ -139,12 +142,15 @@ class OpEntry:
         return own + [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
 
     @cached_property
-    def _blank(self) -> Problem:
-        return Problem(self.op, self.case.make(Blank(self.dtype)), self.case.visible)
+    def _size(self) -> tuple[Cost, int]:
+        """What the forward must do, and the bytes its arguments hold."""
+        problem = Problem(self.op, self.case.make(Blank(self.dtype)), self.case.visible)
+        held = [x for x in tree_flatten(problem.kwargs)[0] if isinstance(x, torch.Tensor)]
+        return problem.cost(), sum(x.nbytes for x in held)
 
-    @cached_property
+    @property
     def cost(self) -> Cost:
-        forward = self._blank.cost()
+        forward = self._size[0]
         if self.direction == FORWARD:
             return forward
         back = backward_cost(self.op, forward)
@@ -156,10 +162,9 @@ class OpEntry:
 
     def too_much(self, ceiling: Ceiling) -> str | None:
         best = ceiling.time_s(self.cost.flop, self.cost.bytes, self.dtype)
-        if best > LONGEST_S * (1 if self.direction == FORWARD else 3):
+        if best > LONGEST_S * (1 if self.direction == FORWARD else 3) and not self.case.always:
             return f"a call takes {best:.2g} s at the best"
-        held = sum(x.nbytes for x in tree_flatten(self._blank.kwargs)[0] if isinstance(x, torch.Tensor))
-        wide = held * (1 + 2 * 8 / self.dtype.itemsize)  # beside it the same in float64, and what that becomes
+        wide = self._size[1] * (1 + 2 * 8 / self.dtype.itemsize)  # beside it the same in float64, and what that becomes
         left = memory_left(self.device)
         return f"it needs about {wide / 1e9:.0f} GB and {left / 1e9:.0f} are free" if wide > left / 2 else None
 
@@ -208,6 +213,8 @@ class OpBuilt:
         call = rival.prepare(self.problem)
         if call is None:
             return None
+        if rival.gpu and torch.device(self.entry.device).type != "cuda":
+            raise Cannot(f"{name} needs a CUDA GPU")
         theirs = self._directed(call)
         result = theirs()
         if not rival.compare:
@@ -242,7 +249,9 @@ class CallEntry:
 
     @property
     def rivals(self) -> list[Rival]:
-        return [Rival(name, (self.bench.op,), lambda problem, call=call: call) for name, call in self.bench.rivals.items()]
+        return [
+            Rival(name, (self.bench.op,), lambda problem, call=call: call) for name, call in self.bench.rivals.items()
+        ]
 
     def target(self, rival: str) -> float | None:
         return self.bench.targets.get(rival)

@@ -113,14 +113,6 @@ class Lane:
             flop=entry.cost.flop, bytes=entry.cost.bytes, **found,
         )  # fmt: skip
 
-    def excuse(self, settings: Settings) -> str | None:
-        """Why there is nothing to measure, as far as that is known before anything is built."""
-        if self.rival.gpu and not settings.device.startswith("cuda"):
-            return f"{self.rival.name} needs a CUDA GPU"
-        if time.monotonic() > settings.until:
-            return "the time given for this run was over"
-        return None
-
     def measure(self, built: Built, settings: Settings, pedantic: Pedantic = rounds_of) -> Row | None:
         """None where the rival does not speak of such a call. Raises AssertionError where ours is wrong."""
         common = {"backend": built.backend, "error": built.error, "cache": "cold" if settings.cold else "warm"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -35,6 +36,8 @@ class Session:
     tell: Callable[[Row], None] = lambda row: None
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    _said: set[tuple[str, str, str | None]] = field(default_factory=set)
     _built: tuple[Entry, Built | str] | None = None  # the last entry's, or why it failed
 
     def ids(self) -> list[str]:
@@ -55,19 +58,21 @@ class Session:
 
     def run(self, lane: Lane, pedantic: Pedantic = rounds_of) -> Row | None:
         """One lane. Raises AssertionError where our result is wrong: a wrong kernel has no speed."""
-        if why := lane.excuse(self.settings):
-            row: Row | None = lane.row(why=why)
-        else:
-            known = len(self.failures)
-            try:
-                row = lane.measure(self._build(lane.entry), self.settings, pedantic)
-            except Exception as error:
-                if len(self.failures) == known and not (self._built and isinstance(self._built[1], str)):
-                    self.failures.append(f"{lane.entry.id}, {lane.entry.dtype}, against {lane.rival.name}: {error}")
-                raise
-        if row is not None:
-            self.rows.append(row)
-            self.tell(row)
+        if time.monotonic() > self.settings.until:
+            self.left_out.append(f"{lane.entry.op}, {lane.entry.id}, against {lane.rival.name}: no time was left")
+            return None
+        built = self._build(lane.entry)
+        try:
+            row = lane.measure(built, self.settings, pedantic)
+        except Exception as error:
+            self.failures.append(f"{lane.entry.id}, {lane.entry.dtype}, against {lane.rival.name}: {error}")
+            raise
+        if row is None or (row.op, row.rival, row.why) in self._said:
+            return None
+        if row.why:
+            self._said.add((row.op, row.rival, row.why))  # the same reason once an op
+        self.rows.append(row)
+        self.tell(row)
         return row
 
 
@@ -81,17 +86,21 @@ def session_of(config: Any) -> Session:
     return quick_session()
 
 
+OURS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}  # no plugin, no option of somebody's project
+
+
 @contextmanager
-def _only_our_plugins() -> Any:
-    before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+def _only_our_plugins() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in OURS}
+    os.environ.update(OURS)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]
-        else:
-            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run(session: Session, options: Sequence[str] = ()) -> int:

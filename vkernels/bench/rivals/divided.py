@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vkernels.bench import rivals as room
 from vkernels.bench import problem as problems
+from vkernels.bench import rivals as room
 from vkernels.bench.rivals.sdpa import GPU_ONLY, KERNELS, tokens_first
 from vkernels.ops.divided_attention.api import Call, prepare
 
