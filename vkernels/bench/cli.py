@@ -4,6 +4,7 @@ few in about a minute. `bench compare A B`, `bench gate` and `bench growth` are 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def measure_ops(asked: argparse.Namespace, run: Run, ceiling: Any) -> list[str]:
     )  # fmt: skip
     minutes = asked.minutes or (QUICK_MINUTES if quick else float("inf"))
     settings = Settings(
-        ceiling, asked.device, asked.seconds or (0.5 if quick else 1.0), asked.cold, memory=True,
+        ceiling, asked.device, asked.seconds or (0.5 if quick else 1.0), asked.cold, memory=not quick,
         until=time.monotonic() + 60 * minutes,
     )  # fmt: skip
     chosen = quick_lanes(asked.device) if quick else lanes(choice, ceiling)
@@ -149,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if not asked.stages and (why := runner.missing()):
         print(why, file=sys.stderr)
         return 2
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which memory is read from, says when it starts
     ceiling = ceiling_of(asked.device)
     run = Run(environment(ceiling, asked.device))
     print(describe(run.environment))

@@ -84,9 +84,10 @@ def without_gradients(call: Call) -> Call:
 
 
 def pulls_of(made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What arrives from behind in a backward: random, the same for everyone."""
+    """What arrives from behind in a backward: random, rounded to bfloat16, so that everyone gets the same numbers."""
     generator = torch.Generator(made[0].device).manual_seed(7)
-    return [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in made]
+    drawn = (torch.randn(x.shape, generator=generator, device=x.device) for x in made)
+    return [pull.to(torch.bfloat16).to(x.dtype) for pull, x in zip(drawn, made, strict=True)]
 
 
 class DeviceMaker(Maker):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 
 from vkernels.bench.results import Stage
 
-GROUP = (
-    "vkernels.bench.stages"  # entry points: functions (match, seconds) that yield a Stage, or a sentence of what failed
-)
-Stages = Callable[[str, float], Iterator[Stage | str]]
+GROUP = "vkernels.bench.stages"  # entry points: functions (match, seconds) that yield a Stage, or what was wrong
 
 
 def line(stage: Stage) -> str:
