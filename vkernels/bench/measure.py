@@ -83,7 +83,6 @@ def duel(
         times[0].append(timer.sample(ours, loops[1], cold))
         METER.total += times[0][-1]
 
-    gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
