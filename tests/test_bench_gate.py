@@ -132,6 +132,11 @@ def test_without_bands_for_this_processor_nothing_is_judged(tmp_path, capsys):
     assert "must hold bands as python -m vkernels bench gate --update writes them" in capsys.readouterr().err
 
 
+def test_no_row_is_no_pass(capsys):
+    assert main(["--match=nosuch"]) == 2
+    assert "bench gate: --match must be in the name of a row, got 'nosuch'" in capsys.readouterr().err
+
+
 def test_the_committed_bands_are_of_the_set():
     stored = gate.read(gate.BANDS)
     for bands in stored["bands"].values():

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import vkernels
 from vkernels import KVCache, RopeSpec, VideoMask
 from vkernels import rearrangement as plans
 from vkernels.bench.check import TOLERANCE, relative_error
@@ -29,7 +30,7 @@ from vkernels.library import native, native_missing
 from vkernels.masks import Grid
 from vkernels.spec import Maker
 
-BANDS = Path("benchmarks/gate.json")
+BANDS = Path(vkernels.__file__).resolve().parent.parent / "benchmarks" / "gate.json"
 MARGIN = 0.5  # of the lead above 1 that was measured
 SECONDS = 1.5  # of alternating pairs for one row, or PAIRS of them
 PAIRS = 7
@@ -234,6 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench gate: {missing}", file=sys.stderr)
         return 2
     contests = [contest for contest in SET if arguments.match in contest.name]
+    if not contests:
+        print(f"bench gate: --match must be in the name of a row, got {arguments.match!r}", file=sys.stderr)
+        return 2
     try:
         if arguments.update:
             lower = update(arguments.bands, contests, arguments.accept)
