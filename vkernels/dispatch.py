@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vkernels import library
 from vkernels.check import NoBackend, refusal
 from vkernels.library import capability
 
@@ -50,6 +51,8 @@ def at_most(n: int, *classes: int) -> int | str:
 
 
 def chip(device: torch.device) -> str:
+    if library.recording_for is not None:
+        return library.recording_for
     return "sm{}{}".format(*capability(device)) if device.type == "cuda" else device.type
 
 
