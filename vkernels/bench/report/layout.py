@@ -1,0 +1,134 @@
+"""Charts laid out as scenes of a given width: 980 pixels for a desk, 360 for a hand."""
+
+from __future__ import annotations
+
+from vkernels.bench.report.chart import Axis, Bar, Bars, Plot
+from vkernels.bench.report.scene import Item, Mark, Rect, Scene, Stroke, Words, fitted, width_of
+
+WIDE, NARROW = 980, 360
+ROW, HEAD, BAR = 21, 30, 12
+FOOT = 44  # tick labels and the axis' own
+
+
+def scene(chart: Bars | Plot, width: int = WIDE) -> Scene:
+    return _bars(chart, width) if isinstance(chart, Bars) else _plot(chart, width)
+
+
+def _bars(chart: Bars, width: int) -> Scene:
+    gutter = int(min(300, 0.38 * width))
+    left, right = gutter + 10, width - 66
+    top = 20 if chart.sides else 4
+
+    def x(value: float) -> float:
+        return left + chart.x.place(value) * (right - left)
+
+    items: list[Item] = []
+    y = float(top)
+    for group in chart.groups:
+        name = fitted(group.title, width, 13)
+        items.append(Words(0, y + 20, name, "ink", 13, bold=True))
+        room = width - width_of(name, 14) - 10
+        if group.detail and room > 60:
+            items.append(Words(width_of(name, 14) + 10, y + 20, fitted(group.detail, room), "soft"))
+        y += HEAD
+        for bar in group.bars:
+            items += _bar(bar, chart.base, x, y, gutter, width)
+            y += ROW
+        y += 4
+    bottom = y + 2
+    back = _grid(chart.x, x, top, bottom, right - left) + _sides(chart.sides, x(chart.base), left, right)
+    front = [Stroke(((x(chart.base), top), (x(chart.base), bottom)), "ink", 1.2)]
+    return Scene(chart.name, chart.title, width, bottom + FOOT, (*back, *items, *front))
+
+
+def _bar(bar: Bar, base: float, x, y: float, gutter: float, width: int) -> list[Item]:
+    middle = y + ROW / 2
+    items: list[Item] = [Words(gutter, middle + 4, fitted(bar.label, gutter), "soft", anchor="end")]
+    if bar.end is None:
+        return [*items, Words(gutter + 10, middle + 4, fitted(bar.text, width - gutter - 10), "loss")]
+    a, b = sorted((x(base), x(bar.end)))
+    items.append(Rect(a, middle - BAR / 2, max(b - a, 1.5), BAR, bar.colour, tip=bar.tip))
+    far = max(a, b)
+    if bar.spread:
+        low, high = (x(value) for value in bar.spread)
+        far = max(far, high)
+        items.append(Stroke(((low, middle), (high, middle)), "ink", 1.4))
+        items += [Stroke(((end, middle - 3.5), (end, middle + 3.5)), "ink", 1.4) for end in (low, high)]
+    if bar.target is not None:
+        at = x(bar.target)
+        items.append(Stroke(((at, middle - 9), (at, middle + 9)), "soft", 1.6, dashed=True))
+        far = max(far, at) if at - far < 50 else far
+    return [*items, Words(far + 6, middle + 4, bar.text, "ink", bold=True)]
+
+
+def _grid(axis: Axis, x, top: float, bottom: float, length: float) -> list[Item]:
+    widest = max([width_of(line) for _, text in axis.ticks for line in text.split("\n")], default=0)
+    items: list[Item] = []
+    for value, text in axis.thinned((widest + 12) / max(length, 1)):
+        items.append(Stroke(((x(value), top), (x(value), bottom)), "line"))
+        items.append(Words(x(value), bottom + 16, text, anchor="middle"))
+    lines = max([text.count("\n") for _, text in axis.ticks], default=0)
+    items.append(Words((x(axis.low) + x(axis.high)) / 2, bottom + 34 + 13 * lines, axis.label, anchor="middle"))
+    return items
+
+
+def _sides(sides: tuple[str, str] | None, base: float, left: float, right: float) -> list[Item]:
+    if sides is None:
+        return []
+    worse, better = sides
+    items: list[Item] = [Words(base + 8, 12, fitted(f"{better} →", right + 60 - base), "ours", 12, bold=True)]
+    if base - left > 40:
+        items.append(Words(base - 8, 12, f"← {worse}", "loss", 12, "end", bold=True))
+    return items
+
+
+def _legend(chart: Plot, width: int) -> tuple[list[Item], float]:
+    items: list[Item] = []
+    x, y = 0.0, 12.0
+    for key in chart.legend:
+        size = width_of(key.text, 12.5) + 34
+        if x and x + size > width:
+            x, y = 0.0, y + 20
+        items.append(Mark(x + 6, y - 4, 5, key.shape, key.colour, key.hollow))
+        items.append(Words(x + 16, y, key.text, "soft", series=key.series))
+        x += size
+    return items, y + 14 if items else 0.0
+
+
+def _plot(chart: Plot, width: int) -> Scene:
+    legend, over = _legend(chart, width)
+    sides = 20 if chart.sides else 0
+    label = 20 if chart.y.label else 0
+    widest = max([width_of(text, 12.5) for _, text in chart.y.ticks], default=0)
+    left, right = min(widest + 10, 0.42 * width), width - 18.0
+    top, bottom = over + sides + label + 6, over + sides + label + 6 + chart.height
+    lines = max([text.count("\n") for _, text in chart.x.ticks], default=0)
+
+    def x(value: float) -> float:
+        return left + chart.x.place(value) * (right - left)
+
+    def y(value: float) -> float:
+        share = chart.y.place(value)
+        return bottom - share * (bottom - top) if chart.y.log else top + share * (bottom - top)
+
+    items = legend + _grid(chart.x, x, top, bottom, right - left)
+    if sides and chart.rule is not None:
+        items += [_low(item, over) for item in _sides(chart.sides, x(chart.rule), left, right)]
+    if label:
+        items.append(Words(0, top - 10, chart.y.label))
+    for value, text in chart.y.ticks:
+        items.append(Stroke(((left, y(value)), (right, y(value))), "line"))
+        items.append(Words(left - 8, y(value) + 4, fitted(text, left - 8, 12), anchor="end"))
+    items.append(Stroke(((left, top), (left, bottom), (right, bottom)), "axis"))
+    if chart.rule is not None:
+        items.append(Stroke(((x(chart.rule), top), (x(chart.rule), bottom)), "ink", 1.2))
+    for line in chart.lines:
+        points = tuple((x(a), y(b)) for a, b in line.points)
+        items.append(Stroke(points, line.colour, 1.1 if line.thin else 2.2, line.dashed, line.series))
+    items += [Words(x(note.x), y(note.y) - 6, note.text, anchor=note.anchor) for note in chart.notes]
+    items += [Mark(x(d.x), y(d.y), 5, d.shape, d.colour, d.hollow, d.series, d.tip) for d in chart.dots]
+    return Scene(chart.name, chart.title, width, bottom + FOOT + 13 * lines, tuple(items))
+
+
+def _low(item: Item, by: float) -> Item:
+    return Scene("", "", 0, 0, (item,)).moved(0, by)[0]

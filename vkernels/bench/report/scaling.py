@@ -1,0 +1,95 @@
+"""Growth: time and memory against tokens, one curve per contender, and where a contender did not run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vkernels.bench.report.chart import Axis, Dot, Key, Line, Plot, logarithmic
+from vkernels.bench.report.palette import cycled
+from vkernels.bench.report.ratios import slug
+from vkernels.bench.report.words import dtype, duration, memory, positive
+from vkernels.bench.results import Point
+
+HEIGHT = 250
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Both plots of one curve, and what is said under them."""
+
+    name: str
+    op: str
+    plots: tuple[Plot, ...]
+    growth: tuple[str, ...]
+    absences: tuple[str, ...]
+
+
+def curves(points: list[Point]) -> list[Curve]:
+    found: dict[tuple[str, str, str], list[Point]] = {}
+    for point in points:
+        if positive(point.tokens) is not None:
+            found.setdefault((str(point.op), str(point.id), str(point.dtype)), []).append(point)
+    return [_curve(*key, sorted(of, key=lambda p: p.tokens)) for key, of in found.items()]
+
+
+def exponent(xs: list[float], ys: list[float]) -> float | None:
+    """The slope of log y over log x; None under three places."""
+    if len(set(xs)) < 3:
+        return None
+    a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / sum((x - mean_a) ** 2 for x in a)
+
+
+def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
+    whos = sorted(dict.fromkeys(str(p.who) for p in points), key=lambda who: who != "vkernels")
+    base = f"growth-{slug(f'{op} {name} {dtype(kind)}')}"
+    wanted = (("time", "ms", duration), ("memory", "peak_mb", memory))
+    plots = [_plot(f"{base}-{what}", f"{op}, {name}, {dtype(kind)}: {what}", points, whos, field, text)
+             for what, field, text in wanted]  # fmt: skip
+    absent = [p for p in points if positive(p.ms) is None]
+    said = tuple(f"{p.who}, {p.tokens:,} tokens: {p.why or 'did not run'}" for p in absent)
+    growth = tuple(line for who in whos if (line := _growth(who, [p for p in points if str(p.who) == who])))
+    return Curve(f"{name} · {dtype(kind)}", op, tuple(plot for plot in plots if plot), growth, said)
+
+
+def _growth(who: str, points: list[Point]) -> str:
+    ran = [p for p in points if positive(p.ms)]
+    tokens = [float(p.tokens) for p in ran]
+    time = exponent(tokens, [positive(p.ms) or 1.0 for p in ran])
+    if time is None:
+        return ""
+    work = exponent(tokens, [positive(p.work) or 1.0 for p in ran]) if all(positive(p.work) for p in ran) else None
+    return f"{who}: time grows as tokens^{time:.2f}" + (f", the work as tokens^{work:.2f}" if work is not None else "")
+
+
+def _axis(points: list[Point]) -> Axis:
+    """A tick at every measured length, with its frames where they are known."""
+    places: dict[float, Any] = {float(p.tokens): p.frames for p in points}
+    framed = all(positive(frames) for frames in places.values())
+    ticks = tuple((at, f"{at:,.0f}" + (f"\n{frames:,}" if framed else "")) for at, frames in places.items())
+    return Axis("tokens, and frames" if framed else "tokens", min(places) / 1.2, max(places) * 1.2, ticks)
+
+
+def _plot(name: str, title: str, points: list[Point], whos: list[str], field: str, text: Any) -> Plot | None:
+    values = {(str(p.who), p.tokens): v for p in points if (v := positive(getattr(p, field))) is not None}
+    if not values:
+        return None
+    y = logarithmic(values.values(), field.replace("_mb", " memory").replace("ms", "time"), text, pad=1.6)
+    lines, dots, legend = [], [], []
+    for index, who in enumerate(whos):
+        colour = "ours" if who == "vkernels" else cycled(max(index, 1))
+        mine = [p for p in points if str(p.who) == who]
+        line = tuple((float(p.tokens), values[who, p.tokens]) for p in mine if (who, p.tokens) in values)
+        if len(line) > 1:
+            lines.append(Line(line, colour, who))
+        dots += [Dot(a, b, colour, series=who, tip=f"{who}, {a:,.0f} tokens: {text(b)}") for a, b in line]
+        legend.append(Key(who, who, colour))
+        for p in mine:
+            if positive(p.ms) is None:  # at the top, each contender a little lower than the one before
+                at = y.high / (y.high / y.low) ** (0.05 + 0.07 * index)
+                said = f"{who}, {p.tokens:,} tokens: {p.why or 'did not run'}"
+                dots.append(Dot(float(p.tokens), at, colour, "cross", who, said))
+    return Plot(name, title, _axis(points), y, HEIGHT, tuple(lines), tuple(dots), legend=tuple(legend))
