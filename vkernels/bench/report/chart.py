@@ -4,6 +4,7 @@ scene, which `svg` and `png` draw."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ class Axis:
         return tuple(reversed(kept))
 
 
+def _neat(text: str) -> str:
+    """A tick's words without zeros that say nothing."""
+    return re.sub(r"(\.\d*?)0+(?!\d)", lambda found: found[1] if len(found[1]) > 1 else "", text)
+
+
 def logarithmic(values: Iterable[float], label: str, text, around: float | None = None, pad: float = 1.15) -> Axis:
     """An axis that holds the values, ticks at 1, 2, 5 or at powers of ten; `around` is a value it always shows well."""
     known = [v for v in values if v > 0 and math.isfinite(v)]
@@ -47,7 +53,7 @@ def logarithmic(values: Iterable[float], label: str, text, around: float | None 
     stride = max(1, math.ceil(decades / 7))
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [s * 10.0**p for p in powers if len(steps) > 1 or p % stride == 0 for s in steps]
-    return Axis(label, low, high, tuple((mark, text(mark)) for mark in marks if low <= mark <= high))
+    return Axis(label, low, high, tuple((mark, _neat(text(mark))) for mark in marks if low <= mark <= high))
 
 
 def linear(values: Iterable[float], label: str, text) -> Axis:
@@ -106,7 +112,7 @@ class Dot:
     x: float
     y: float
     colour: str
-    shape: str = "circle"  # or square, diamond, cross
+    shape: str = "circle"  # or square, diamond, cross, tick
     series: str = ""
     tip: str = ""
     hollow: bool = False
@@ -114,12 +120,13 @@ class Dot:
 
 @dataclass(frozen=True)
 class Note:
-    """Words at a place of the plot; anchor: start, middle or end."""
+    """Words above a place of the plot, or under it; anchor: start, middle or end."""
 
     x: float
     y: float
     text: str
     anchor: str = "start"
+    under: bool = False
 
 
 @dataclass(frozen=True)

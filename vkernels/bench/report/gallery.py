@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ ENTRIES = (
     Entry("Frame-causal, sliding", "VideoMask.frame_causal(grid, window=2)", "The own frame and the one before it.",
           lambda g: VideoMask.frame_causal(g, window=2)),
     Entry("Window", "VideoMask.window(grid, (1, 1, 1))", "A box in time and space around the token: one frame, row and "
-          "column to every side.", lambda g: VideoMask.window(g, (1, 1, 1))),
+          "column to every side. CPU kernels skip more of it, by the extent of each tile.", lambda g: VideoMask.window(g, (1, 1, 1))),
     Entry("Causal along each tube", "VideoMask.temporal(grid) & VideoMask.frame_causal(grid)",
           "What both masks allow; & combines any two.", lambda g: VideoMask.temporal(g) & VideoMask.frame_causal(g)),
     Entry("Text and video", 'VideoMask.spans([Text(a), Video(t, h, w), Text(b)], within="video")',
@@ -128,20 +129,24 @@ def pictured(entry: Entry) -> Scene:
 
 
 def _pattern(mask: VideoMask) -> tuple[Item, ...]:
-    """A run of visible keys of a query is one rectangle; its colour is the frame (of 16 keys) the run lies in."""
-    dense = mask.dense()
+    """Visible pairs; equal runs of keys in queries one under the other are one rectangle. A colour per 16 keys."""
     size = SIDE / mask.tokens
     frame = SMALL.h * SMALL.w
     items: list[Item] = [Rect(0, 0, SIDE, SIDE, "bg", "line")]
-    for q, row in enumerate(dense.reshape(dense.shape[-2:]).tolist()):
-        begin = 0
-        for k in range(mask.tokens + 1):
-            if k < mask.tokens and row[k] and k // frame == begin // frame and row[begin]:
-                continue
-            if k > begin and row[begin]:
-                items.append(Rect(begin * size, q * size, (k - begin) * size, size * 0.86, cycled(begin // frame)))
-            begin = k
+    begun: dict[tuple[int, int], int] = {}  # a run of keys: the query that saw it first
+    lines = [_runs(row, frame) for row in mask.dense().tolist()]
+    for q, runs in enumerate([*lines, set()]):
+        for run in begun.keys() - runs:
+            first, last, top = *run, begun.pop(run)
+            items.append(Rect(first * size, top * size, (last - first) * size, (q - top) * size, cycled(first // frame)))
+        begun |= {run: q for run in runs - begun.keys()}
     return tuple(items)
+
+
+def _runs(row: list[bool], frame: int) -> set[tuple[int, int]]:
+    """[first, past last) of the visible keys that lie side by side in a frame."""
+    edges = [k for k in range(len(row) + 1) if k % frame == 0 or k == len(row) or row[k] != row[k - 1]]
+    return {(a, b) for a, b in pairwise(edges) if row[a]}
 
 
 def _tiled(plan: MaskPlan) -> tuple[Item, ...]:
@@ -163,10 +168,16 @@ def _tiled(plan: MaskPlan) -> tuple[Item, ...]:
 
 
 def counted(entry: Entry) -> str:
-    """What the same mask is at a real size."""
+    """The drawn tiles, and what the same mask is at a real size."""
+    drawn = entry.build(SMALL).plan()
+    kinds, groups = tiles(drawn, BLOCK), drawn.groups
+    run, coded = groups * int((kinds != SKIPPED).sum()), groups * int((kinds == MASKED).sum())
     mask = entry.build(REAL)
     skipped, full, masked = (_percent(share) for share in shares(mask.plan(), REAL_BLOCK))
-    return f"{mask.tokens:,} tokens: {skipped} of the pairs skipped, {full} without mask code, {masked} with"
+    return (
+        f"{run} tiles run here, {coded} of them with mask code. At {mask.tokens:,} tokens {skipped} of all pairs are "
+        f"skipped, {full} run without mask code, {masked} with."
+    )
 
 
 def _percent(share: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vkernels.bench.report.chart import Axis, Bar, Bars, Plot
+from vkernels.bench.report.chart import Axis, Bar, Bars, Group, Plot, Ticks
 from vkernels.bench.report.scene import Item, Mark, Rect, Scene, Stroke, Words, fitted, width_of
 
 WIDE, NARROW = 980, 360
@@ -22,23 +22,31 @@ def _bars(chart: Bars, width: int) -> Scene:
     def x(value: float) -> float:
         return left + chart.x.place(value) * (right - left)
 
-    items: list[Item] = []
+    base, ticks = x(chart.base), _spaced(chart.x, right - left)
+    items: list[Item] = _sides(chart.sides, base, left, right)
     y = float(top)
     for group in chart.groups:
-        name = fitted(group.title, width, 13)
-        items.append(Words(0, y + 20, name, "ink", 13, bold=True))
-        room = width - width_of(name, 14) - 10
-        if group.detail and room > 60:
-            items.append(Words(width_of(name, 14) + 10, y + 20, fitted(group.detail, room), "soft"))
-        y += HEAD
+        heading, y = _heading(group, y, width)
+        end = y + ROW * len(group.bars)
+        items += heading + [Stroke(((x(value), y), (x(value), end)), "line") for value, _ in ticks]
         for bar in group.bars:
             items += _bar(bar, chart.base, x, y, gutter, width)
             y += ROW
+        items.append(Stroke(((base, end - ROW * len(group.bars)), (base, end)), "ink", 1.2))
         y += 4
-    bottom = y + 2
-    back = _grid(chart.x, x, top, bottom, right - left) + _sides(chart.sides, x(chart.base), left, right)
-    front = [Stroke(((x(chart.base), top), (x(chart.base), bottom)), "ink", 1.2)]
-    return Scene(chart.name, chart.title, width, bottom + FOOT, (*back, *items, *front))
+    items += _scale(chart.x, ticks, x, y)
+    return Scene(chart.name, chart.title, width, y + FOOT, tuple(items))
+
+
+def _heading(group: Group, y: float, width: float) -> tuple[list[Item], float]:
+    """The title on the left, the detail on the right, or under it where there is no room."""
+    items: list[Item] = [Words(0, y + 20, fitted(group.title, width, 13), "ink", 13, bold=True)]
+    if not group.detail:
+        return items, y + HEAD
+    beside = width_of(group.title, 14) + width_of(group.detail) + 20 < width
+    if beside:
+        return [*items, Words(width, y + 20, group.detail, anchor="end")], y + HEAD
+    return [*items, Words(0, y + 36, fitted(group.detail, width))], y + HEAD + 16
 
 
 def _bar(bar: Bar, base: float, x, y: float, gutter: float, width: int) -> list[Item]:
@@ -56,20 +64,23 @@ def _bar(bar: Bar, base: float, x, y: float, gutter: float, width: int) -> list[
         items += [Stroke(((end, middle - 3.5), (end, middle + 3.5)), "ink", 1.4) for end in (low, high)]
     if bar.target is not None:
         at = x(bar.target)
-        items.append(Stroke(((at, middle - 9), (at, middle + 9)), "soft", 1.6, dashed=True))
+        items.append(Stroke(((at, middle - 9), (at, middle + 9)), "ink", 1.3, dashed=True))
         far = max(far, at) if at - far < 50 else far
     return [*items, Words(far + 6, middle + 4, bar.text, "ink", bold=True)]
 
 
-def _grid(axis: Axis, x, top: float, bottom: float, length: float) -> list[Item]:
+def _spaced(axis: Axis, length: float) -> Ticks:
+    """The ticks whose words do not touch on an axis of this length."""
     widest = max([width_of(line) for _, text in axis.ticks for line in text.split("\n")], default=0)
-    items: list[Item] = []
-    for value, text in axis.thinned((widest + 12) / max(length, 1)):
-        items.append(Stroke(((x(value), top), (x(value), bottom)), "line"))
-        items.append(Words(x(value), bottom + 16, text, anchor="middle"))
+    return axis.thinned((widest + 12) / max(length, 1))
+
+
+def _scale(axis: Axis, ticks: Ticks, x, bottom: float) -> list[Item]:
+    """Ticks' words and the axis' own."""
+    items: list[Item] = [Words(x(value), bottom + 16, text, anchor="middle") for value, text in ticks]
     lines = max([text.count("\n") for _, text in axis.ticks], default=0)
-    items.append(Words((x(axis.low) + x(axis.high)) / 2, bottom + 34 + 13 * lines, axis.label, anchor="middle"))
-    return items
+    middle = (x(axis.low) + x(axis.high)) / 2
+    return [*items, Words(middle, bottom + 34 + 13 * lines, axis.label, anchor="middle")]
 
 
 def _sides(sides: tuple[str, str] | None, base: float, left: float, right: float) -> list[Item]:
@@ -111,7 +122,9 @@ def _plot(chart: Plot, width: int) -> Scene:
         share = chart.y.place(value)
         return bottom - share * (bottom - top) if chart.y.log else top + share * (bottom - top)
 
-    items = legend + _grid(chart.x, x, top, bottom, right - left)
+    ticks = _spaced(chart.x, right - left)
+    items = legend + [Stroke(((x(value), top), (x(value), bottom)), "line") for value, _ in ticks]
+    items += _scale(chart.x, ticks, x, bottom)
     if sides and chart.rule is not None:
         items += [_low(item, over) for item in _sides(chart.sides, x(chart.rule), left, right)]
     if label:
@@ -125,7 +138,7 @@ def _plot(chart: Plot, width: int) -> Scene:
     for line in chart.lines:
         points = tuple((x(a), y(b)) for a, b in line.points)
         items.append(Stroke(points, line.colour, 1.1 if line.thin else 2.2, line.dashed, line.series))
-    items += [Words(x(note.x), y(note.y) - 6, note.text, anchor=note.anchor) for note in chart.notes]
+    items += [Words(x(note.x), y(note.y) + (16 if note.under else -7), note.text, anchor=note.anchor) for note in chart.notes]
     items += [Mark(x(d.x), y(d.y), 5, d.shape, d.colour, d.hollow, d.series, d.tip) for d in chart.dots]
     return Scene(chart.name, chart.title, width, bottom + FOOT + 13 * lines, tuple(items))
 

@@ -181,8 +181,7 @@ def _roofline(run: Run, figures: Figures) -> str:
 def _growth(figures: Figures) -> str:
     blocks = ""
     for curve in figures.curves:
-        charts = "".join(f"<figure>{svg.draw(scene(plot, 470))}<figcaption>{plot.title.split(': ')[-1]}</figcaption></figure>"
-                         for plot in curve.plots)  # fmt: skip
+        charts = "".join(f"<figure>{svg.draw(scene(plot, 470))}</figure>" for plot in curve.plots)
         lines = "".join(f"<li>{escape(line)}</li>" for line in curve.growth)
         lines += "".join(f"<li class=why>✕ {escape(line)}</li>" for line in curve.absences)
         blocks += f"<h3>{escape(curve.op)}: {escape(curve.name)}</h3><div class=pair>{charts}</div><ul class=found>{lines}</ul>"

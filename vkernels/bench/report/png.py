@@ -7,7 +7,7 @@ from typing import Any
 
 from vkernels.bench.report.palette import THEMES, colour
 from vkernels.bench.report.scene import Mark, Rect, Scene, Stroke, Words
-from vkernels.bench.report.svg import outline
+from vkernels.bench.report.svg import STROKED, outline
 
 INCH = 100  # pixels of a scene
 DPI = 180
@@ -67,9 +67,9 @@ def _mark(axes: Any, m: Mark, theme: str, order: int) -> None:
     from matplotlib.patches import Circle, Polygon
 
     paint = colour(m.colour, theme)
-    if m.shape == "cross":
-        corners = outline(m)
-        for a, b in (corners[:2], corners[2:]):
+    if m.shape in STROKED:
+        ends = outline(m)
+        for a, b in zip(ends[::2], ends[1::2], strict=True):
             axes.plot([a[0], b[0]], [a[1], b[1]], color=paint, linewidth=_points(2.4), zorder=order)
         return
     look = {"facecolor": "none", "edgecolor": paint} if m.hollow else {"facecolor": paint, "edgecolor": colour("card", theme)}

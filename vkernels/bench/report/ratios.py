@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from vkernels.bench.report.chart import Axis, Bar, Bars, Dot, Group, Key, Plot, logarithmic
-from vkernels.bench.report.words import digits, dtype, positive, spread, times, told, verdict
+from vkernels.bench.report.words import dtype, positive, spread, times, told, verdict
 from vkernels.bench.results import Row
 
 SIDES = ("rival faster", "vkernels faster")
@@ -37,17 +37,19 @@ def overview(rows: list[Row]) -> Plot | None:
     dots, ticks = [], []
     for line, (op, of) in enumerate(ops.items()):
         middle = statistics.median([positive(row.ratio) or 1.0 for row in of])
-        ticks.append((float(line), f"{op}  {times(middle)}"))
+        ticks.append((float(line), f"{op}, median {times(middle)}"))
+        dots.append(Dot(middle, line, "ink", "tick"))
         lanes = {name: lane for lane, name in enumerate(dict.fromkeys(str(row.dtype) for row in of))}
         for row in of:
             kind = verdict(row)
             shift = (lanes[str(row.dtype)] - (len(lanes) - 1) / 2) * min(0.3, 0.75 / len(lanes))
             dots.append(Dot(positive(row.ratio) or 1.0, line + shift, COLOURS[kind], SHAPES[kind], kind, told(row)))
     present = {dot.series for dot in dots}
-    legend = tuple(Key(kind, NAMES[kind], COLOURS[kind], SHAPES[kind]) for kind in COLOURS if kind in present)
+    median = Key("", "median of the operation", "ink", "tick")
+    legend = tuple(Key(kind, NAMES[kind], COLOURS[kind], SHAPES[kind]) for kind in COLOURS if kind in present) + (median,)
     return Plot(
         name="overview",
-        title="Every measured row, by operation (beside the name: the median)",
+        title="Every measured row, by operation",
         x=axis([row for of in ops.values() for row in of]),
         y=Axis("", -0.6, len(ops) - 0.4, tuple(ticks), log=False),
         height=40 * len(ops) + 10,
@@ -77,7 +79,7 @@ def _bar(row: Row) -> Bar:
     label = f"{dtype(row.dtype)} vs {row.rival}"
     if ratio is None:
         return Bar(label, None, "loss", f"could not run: {row.why or 'no reason given'}", tip=told(row))
-    return Bar(label, ratio, COLOURS[kind], f"{digits(ratio)}×", spread(row), positive(row.target), told(row))
+    return Bar(label, ratio, COLOURS[kind], times(ratio), spread(row), positive(row.target), told(row))
 
 
 def slug(text: str) -> str:

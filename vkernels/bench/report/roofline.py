@@ -35,16 +35,16 @@ def roofline(run: Run) -> Plot | None:
     reach = [dot.x for dot in dots] + knees + [max(knees) * 4]
     x = logarithmic(reach, "FLOP per byte that must move", digits)
     top = max(flat.values())
-    y = logarithmic([dot.y for dot in dots] + [top * 1.3], "rate", flops)
+    y = logarithmic([dot.y for dot in dots] + [top * 1.3], "work per second", flops)
     lines, notes = [], []
     for name, rate in flat.items():
         knee = rate / copy
         first = max(x.low, y.low / copy)
         start = (first, first * copy) if first < knee else (x.low, rate)
         lines.append(Line((start, (knee, rate), (x.high, rate)) if first < knee else (start, (x.high, rate)), "axis"))
-        notes.append(Note(x.high, rate, f"{name}: {flops(rate)}", "end"))
-    first = max(x.low, y.low / copy) * 1.15
-    notes.append(Note(first, first * copy * 1.1, f"copy: {digits(copy * 1e3)} GB/s", "start"))
+        notes.append(Note(max(knee, x.low) * 1.08, rate, f"{name}: {flops(rate)}", under=rate < top))
+    slope = (max(x.low, y.low / copy) * max(knees)) ** 0.5
+    notes.append(Note(slope, slope * copy, f"copy: {digits(copy * 1e3)} GB/s", "end"))
     shapes = dict.fromkeys(str(row.dtype) for row in rows)
     legend = [Key(op, op, cycled(i)) for i, op in enumerate(ops)]
     legend += [Key("", dtype(name), "soft", SHAPES.get(name, "circle")) for name in shapes]

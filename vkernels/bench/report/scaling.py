@@ -50,7 +50,10 @@ def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
     plots = [_plot(f"{base}-{what}", f"{op}, {name}, {dtype(kind)}: {what}", points, whos, field, text)
              for what, field, text in wanted]  # fmt: skip
     absent = [p for p in points if positive(p.ms) is None]
-    said = tuple(f"{p.who}, {p.tokens:,} tokens: {p.why or 'did not run'}" for p in absent)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for p in absent:
+        reasons.setdefault((str(p.who), str(p.why or "did not run")), []).append(f"{p.tokens:,}")
+    said = tuple(f"{who}, {', '.join(tokens)} tokens: {why}" for (who, why), tokens in reasons.items())
     growth = tuple(line for who in whos if (line := _growth(who, [p for p in points if str(p.who) == who])))
     return Curve(f"{name} · {dtype(kind)}", op, tuple(plot for plot in plots if plot), growth, said)
 
@@ -77,8 +80,12 @@ def _plot(name: str, title: str, points: list[Point], whos: list[str], field: st
     values = {(str(p.who), p.tokens): v for p in points if (v := positive(getattr(p, field))) is not None}
     if not values:
         return None
-    y = logarithmic(values.values(), field.replace("_mb", " memory").replace("ms", "time"), text, pad=1.6)
-    lines, dots, legend = [], [], []
+    label = "time" if field == "ms" else "peak memory"
+    absent = len({str(p.who) for p in points if positive(p.ms) is None})
+    span = max(values.values()) / min(values.values())
+    room = span ** (0.1 * (absent + 1)) if absent else 1.0  # for the crosses, above every curve
+    y = logarithmic([*values.values(), max(values.values()) * room], label, text, pad=1.6)
+    lines, dots, legend, crossed = [], [], [], 0
     for index, who in enumerate(whos):
         colour = "ours" if who == "vkernels" else cycled(max(index, 1))
         mine = [p for p in points if str(p.who) == who]
@@ -87,9 +94,10 @@ def _plot(name: str, title: str, points: list[Point], whos: list[str], field: st
             lines.append(Line(line, colour, who))
         dots += [Dot(a, b, colour, series=who, tip=f"{who}, {a:,.0f} tokens: {text(b)}") for a, b in line]
         legend.append(Key(who, who, colour))
-        for p in mine:
-            if positive(p.ms) is None:  # at the top, each contender a little lower than the one before
-                at = y.high / (y.high / y.low) ** (0.05 + 0.07 * index)
-                said = f"{who}, {p.tokens:,} tokens: {p.why or 'did not run'}"
-                dots.append(Dot(float(p.tokens), at, colour, "cross", who, said))
+        bad = [p for p in mine if positive(p.ms) is None]
+        height = y.high / (y.high / y.low) ** (0.05 + 0.07 * crossed)
+        crossed += bool(bad)
+        for p in bad:
+            said = f"{who}, {p.tokens:,} tokens: {p.why or 'did not run'}"
+            dots.append(Dot(float(p.tokens), height, colour, "cross", who, said))
     return Plot(name, title, _axis(points), y, HEIGHT, tuple(lines), tuple(dots), legend=tuple(legend))

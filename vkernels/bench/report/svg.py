@@ -8,6 +8,8 @@ from typing import Any
 
 from vkernels.bench.report.scene import Item, Mark, Rect, Scene, Stroke, Words
 
+STROKED = ("cross", "tick")
+
 
 def draw(scene: Scene, kind: str = "") -> str:
     """kind: a class of the page's style sheet."""
@@ -50,7 +52,7 @@ def _stroke(s: Stroke) -> str:
 
 
 def outline(mark: Mark) -> list[tuple[float, float]]:
-    """The corners of a mark that has some; for a cross, its two strokes."""
+    """The corners of a mark that has some; for a cross and a tick, the ends of their strokes."""
     x, y, r = mark.x, mark.y, mark.size
     if mark.shape == "square":
         r *= 0.88
@@ -58,6 +60,8 @@ def outline(mark: Mark) -> list[tuple[float, float]]:
     if mark.shape == "diamond":
         r *= 1.25
         return [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
+    if mark.shape == "tick":
+        return [(x, y - 2 * r), (x, y + 2 * r)]
     return [(x - r, y - r), (x + r, y + r), (x - r, y + r), (x + r, y - r)]
 
 
@@ -65,9 +69,10 @@ def _mark(m: Mark) -> str:
     paint = f"s-{m.colour} hollow" if m.hollow else f"f-{m.colour} s-card"
     if m.shape == "circle":
         body = f"<circle cx={_n(m.x)} cy={_n(m.y)} r={_n(m.size)} class='{paint}' />"
-    elif m.shape == "cross":
-        a, b, c, d = (f"{_n(x)} {_n(y)}" for x, y in outline(m))
-        body = f"<path d='M{a}L{b}M{c}L{d}' class='s-{m.colour} stroke' stroke-width=2.4 />"
+    elif m.shape in STROKED:
+        ends = [f"{_n(x)} {_n(y)}" for x, y in outline(m)]
+        path = "".join(f"M{a}L{b}" for a, b in zip(ends[::2], ends[1::2], strict=True))
+        body = f"<path d='{path}' class='s-{m.colour} stroke' stroke-width=2.4 />"
     else:
         points = " ".join(f"{_n(x)},{_n(y)}" for x, y in outline(m))
         body = f"<polygon points='{points}' class='{paint}' />"

@@ -43,7 +43,7 @@ def _ratio(row: Row) -> tuple[str, Any]:
     ratio, between = positive(row.ratio), spread(row)
     if ratio is None:
         return str(row.why or "could not run"), None
-    return times(ratio) + (f" ({plain(between[0])} to {plain(between[1])})" if between else ""), ratio
+    return times(ratio) + (f" ({times(between[0])} to {times(between[1])})" if between else ""), ratio
 
 
 def _target(row: Row) -> tuple[str, Any]:

@@ -62,7 +62,9 @@ def flops(tflop_per_s: Any) -> str:
 
 def times(ratio: Any) -> str:
     number = finite(ratio)
-    return NOTHING if number is None else f"{digits(number)}×"
+    if number is None:
+        return NOTHING
+    return f"{number:.2f}×" if 0.01 <= number < 1 else f"{digits(number)}×"
 
 
 def percent(share: Any) -> str:
@@ -119,7 +121,7 @@ def told(row: Row) -> str:
     if ratio is None:
         return "\n".join([*lines, f"{row.rival} could not run: {row.why or 'no reason given'}"])
     between = spread(row)
-    band = f" ({digits(between[0])} to {digits(between[1])})" if between else ""
+    band = f" ({times(between[0])} to {times(between[1])})" if between else ""
     lines.append(f"{duration(row.ours_ms)}, {row.rival} {duration(row.rival_ms)}: {times(ratio)}{band}")
     if row.roofline_share:
         lines.append(f"{percent(row.roofline_share)} of the roofline")
