@@ -1,4 +1,4 @@
-"""A headless Chromium driven through its DevTools pipe: real clicks, the console, every request. No package is needed."""
+"""A headless Chromium driven through its DevTools pipe: real clicks, the console, every request. Needs no package."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def write(run: Run, folder: str | Path, images: bool = True) -> Path:
         stages=stages(run.stages),
     )
     path = folder / "index.html"
-    path.write_text(page(run, figures), encoding="utf-8")
+    path.write_text(page(run, figures), encoding="utf-8", errors="replace")
     reason = png.why_not() if images else None
     if reason:
         warnings.warn(reason, stacklevel=2)

@@ -63,7 +63,9 @@ def linear(values: Iterable[float], label: str, text) -> Axis:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(s for s in (1, 2, 5, 10) if s * unit >= rough)
     count = math.ceil(most / step - 1e-9)
-    return Axis(label, 0.0, max(most * 1.02, count * step), tuple((i * step, text(i * step)) for i in range(count + 1)), False)
+    return Axis(
+        label, 0.0, max(most * 1.02, count * step), tuple((i * step, text(i * step)) for i in range(count + 1)), False
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Note:
-    """Words above a place of the plot, or under it; anchor: start, middle or end."""
+    """Words above a place of the plot, or under it; anchor: start or end."""
 
     x: float
     y: float

@@ -11,12 +11,13 @@ from typing import Any
 
 from vkernels.bench.report import gallery, palette, svg
 from vkernels.bench.report.chart import Bars, Plot
-from vkernels.bench.report.layout import NARROW, WIDE, scene
+from vkernels.bench.report.layout import HALF, NARROW, WIDE, scene
+from vkernels.bench.report.masks import ENTRIES
 from vkernels.bench.report.ratios import headline
 from vkernels.bench.report.roofline import left_out
 from vkernels.bench.report.scaling import Curve
 from vkernels.bench.report.table import table
-from vkernels.bench.report.words import below_target, case, dtype, flops, plain, times
+from vkernels.bench.report.words import below_target, case, dtype, flops, plain, positive, times
 from vkernels.bench.results import Row, Run
 
 HERE = resources.files("vkernels.bench.report")
@@ -25,11 +26,14 @@ METHOD = (
     "In turn: ours, rival, ours, rival; the ratio is the median of the pairs, its 20th and 80th percentile the spread.",
     "The rival is what one would otherwise write, with its masks and compiled code prepared outside the timed part, "
     "except where building them is the case.",
-    "The roofline is measured at the start of the run: a large copy and a large matrix product; bytes and FLOP are those "
-    "needed at the least, so a rate cannot be raised by doing more work.",
+    "The roofline is measured at the start of the run: a large copy and a large matrix product; bytes and FLOP are "
+    "those needed at the least, so a rate cannot be raised by doing more work.",
     "Losses stay: a ratio under 1× is drawn to the left of the line, and a rival that could not run says why.",
 )
-FACTS = {"copy_gb_per_s": ("copy", lambda v: f"{plain(v)} GB/s"), "gflop_per_s": ("matrix product", lambda v: _rates(v))}
+FACTS = {
+    "copy_gb_per_s": ("copy", lambda v: f"{plain(v)} GB/s"),
+    "gflop_per_s": ("matrix product", lambda v: _rates(v)),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def page(run: Run, figures: Figures) -> str:
     links = "".join(f"<a href='#{name}'>{name}</a>" for name in sections)
     body = "".join(f"<section id={name}>{inner}</section>" for name, inner in sections.items())
     style, script = palette.style() + _part("style.css"), _part("script.js")
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -80,9 +84,9 @@ def _hash(source: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def _drawn(chart: Bars | Plot) -> str:
+def _drawn(chart: Bars | Plot, width: int = WIDE) -> str:
     """For a desk and for a hand; the style sheet shows one of them."""
-    return svg.draw(scene(chart, WIDE), "wide") + svg.draw(scene(chart, NARROW), "narrow")
+    return svg.draw(scene(chart, width), "wide") + svg.draw(scene(chart, NARROW), "narrow")
 
 
 def _machine_name(environment: dict[str, Any]) -> str:
@@ -115,12 +119,17 @@ def _results(run: Run, figures: Figures) -> str:
         return ""
     found = headline(run.rows)
     missed = sum(below_target(row) for row in run.rows)
-    targets = sum(row.target is not None for row in run.rows)
+    targets = sum(positive(row.target) is not None for row in run.rows)
     tiles = [
         ("win", len(found["win"]), "faster", _best(found["win"][:1])),
         ("even", len(found["even"]), "even", "the spread of the ratio holds 1×"),
         ("loss", len(found["loss"]), "slower", _best(found["loss"][-1:]) or "no rival was faster"),
-        ("absent", len(found["absent"]), "rivals could not run", "each says why below" if found["absent"] else "all ran"),
+        (
+            "absent",
+            len(found["absent"]),
+            "rivals could not run",
+            "each says why below" if found["absent"] else "all ran",
+        ),
     ]
     if targets:
         tiles.append(("target", missed, "below target", f"of {targets} ratios with a target of their own"))
@@ -129,7 +138,9 @@ def _results(run: Run, figures: Figures) -> str:
         for kind, count, name, words in tiles
     )
     losses = _list("Where a rival is faster", [(_named(row), times(row.ratio)) for row in reversed(found["loss"])])
-    absent = _list("Rivals that could not run", [(_named(row), str(row.why or "no reason given")) for row in found["absent"]])
+    absent = _list(
+        "Rivals that could not run", [(_named(row), str(row.why or "no reason given")) for row in found["absent"]]
+    )
     picture = _drawn(figures.overview) if figures.overview else ""
     return f"<h2>Wins and losses</h2><div class=tiles>{cards}</div>{picture}{losses}{absent}"
 
@@ -146,7 +157,11 @@ def _list(title: str, pairs: list[tuple[str, str]], most: int = 6) -> str:
     if not pairs:
         return ""
     lines = [f"<li>{escape(name)}: <b>{escape(said)}</b></li>" for name, said in pairs]
-    rest = f"<details><summary>{len(lines) - most} more</summary><ul>{''.join(lines[most:])}</ul></details>" if lines[most:] else ""
+    rest = (
+        f"<details><summary>{len(lines) - most} more</summary><ul>{''.join(lines[most:])}</ul></details>"
+        if lines[most:]
+        else ""
+    )
     return f"<h3>{title}</h3><ul class=found>{''.join(lines[:most])}</ul>{rest}"
 
 
@@ -171,9 +186,10 @@ def _roofline(run: Run, figures: Figures) -> str:
     out = left_out(run.rows)
     note = f" {out} {'case computes' if out == 1 else 'cases compute'} nothing and cannot be shown here." if out else ""
     return (
-        "<h2>Roofline</h2><p>Grey lines are what this machine was measured to do at best: under the slope memory decides, "
-        "under the flat parts arithmetic. Filled marks are vkernels; the hollow one on the same stem is the fastest rival at "
-        f"the same work. Point at a mark or tab to it, or choose an operation in the legend.{note}</p>"
+        "<h2>Roofline</h2><p>Grey lines are what this machine was measured to do at best: under the slope memory "
+        "decides, under the flat parts arithmetic. Filled marks are vkernels; the hollow one on the same stem is the "
+        "fastest rival at the same work. Point at a mark or tab to it, or choose an operation in the legend."
+        f"{note}</p>"
         f"{_drawn(figures.roofline)}"
     )
 
@@ -181,15 +197,16 @@ def _roofline(run: Run, figures: Figures) -> str:
 def _growth(figures: Figures) -> str:
     blocks = ""
     for curve in figures.curves:
-        charts = "".join(f"<figure>{svg.draw(scene(plot, 470))}</figure>" for plot in curve.plots)
+        charts = "".join(f"<figure>{_drawn(plot, HALF)}</figure>" for plot in curve.plots)
         lines = "".join(f"<li>{escape(line)}</li>" for line in curve.growth)
         lines += "".join(f"<li class=why>✕ {escape(line)}</li>" for line in curve.absences)
-        blocks += f"<h3>{escape(curve.op)}: {escape(curve.name)}</h3><div class=pair>{charts}</div><ul class=found>{lines}</ul>"
+        blocks += f"<h3>{escape(curve.op)}: {escape(curve.name)}</h3><div class=pair>{charts}</div>"
+        blocks += f"<ul class=found>{lines}</ul>"
     if not blocks:
         return ""
     return (
-        "<h2>Growth with the length of the video</h2><p>Time and peak memory against tokens, both logarithmic; a cross is "
-        f"where a contender did not run.</p>{blocks}"
+        "<h2>Growth with the length of the video</h2><p>Time and peak memory against tokens, both logarithmic; a cross "
+        f"is where a contender did not run.</p>{blocks}"
     )
 
 
@@ -197,7 +214,9 @@ def _stages(figures: Figures) -> str:
     if not figures.stages:
         return ""
     charts = "".join(f"<h3>{escape(chart.title)}</h3>{_drawn(chart)}" for chart in figures.stages)
-    return f"<h2>The reference model, stage by stage</h2><p>The same weights, plain PyTorch beside vkernels.</p>{charts}"
+    return (
+        f"<h2>The reference model, stage by stage</h2><p>The same weights, plain PyTorch beside vkernels.</p>{charts}"
+    )
 
 
 def _masks() -> str:
@@ -205,14 +224,15 @@ def _masks() -> str:
         f"<figure><figcaption><b>{escape(entry.title)}</b></figcaption>{svg.draw(gallery.pictured(entry), 'mask')}"
         f"<figcaption><code>{escape(entry.code)}</code>{escape(entry.words)}<small>{gallery.counted(entry)}</small>"
         "</figcaption></figure>"
-        for entry in gallery.ENTRIES
+        for entry in ENTRIES
     )
     g = gallery.SMALL
     return (
         "<h2>Masks: who sees whom</h2><p>Drawn by the library from the masks themselves. Left, the pattern: a row is a "
-        f"query, a column a key, {g.t} frames of {g.h} × {g.w} tokens one after another, a colour per 16 keys. Right, what "
-        f"a kernel does with it in tiles of {gallery.BLOCK} × {gallery.BLOCK}, in the order in which it reads the tokens; "
-        f"the line below counts the same mask at a real size, in tiles of {gallery.REAL_BLOCK}.</p>"
+        f"query, a column a key, {g.t} frames of {g.h} × {g.w} tokens one after another, a colour per {g.h * g.w} "
+        f"keys. Right, what a kernel does with it in tiles of {gallery.BLOCK} × {gallery.BLOCK}, in the order in which it "
+        "reads the tokens. The last line counts these tiles, and the same mask at a real size in tiles of "
+        f"{gallery.REAL_BLOCK}.</p>"
         "<p class=legend><i class=full></i>runs without mask code<i class=masked></i>runs with mask code"
         f"<i class=skipped></i>never visited</p><div class=masks>{figures}</div>"
     )
@@ -225,7 +245,9 @@ def _rows(run: Run) -> str:
 
 def _rates(value: Any) -> str:
     pairs = value.items() if isinstance(value, dict) else ()
-    return ", ".join(f"{dtype(name)} {flops(rate / 1e3 if isinstance(rate, (int, float)) else None)}" for name, rate in pairs)
+    return ", ".join(
+        f"{dtype(name)} {flops(rate / 1e3 if isinstance(rate, (int, float)) else None)}" for name, rate in pairs
+    )
 
 
 def _machine(run: Run) -> str:
@@ -238,5 +260,3 @@ def _machine(run: Run) -> str:
         f"<h2>Machine and method</h2><div class=pair><div class=scroll><table class=plain>{facts}</table></div>"
         f"<ol class=method>{method}</ol></div>"
     )
-
-

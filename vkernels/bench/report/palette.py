@@ -4,8 +4,8 @@ from __future__ import annotations
 
 THEMES = ("light", "dark")
 
-# name: (light, dark). Wins are blue and losses orange, which everyone tells apart; a second cue (side of the line, shape,
-# hatch) stands beside every colour. c0 to c7 are for operations and rivals.
+# name: (light, dark). Wins are blue and losses orange, which everyone tells apart; a second cue (side of the line,
+# shape, hatch) stands beside every colour. c0 to c7 are for operations and rivals.
 COLOURS = {
     "bg": ("#fbfbfa", "#141517"),
     "card": ("#ffffff", "#1c1e21"),

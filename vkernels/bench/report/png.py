@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def _write(scene: Scene, path: Path, theme: str) -> Path:
     title = Words(MARGIN, MARGIN + 18, scene.title, "ink", 17, bold=True)
     for order, item in enumerate((title, *scene.moved(MARGIN, MARGIN + TITLE))):
         _PENS[type(item)](axes, item, theme, order)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
+        figure.savefig(path)
     return path
 
 
@@ -72,7 +75,11 @@ def _mark(axes: Any, m: Mark, theme: str, order: int) -> None:
         for a, b in zip(ends[::2], ends[1::2], strict=True):
             axes.plot([a[0], b[0]], [a[1], b[1]], color=paint, linewidth=_points(2.4), zorder=order)
         return
-    look = {"facecolor": "none", "edgecolor": paint} if m.hollow else {"facecolor": paint, "edgecolor": colour("card", theme)}
+    look = (
+        {"facecolor": "none", "edgecolor": paint}
+        if m.hollow
+        else {"facecolor": paint, "edgecolor": colour("card", theme)}
+    )
     shape = Circle((m.x, m.y), m.size) if m.shape == "circle" else Polygon(outline(m))
     shape.set(linewidth=_points(1.4 if m.hollow else 0.8), zorder=order, **look)
     axes.add_patch(shape)
@@ -85,7 +92,7 @@ def _words(axes: Any, w: Words, theme: str, order: int) -> None:
         axes.text(
             w.x,
             w.y + i * w.size * 1.25,
-            line,
+            line.encode(errors="replace").decode(),
             color=colour(w.colour, theme),
             fontsize=_points(w.size),
             fontweight="bold" if w.bold else "normal",

@@ -37,7 +37,7 @@ def overview(rows: list[Row]) -> Plot | None:
     dots, ticks = [], []
     for line, (op, of) in enumerate(ops.items()):
         middle = statistics.median([positive(row.ratio) or 1.0 for row in of])
-        ticks.append((float(line), f"{op}, median {times(middle)}"))
+        ticks.append((float(line), f"{op}\nmedian {times(middle)}"))
         dots.append(Dot(middle, line, "ink", "tick"))
         lanes = {name: lane for lane, name in enumerate(dict.fromkeys(str(row.dtype) for row in of))}
         for row in of:
@@ -45,16 +45,16 @@ def overview(rows: list[Row]) -> Plot | None:
             shift = (lanes[str(row.dtype)] - (len(lanes) - 1) / 2) * min(0.3, 0.75 / len(lanes))
             dots.append(Dot(positive(row.ratio) or 1.0, line + shift, COLOURS[kind], SHAPES[kind], kind, told(row)))
     present = {dot.series for dot in dots}
-    median = Key("", "median of the operation", "ink", "tick")
-    legend = tuple(Key(kind, NAMES[kind], COLOURS[kind], SHAPES[kind]) for kind in COLOURS if kind in present) + (median,)
+    legend = [Key(kind, NAMES[kind], COLOURS[kind], SHAPES[kind]) for kind in COLOURS if kind in present]
+    legend.append(Key("", "median of the operation", "ink", "tick"))
     return Plot(
         name="overview",
         title="Every measured row, by operation",
         x=axis([row for of in ops.values() for row in of]),
         y=Axis("", -0.6, len(ops) - 0.4, tuple(ticks), log=False),
-        height=40 * len(ops) + 10,
+        height=44 * len(ops) + 10,
         dots=tuple(dots),
-        legend=legend,
+        legend=tuple(legend),
         rule=1.0,
         sides=SIDES,
     )
@@ -96,4 +96,3 @@ def headline(rows: list[Row]) -> dict[str, list[Row]]:
     for of in found.values():
         of.sort(key=lambda row: -(positive(row.ratio) or 0))
     return found
-

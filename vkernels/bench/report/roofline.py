@@ -42,9 +42,8 @@ def roofline(run: Run) -> Plot | None:
         first = max(x.low, y.low / copy)
         start = (first, first * copy) if first < knee else (x.low, rate)
         lines.append(Line((start, (knee, rate), (x.high, rate)) if first < knee else (start, (x.high, rate)), "axis"))
-        notes.append(Note(max(knee, x.low) * 1.08, rate, f"{name}: {flops(rate)}", under=rate < top))
-    slope = (max(x.low, y.low / copy) * max(knees)) ** 0.5
-    notes.append(Note(slope, slope * copy, f"copy: {digits(copy * 1e3)} GB/s", "end"))
+        notes.append(Note(max(knee, x.low) * 1.08, rate, f"{name} {flops(rate)}", under=rate < top))
+    notes.append(Note(max(knees) * 0.72, top, f"copy {digits(copy * 1e3)} GB/s", "end"))
     shapes = dict.fromkeys(str(row.dtype) for row in rows)
     legend = [Key(op, op, cycled(i)) for i, op in enumerate(ops)]
     legend += [Key("", dtype(name), "soft", SHAPES.get(name, "circle")) for name in shapes]
@@ -62,13 +61,17 @@ def roofline(run: Run) -> Plot | None:
     )
 
 
+def _case(row: Row) -> tuple[str, ...]:
+    return tuple(str(part) for part in row.key[:-1])
+
+
 def _ours(rows: list[Row]) -> list[Row]:
     """One row per case of ours, beside its fastest rival; without those that compute nothing or have no time."""
     best: dict[tuple[str, ...], Row] = {}
     for row in rows:
         if not (positive(row.flop) and positive(row.bytes) and positive(row.ours_ms)):
             continue
-        key = tuple(str(part) for part in row.key[:-1])
+        key = _case(row)
         known = best.get(key)
         if known is None or (positive(row.rival_ms) or 1e300) < (positive(known.rival_ms) or 1e300):
             best[key] = row
@@ -77,7 +80,7 @@ def _ours(rows: list[Row]) -> list[Row]:
 
 def left_out(rows: list[Row]) -> int:
     """Cases that compute nothing, which a roofline cannot show."""
-    return len({r.key[:-1] for r in rows if positive(r.ours_ms) and not (positive(r.flop) and positive(r.bytes))})
+    return len({_case(r) for r in rows if positive(r.ours_ms) and not (positive(r.flop) and positive(r.bytes))})
 
 
 def _rate(row: Row, ms: float) -> float:

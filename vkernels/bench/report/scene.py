@@ -1,7 +1,8 @@
-"""A drawing in pixels: rectangles, strokes, marks and words, in palette colours. All that `svg` and `png` have to know."""
+"""A drawing in pixels: rectangles, strokes, marks and words, in palette colours. All that `svg` and `png` know."""
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 
 EM = 0.57  # mean width of a letter of the page's fonts, in font sizes
@@ -74,6 +75,11 @@ def _moved(item: Item, dx: float, dy: float) -> Item:
 
 def width_of(text: str, size: float = 12.0) -> float:
     return EM * size * len(text)
+
+
+def wrapped(text: str, room: float, size: float = 12.0) -> list[str]:
+    """The text in lines that `room` pixels hold."""
+    return textwrap.wrap(text, max(8, int(room / (EM * size)))) or [""]
 
 
 def fitted(text: str, room: float, size: float = 12.0) -> str:

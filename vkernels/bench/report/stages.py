@@ -24,15 +24,14 @@ def _chart(what: str, found: list[Stage]) -> Bars:
         share = ours / plain
         reach.append(share)
         gain = times(positive(stage.ratio) if what == "time" else plain / ours)
-        name = f"{stage.stage} · {dtype(stage.dtype)}"
-        tip = f"{name}\nplain PyTorch {text(plain)}, vkernels {text(ours)}: {gain}"
+        name = f"{stage.stage} · {dtype(stage.dtype)}".replace("`", "")
+        between = f" ({times(stage.ratio_p20)} to {times(stage.ratio_p80)})" if what == "time" else ""
+        tip = f"{name}\nplain PyTorch {text(plain)}, vkernels {text(ours)}: {gain}{between}"
         colour = "ours" if share <= 1 else "loss"
         bars = (
             Bar("plain PyTorch", 1.0, "rival", text(plain), tip=tip),
-            Bar("vkernels", share, colour, f"{text(ours)} · {gain} {'faster' if what == 'time' else 'less'}", tip=tip),
+            Bar("vkernels", share, colour, f"{text(ours)}, {gain}", tip=tip),
         )
-        if share > 1:
-            bars = (bars[0], Bar("vkernels", share, colour, f"{text(ours)} · {gain}", tip=tip))
         groups.append(Group(name, str(stage.model), bars))
-    title = "Reference model: time of each stage" if what == "time" else "Reference model: peak memory of each stage"
+    title = f"Reference model: {'time' if what == 'time' else 'peak memory'} of each stage"
     return Bars(f"stages-{what}", title, linear(reach, f"share of plain PyTorch's {what}", percent), 0.0, tuple(groups))

@@ -40,7 +40,9 @@ def _n(value: float) -> str:
 
 def _rect(r: Rect) -> str:
     edge = f" s-{r.edge}" if r.edge else ""
-    body = f"<rect x={_n(r.x)} y={_n(r.y)} width={_n(max(r.w, 0))} height={_n(max(r.h, 0))} class='f-{r.colour}{edge}' />"
+    body = (
+        f"<rect x={_n(r.x)} y={_n(r.y)} width={_n(max(r.w, 0))} height={_n(max(r.h, 0))} class='f-{r.colour}{edge}' />"
+    )
     return _hold(body, r.tip)
 
 

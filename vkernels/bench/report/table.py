@@ -60,25 +60,25 @@ def _error(value: Any) -> str:
 COLUMNS: tuple[tuple[str, bool, Callable[[Row], tuple[str, Any]]], ...] = (
     ("op", False, _text("op")),
     ("case", False, _text("id")),
-    ("model", False, _text("model")),
-    ("frames", True, _frames),
     ("dtype", False, _text("dtype", dtype)),
-    ("direction", False, _text("direction")),
-    ("cache", False, _text("cache")),
-    ("backend", False, _text("backend")),
-    ("vkernels", True, _number("ours_ms", duration)),
     ("rival", False, _text("rival")),
-    ("rival's time", True, _number("rival_ms", duration)),
     ("ratio (p20 to p80)", True, _ratio),
     ("result", False, lambda row: (NAMES[verdict(row)], None)),
+    ("vkernels", True, _number("ours_ms", duration)),
+    ("rival's time", True, _number("rival_ms", duration)),
     ("target", True, _target),
+    ("roofline", True, _number("roofline_share", percent)),
     ("GB/s", True, _number("gb_per_s", plain)),
     ("rate", True, _number("tflop_per_s", flops)),
-    ("roofline", True, _number("roofline_share", percent)),
     ("peak memory", True, _number("peak_mb", memory)),
     ("rival's peak", True, _number("rival_peak_mb", memory)),
     ("error", True, _number("error", _error)),
     ("rival's error", True, _number("rival_error", _error)),
+    ("model", False, _text("model")),
+    ("frames", True, _frames),
+    ("direction", False, _text("direction")),
+    ("cache", False, _text("cache")),
+    ("backend", False, _text("backend")),
 )
 
 
@@ -93,7 +93,7 @@ def table(rows: list[Row]) -> str:
         if any(text not in ("", NOTHING) for text, _ in column)
     ]
     head = "".join(
-        f"<th scope=col aria-sort=none class='{'num' if right else ''}'><button type=button>{escape(name)}</button></th>"
+        f"<th scope=col aria-sort=none class='{'num' if right else ''}'><button type=button>{name}</button></th>"
         for name, right, _ in shown
     )
     body = ""
@@ -111,7 +111,8 @@ def table(rows: list[Row]) -> str:
     )
     return (
         "<div class=filters><input id=search type=search placeholder='Filter: words that must all occur' "
-        f"aria-label='Filter the rows'>{''.join(choices)}<output id=count aria-live=polite>{len(rows)} rows</output></div>"
+        f"aria-label='Filter the rows'>{''.join(choices)}"
+        f"<output id=count aria-live=polite>{len(rows)} rows</output></div>"
         "<div class='scroll tall' tabindex=0 role=region aria-label='All rows'><table id=table><thead>"
         f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -1,4 +1,4 @@
-"""Numbers as a reader says them, and what a row amounts to. A run is a file: nothing in it is trusted to be a number."""
+"""Numbers as a reader says them, and what a row amounts to. A run is a file: nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def below_target(row: Row) -> bool:
 def case(row: Row) -> str:
     """The row without its rival."""
     extra = [dtype(row.dtype)]
-    if row.direction and row.direction not in str(row.id):
+    if str(row.direction) not in str(row.id):
         extra.append(str(row.direction))
     if row.cache and row.cache != "warm":
         extra.append(f"{row.cache} cache")
