@@ -78,7 +78,8 @@ class Browser:
     def _until(self, done, what: str) -> None:
         until = time.monotonic() + self.seconds
         while not done():
-            if not select.select([self._in], [], [], max(0.0, until - time.monotonic()))[0]:
+            left = until - time.monotonic()
+            if left < 0 or not select.select([self._in], [], [], left)[0]:
                 raise TimeoutError(f"browser: {what} has not ended within {self.seconds:.0f} s")
             got = os.read(self._in, 1 << 16)
             if not got:

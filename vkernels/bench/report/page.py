@@ -230,8 +230,8 @@ def _masks() -> str:
     return (
         "<h2>Masks: who sees whom</h2><p>Drawn by the library from the masks themselves. Left, the pattern: a row is a "
         f"query, a column a key, {g.t} frames of {g.h} × {g.w} tokens one after another, a colour per {g.h * g.w} "
-        f"keys. Right, what a kernel does with it in tiles of {gallery.BLOCK} × {gallery.BLOCK}, in the order in which it "
-        "reads the tokens. The last line counts these tiles, and the same mask at a real size in tiles of "
+        f"keys. Right, what a kernel does with it in tiles of {gallery.BLOCK} × {gallery.BLOCK}, in the order in which "
+        "it reads the tokens. The last line counts these tiles, and the same mask at a real size in tiles of "
         f"{gallery.REAL_BLOCK}.</p>"
         "<p class=legend><i class=full></i>runs without mask code<i class=masked></i>runs with mask code"
         f"<i class=skipped></i>never visited</p><div class=masks>{figures}</div>"
