@@ -89,6 +89,7 @@ def _tiled(plan: MaskPlan) -> tuple[Item, ...]:
     kinds = tiles(plan, BLOCK).tolist()
     size = SIDE / max(plan.s_q, plan.s_k, 1)
     items: list[Item] = [Rect(0, 0, SIDE, SIDE, "bg", "line")]
+    hatch: list[Item] = []
     for group in range(plan.groups):
         top, left = group * plan.len_q, group * plan.len_k
         for i, line in enumerate(kinds):
@@ -98,8 +99,8 @@ def _tiled(plan: MaskPlan) -> tuple[Item, ...]:
                 if kind != SKIPPED:
                     items.append(Rect(x, y, w, h, "ours" if kind == FULL else "masked", "card"))
                 if kind == MASKED:
-                    items.append(Stroke(((x + 1, y + h - 1), (x + w - 1, y + 1)), "hatch", 1.0))
-    return tuple(items)
+                    hatch.append(Stroke(((x + 1, y + h - 1), (x + w - 1, y + 1)), "hatch", 1.0))
+    return (*items, *hatch)
 
 
 def counted(entry: Entry) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def _write(scene: Scene, path: Path, theme: str) -> Path:
     axes.set_ylim(height, 0)
     axes.axis("off")
     title = Words(MARGIN, MARGIN + 18, scene.title, "ink", 17, bold=True)
-    for order, item in enumerate((title, *scene.moved(MARGIN, MARGIN + TITLE))):
-        _PENS[type(item)](axes, item, theme, order)
+    items = (title, *scene.moved(MARGIN, MARGIN + TITLE))
+    for order, (kind, run) in enumerate(groupby(items, type)):
+        _PENS[kind](axes, list(run), theme, order)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
         figure.savefig(path)
@@ -51,19 +53,36 @@ def _points(pixels: float) -> float:
     return pixels * 72 / INCH
 
 
-def _rect(axes: Any, r: Rect, theme: str, order: int) -> None:
-    from matplotlib.patches import Rectangle
+def _rects(axes: Any, rects: list[Rect], theme: str, order: int) -> None:
+    from matplotlib.collections import PolyCollection
 
-    edge = colour(r.edge, theme) if r.edge else "none"
-    axes.add_patch(
-        Rectangle((r.x, r.y), r.w, r.h, facecolor=colour(r.colour, theme), edgecolor=edge, linewidth=0.6, zorder=order)
+    corners = [((r.x, r.y), (r.x + r.w, r.y), (r.x + r.w, r.y + r.h), (r.x, r.y + r.h)) for r in rects]
+    faces = [colour(r.colour, theme) for r in rects]
+    edges = [colour(r.edge, theme) if r.edge else "none" for r in rects]
+    axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=edges, linewidths=0.6, zorder=order))
+
+
+def _strokes(axes: Any, strokes: list[Stroke], theme: str, order: int) -> None:
+    from matplotlib.collections import LineCollection
+
+    lines = LineCollection(
+        [s.points for s in strokes],
+        colors=[colour(s.colour, theme) for s in strokes],
+        linewidths=[_points(s.width) for s in strokes],
+        linestyles=[(0, (4, 3)) if s.dashed else "-" for s in strokes],
+        zorder=order,
     )
+    axes.add_collection(lines)
 
 
-def _stroke(axes: Any, s: Stroke, theme: str, order: int) -> None:
-    style = (0, (4, 3)) if s.dashed else "-"
-    xs, ys = zip(*s.points, strict=True)
-    axes.plot(xs, ys, color=colour(s.colour, theme), linewidth=_points(s.width), linestyle=style, zorder=order)
+def _marks(axes: Any, marks: list[Mark], theme: str, order: int) -> None:
+    for mark in marks:
+        _mark(axes, mark, theme, order)
+
+
+def _lines(axes: Any, lines: list[Words], theme: str, order: int) -> None:
+    for words in lines:
+        _words(axes, words, theme, order)
 
 
 def _mark(axes: Any, m: Mark, theme: str, order: int) -> None:
@@ -103,4 +122,4 @@ def _words(axes: Any, w: Words, theme: str, order: int) -> None:
         )
 
 
-_PENS: dict[type, Any] = {Rect: _rect, Stroke: _stroke, Mark: _mark, Words: _words}
+_PENS: dict[type, Any] = {Rect: _rects, Stroke: _strokes, Mark: _marks, Words: _lines}
