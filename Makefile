@@ -54,12 +54,12 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CPP)
 
 bench: build
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m vkernels bench --out benchmarks/results/cpu.json $(ARGS)
 
 # The reference model's stages, plain against vkernels, into the README.
 .PHONY: bench-model
 bench-model: build
-	$(PY) -m benchmarks.model $(ARGS)
+	$(PY) -m vkernels_video.bench.model --out benchmarks/results/model.json $(ARGS)
 	$(PY) -m benchmarks.readme
 
 # On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;

@@ -10,17 +10,19 @@ from typing import Any
 
 from benchmarks.gpu.report import markdown
 from vkernels.__main__ import support_table
+from vkernels.bench.results import load
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _time(ms: float) -> str:
     return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1e3:.3g} s"
 
 
-def numbers() -> str:
-    stored = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    facts = stored["environment"]
+def numbers(file: Path = RESULTS / "cpu.json") -> str:
+    run = load(file)
+    facts = run.environment
     rates = ", ".join(f"{v:.0f} GFLOP/s {k}" for k, v in facts["gflop_per_s"].items() if k != "float16")
     lines = [
         f"Measured {facts['date']} on {facts['machine']}, {facts['threads']} threads, {facts['isa']}, torch "
@@ -30,20 +32,22 @@ def numbers() -> str:
         "| case | dtype | against | ours | theirs | speed-up (p20 to p80) | share of roofline |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in stored["rows"]:
-        spread = f"({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+    for row in run.rows:
+        if row.rival_ms is None:
+            continue
+        spread = f"({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
         lines.append(
-            f"| {row['id']} | {row['dtype']} | {row['rival']} | {_time(row['ours_ms'])} | {_time(row['rival_ms'])} "
-            f"| **{row['ratio']:.2f}x** {spread} | {row['roofline_share']:.0%} |"
+            f"| {row.id} | {row.dtype} | {row.rival} | {_time(row.ours_ms)} | {_time(row.rival_ms)} "
+            f"| **{row.ratio:.2f}x** {spread} | {row.roofline_share:.0%} |"
         )
     return "\n".join(lines)
 
 
-def model_numbers(file: Path = ROOT / "benchmarks" / "results" / "model.json") -> str:
+def model_numbers(file: Path = RESULTS / "model.json") -> str:
     if not file.is_file():
         return "**Not measured yet.** `make bench-model` measures the reference model's stages."
-    stored = json.loads(file.read_text())
-    facts = stored["environment"]
+    run = load(file)
+    facts = run.environment
     lines = [
         "The reference model's stages, plain PyTorch and transformers against vkernels over the same weights, measured "
         f"{facts['date']} on {facts['machine']}, {facts['threads']} threads, commit {facts['commit']}.",
@@ -51,19 +55,18 @@ def model_numbers(file: Path = ROOT / "benchmarks" / "results" / "model.json") -
         "| stage | dtype | plain | vkernels | speed-up (p20 to p80) | target | peak memory, plain | vkernels |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in stored["rows"]:
-        spread = f"({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
-        missed = " missed" if row["target"] and row["ratio"] < row["target"] else ""
-        target = f"{row['target']:.1f}x{missed}" if row["target"] else ""
+    for stage in run.stages:
+        spread = f"({stage.ratio_p20:.2f} to {stage.ratio_p80:.2f})"
+        missed = " missed" if stage.target and stage.ratio < stage.target else ""
+        target = f"{stage.target:.1f}x{missed}" if stage.target else ""
         lines.append(
-            f"| {row['id']} | {row['dtype']} | {_time(row['rival_ms'])} | {_time(row['ours_ms'])} "
-            f"| **{row['ratio']:.2f}x** {spread} | {target} | {row['rival_peak'] / 2**20:.0f} MiB "
-            f"| {row['ours_peak'] / 2**20:.0f} MiB |"
+            f"| {stage.stage} | {stage.dtype} | {_time(stage.plain_ms)} | {_time(stage.ours_ms)} "
+            f"| **{stage.ratio:.2f}x** {spread} | {target} | {stage.plain_mb:.0f} MB | {stage.ours_mb:.0f} MB |"
         )
     return "\n".join(lines)
 
 
-def gpu_numbers(folder: Path = ROOT / "benchmarks" / "results") -> str:
+def gpu_numbers(folder: Path = RESULTS) -> str:
     """A table for every GPU measured; for each the newest run."""
     newest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("gpu-*.json")):

@@ -18,28 +18,29 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import report, rivals, supervise, worker
-from benchmarks.gpu.cases import Race, Target, own_races, races, with_contents
+from benchmarks.gpu import report, supervise, worker
+from benchmarks.gpu.cases import Race, Target, own_races, races
 from benchmarks.gpu.proof import backends, prove
 from benchmarks.gpu.race import judged, race_case
-from benchmarks.gpu.rivals import sdpa
-from benchmarks.gpu.timing import WallTimer, in_turn, spread
-from benchmarks.measure import relative_error
 from benchmarks.readme import gpu_numbers
+from vkernels.bench import rivals
+from vkernels.bench.clock import WallTimer, in_turn, spread
+from vkernels.bench.measure import relative_error
+from vkernels.bench.problem import Problem, with_contents
+from vkernels.bench.rivals import sdpa
 from vkernels.library import INTERPRETED
 from vkernels.spec import Shape, all_specs
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
-NOT_ON_CPU = ("No viable backend", "No operator found", "does not support backward on CPU", "Backward")
+NOT_ON_CPU = ("is not installed", "No viable backend", "No operator found", "does not support backward on CPU", "Backward")
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     """SDPA's CUDA kernels are played by its plain one; compiling is left out; ours is the CPU's."""
     monkeypatch.setattr("benchmarks.gpu.race.backends", lambda spec, device: ["cpu"])
-    monkeypatch.setattr(sdpa, "KERNELS", dict.fromkeys(sdpa.KERNELS, SDPBackend.MATH))
-    for module in ("attention", "divided", "cache"):
-        monkeypatch.setattr(f"benchmarks.gpu.rivals.{module}.KERNELS", sdpa.KERNELS)
+    for name in sdpa.KERNELS:
+        monkeypatch.setitem(sdpa.KERNELS, name, SDPBackend.MATH)
     monkeypatch.setattr(rivals, "compiled", lambda function: function)
 
 
@@ -123,10 +124,10 @@ def test_every_size_of_every_spec_is_raced():
 
 def test_a_wrong_kernel_has_no_speed(monkeypatch):
     race = next(r for r in own_races(small=True) if r.op == "apply_rope")
-    monkeypatch.setattr("benchmarks.gpu.race._ours", lambda spec, kwargs, backend: lambda: kwargs["q"] * 0.9)
+    monkeypatch.setattr(Problem, "ours", lambda self, backend=None: lambda: self.kwargs["q"] * 0.9)
     row = race_case(race, "cpu", WallTimer(), LIMITS, 0.01)[0]
     assert row["status"] == "failed"
-    assert "not timed: differs from eager, as models write it by" in row["why"]
+    assert "not timed: differs from Hugging Face eager by" in row["why"]
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
 

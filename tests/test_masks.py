@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels as vk
 from vkernels.masks.attributes import Ids, Relation, Segment, within
+from vkernels.masks.stats import visible_pairs
 from vkernels.testing import plan_to_dense
 
 M, G = vk.VideoMask, vk.Grid
@@ -102,6 +103,7 @@ def test_plan_is_the_law(mask):
     plan, law = mask.plan(), mask.dense()
     assert torch.equal(plan_to_dense(plan).expand(mask.samples, -1, -1), law.reshape(mask.samples, *law.shape[-2:]))
     assert mask.stats(4).visible == int(law.sum())
+    assert visible_pairs(mask.plan("cpu"))[0] == int(law.sum())
     again = M.from_dict(json.loads(json.dumps(mask.to_dict())))
     assert again == mask
     assert hash(again) == hash(mask)

@@ -14,7 +14,7 @@ import torch
 
 import vkernels as vk
 from vkernels import rearrangement as plans
-from vkernels.kv_cache import STORAGE
+from vkernels.bench.problem import DeviceMaker, fill, with_contents
 from vkernels.spec import Case, Maker, all_specs
 
 BF16 = (torch.bfloat16,)
@@ -49,53 +49,9 @@ class Race:
     rank: int = 1  # what is left out first when time is short: the largest
 
 
-class DeviceMaker(Maker):
-    """Draws large tensors where they are needed: seconds less than drawing gigabytes on the host."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0):
-        super().__init__(dtype, device, seed)
-        self.there = torch.Generator(device).manual_seed(seed)
-
-    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        values = torch.randn(shape, generator=self.there, device=self.device) * scale
-        return values.to(torch.bfloat16).to(self.dtype)
-
-
-def fill(cache: vk.KVCache, seed: int = 0) -> None:
-    """Something in every place of a cache that only says what it holds, and pages where it has none."""
-    cache.reserve(0)
-    generator = torch.Generator().manual_seed(seed)
-    for name in STORAGE:
-        stored = getattr(cache, name)
-        if stored is None:
-            continue
-        if stored.dtype == torch.int32:
-            drawn = torch.randint(-(2**31), 2**31 - 1, stored.shape, generator=generator, dtype=torch.int64)
-        else:
-            drawn = torch.randn(stored.shape, generator=generator) * (0.1 if name.endswith("scale") else 1.0)
-        stored.copy_(drawn.to(torch.bfloat16) if stored.is_floating_point() else drawn)
-
-
-def with_contents(case: Case) -> Case:
-    """`case`, its cache filled where it was only said to be full."""
-
-    def make(maker: Maker) -> dict[str, Any]:
-        kwargs = case.make(maker)
-        cache = kwargs.get("cache")
-        if isinstance(cache, vk.KVCache) and cache.length() and not any(_anything(t) for t in cache.tensors()):
-            fill(cache)
-        return kwargs
-
-    return dataclasses.replace(case, make=make)
-
-
 def drawn_there(case: Case) -> Case:
     """`case` at a real size: its large tensors drawn on the device."""
     return dataclasses.replace(case, make=lambda maker: case.make(DeviceMaker(maker.dtype, maker.device)))
-
-
-def _anything(stored: torch.Tensor | None) -> bool:
-    return stored is not None and bool(stored.any())
 
 
 def _heads(m: Maker, b: int, s: int, n: int, d: int, names: str = "qkv") -> dict[str, Any]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import vkernels as vk
 from benchmarks.gpu.cases import DeviceMaker, Race
 from benchmarks.gpu.proof import backends, refused
-from benchmarks.gpu.rivals import Rival, rivals
-from benchmarks.gpu.timing import in_turn, spread
-from benchmarks.measure import relative_error
-from vkernels.spec import OpSpec
-from vkernels.testing.results import tensors_of
+from vkernels.bench.clock import in_turn, spread
+from vkernels.bench.measure import TOLERANCE, relative_error
+from vkernels.bench.problem import Call, Problem, backward_cost, outputs, pulls_of, without_gradients
+from vkernels.bench.rivals import Rival, reason, rivals_of
 
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest magnitude
 BAND = 256 << 20  # bytes from which a share of the copy rate is judged
 
 
@@ -36,10 +33,10 @@ def race_case(race: Race, device: str, timer: Any, limits: dict[str, Any], secon
 
 
 def _race(race: Race, dtype, direction: str, device: str, timer: Any, limits: dict, seconds: float) -> list[dict]:
-    kwargs = race.make(DeviceMaker(dtype, device))
-    kwargs.pop("return_lse", None)  # an output nobody else has
-    spec = None if race.op == "lower_mask" else import_module(f"vkernels.ops.{race.op}.spec").SPEC
-    leaves = _leaves(spec, kwargs) if direction == "backward" else []
+    problem = Problem(race.op, race.make(DeviceMaker(dtype, device)), race.visible)
+    problem.kwargs.pop("return_lse", None)  # an output nobody else has
+    spec, kwargs = problem.spec, problem.kwargs
+    leaves = problem.leaves() if direction == "backward" else []
     if direction == "backward" and not leaves:
         return []
     row = {
@@ -52,18 +49,19 @@ def _race(race: Race, dtype, direction: str, device: str, timer: Any, limits: di
     if spec and (kind := next((b.kind for b in spec.backends if b.kind is not None), None)):
         row["kind"] = kind(spec.prepare(**kwargs))[1]
     opponents, excuses = [], []
-    for name, prepare in rivals(race, kwargs):
-        opponent = _ready(name, prepare, leaves)
-        (opponents if isinstance(opponent, Rival) else excuses).append(opponent)
+    for rival in rivals_of(race.op):
+        opponent = None if "math" in rival.name else _ready(rival, problem, leaves)
+        if opponent is not None:
+            (opponents if isinstance(opponent, Opponent) else excuses).append(opponent)
     rows = []
     names = backends(spec, device) if spec else ["torch"]
     for name in names:
         if spec and (why := refused(spec, name, kwargs)):
             rows.append({**row, "backend": name, "status": "skipped", "why": why})
             continue
-        ours = _directed(_ours(spec, kwargs, name), leaves)
+        ours = _directed(problem.ours(name if spec else None), leaves)
         try:
-            rows.append(_measured(row | {"backend": name}, race, spec, kwargs, ours, opponents, timer, limits, seconds))
+            rows.append(_measured(row | {"backend": name}, race, problem, ours, opponents, timer, limits, seconds))
         except AssertionError as error:
             rows.append({**row, "backend": name, "status": "failed", "why": f"not timed: {error}"})
             continue
@@ -71,84 +69,50 @@ def _race(race: Race, dtype, direction: str, device: str, timer: Any, limits: di
     return rows
 
 
-def _leaves(spec: OpSpec | None, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    if spec is None or isinstance(kwargs.get("cache"), vk.KVCache):
-        return []
-    names = [name for name in spec.differentiable if isinstance(kwargs.get(name), torch.Tensor)]
-    for name in names:
-        kwargs[name] = kwargs[name].detach().requires_grad_()
-    return [kwargs[name] for name in names]
-
-
-def _ours(spec: OpSpec | None, kwargs: dict[str, Any], backend: str) -> Callable[[], Any]:
-    """A call that may be repeated: what it appends to a cache is taken back first, on the host."""
-    if spec is None:
-        return lambda: vk.lower_mask(kwargs["mask"](), kwargs["device"])
-    cache = kwargs.get("cache")
-    if not isinstance(cache, vk.KVCache):
-        return lambda: tensors_of(spec, spec.fn(**kwargs, backend=backend)) if spec.outputs else spec.fn(
-            **kwargs, backend=backend
-        )  # fmt: skip
-    lengths, counts = list(cache._lengths), cache.lengths
-
-    def call() -> Any:
-        cache._lengths, cache.lengths = list(lengths), counts
-        return spec.fn(**kwargs, backend=backend)
-
-    return call
-
-
-def _first(result: Any) -> list[torch.Tensor]:
-    """The outputs that everyone has: lse and the like are ours alone."""
-    flat = result if isinstance(result, (list, tuple)) else [result]
-    return [x for x in flat if isinstance(x, torch.Tensor)]
-
-
-def _directed(call: Callable[[], Any], leaves: Sequence[torch.Tensor]) -> Callable[[], Any]:
+def _directed(call: Call, leaves: Sequence[torch.Tensor]) -> Call:
     """`call` itself without gradients, or its backward alone, its graph kept."""
     if not leaves:
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return call()
-
-        return forward
+        return without_gradients(call)
     graph: list[Any] = []
 
     def backward() -> Any:
         if not graph:
-            outputs = [x for x in _first(call()) if x.requires_grad and x.dtype == leaves[0].dtype]
-            generator = torch.Generator(outputs[0].device).manual_seed(7)
-            pulls = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in outputs]
-            graph.extend((outputs, pulls))
+            made = [x for x in outputs(call()) if x.requires_grad and x.dtype == leaves[0].dtype]
+            graph.extend((made, pulls_of(made)))
         return torch.autograd.grad(graph[0], leaves, graph[1], retain_graph=True, allow_unused=True)
 
     return backward
 
 
-def _ready(name: str, prepare: Callable[[], Rival], leaves: Sequence[torch.Tensor]) -> Rival | dict[str, Any]:
-    """The rival, having run once; or why it cannot."""
+@dataclass(frozen=True)
+class Opponent:
+    name: str
+    call: Call
+    compare: bool
+
+
+def _ready(rival: Rival, problem: Problem, leaves: Sequence[torch.Tensor]) -> Opponent | dict[str, Any] | None:
+    """The rival, having run once; or why it cannot; or None where it is not about such a call."""
     try:
-        made = prepare()
-        call = _directed(made.call, leaves if made.compare else [])
-        call()
-        return Rival(name, call, made.compare)
+        call = rival.prepare(problem)
+        if call is None:
+            return None
+        directed = _directed(call, leaves if rival.compare else [])
+        directed()
+        return Opponent(rival.name, directed, rival.compare)
     except Exception as error:
-        return {
-            "name": name,
-            "why": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}",
-        }
+        return {"name": rival.name, "why": reason(error)}
 
 
 def _agrees(ours: Any, rival: Any, dtype: torch.dtype) -> float:
-    a, b = _first(ours), _first(rival)
+    a, b = outputs(ours), outputs(rival)
     assert a, "our call returned no tensor"
     count = min(len(a), len(b))
     return relative_error(a[:count], b[:count])
 
 
 def _measured(
-    row, race: Race, spec, kwargs, ours, opponents: Sequence[Rival], timer, limits, seconds
+    row, race: Race, problem: Problem, ours: Call, opponents: Sequence[Opponent], timer, limits, seconds
 ) -> dict[str, Any]:
     dtype = getattr(torch, row["dtype"])
     result = ours()
@@ -164,7 +128,8 @@ def _measured(
         return {**row, "status": "warmed", "rivals": []}
     times = in_turn(timer, [ours, *(o.call for o in opponents)], seconds)
     mine, low, high = spread(times[0])
-    flop, moved = _cost(spec, kwargs, row["direction"])
+    cost = problem.cost() if row["direction"] == "forward" else backward_cost(problem.op, problem.cost())
+    flop, moved = cost.flop, cost.bytes
     raced = []
     for opponent, theirs in zip(opponents, times[1:], strict=True):
         ratio = spread([r / o for o, r in zip(times[0], theirs, strict=True)])
@@ -193,18 +158,6 @@ def _measured(
     }
     target = race.forward if row["direction"] == "forward" else race.backward
     return measured | judged(target, measured)
-
-
-def _cost(spec: OpSpec | None, kwargs: dict[str, Any], direction: str) -> tuple[float, float]:
-    """FLOP and bytes at the least. Backward of attention makes 5 products of the forward's 2 and moves twice its bytes;
-    that of a move moves the same again."""
-    if spec is None:
-        return 0.0, 0.0
-    cost = spec.cost(spec.prepare(**kwargs))
-    if direction == "forward":
-        return cost.flop, cost.bytes
-    attends = "attention" in spec.name
-    return cost.flop * (2.5 if attends else 1.0), cost.bytes * (2.0 if attends else 1.0)
 
 
 def judged(target: Any, row: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from benchmarks.gpu.cases import own_races, races
 from benchmarks.gpu.proof import backends, prove
 from benchmarks.gpu.race import race_case
 from benchmarks.gpu.supervise import emit
-from benchmarks.gpu.timing import ceilings, timer_for
+from vkernels.bench.clock import ceilings, timer_for
 from vkernels.spec import all_specs
 
 Report = Callable[[dict[str, Any]], None]

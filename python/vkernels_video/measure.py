@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from vkernels.bench.memory import MemoryProbe
 from vkernels_video.model.videollm import Generated, Stage
 
 
@@ -26,28 +26,6 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-class MemoryProbe:
-    """Peak of what torch's allocator hands out during a stage, above what the stage began with, in bytes.
-
-    Read from the allocator's own record in the torch profiler, so temporaries inside operators count too. Scratch that
-    native code keeps per thread does not pass through that allocator; it is a few hundred kilobytes.
-    """
-
-    def __init__(self) -> None:
-        self.peak: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-            yield
-        held = peak = 0
-        events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        self.peak[name] = peak
 
 
 @dataclass

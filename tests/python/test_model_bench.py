@@ -1,6 +1,6 @@
 """The stages `make bench-model` measures: the two sides agree, and what is stored becomes the README's table."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,19 +8,20 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
-from benchmarks.model import CASES, Case, branch, measured
+from vkernels_video.bench.model import CASES, Case, branch, measured
+
 from benchmarks.readme import model_numbers
+from vkernels.bench.results import Run, store
 
 
 def test_a_stage_is_measured_and_shown(tmp_path):
-    row = measured(Case("branch, tiny", torch.float32, branch(1, 2, 0.1), target=1000.0), seconds=0.0)
-    assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
-    assert row["error"] <= 1e-4
-    assert row["ours_peak"] > 0
+    stage = measured(Case("branch, tiny", torch.float32, branch(1, 2, 0.1), target=1000.0), seconds=0.0)
+    assert stage.ratio_p20 <= stage.ratio <= stage.ratio_p80
+    assert stage.ours_mb > 0
     file = tmp_path / "model.json"
     assert model_numbers(file).startswith("**Not measured yet.**")
     facts = {"date": "a day", "machine": "a machine", "threads": 2, "commit": "abc"}
-    file.write_text(json.dumps({"environment": facts, "rows": [row, row | {"target": None}]}))
+    store(Run(facts, stages=[stage, replace(stage, target=None)]), file)
     lines = model_numbers(file).splitlines()
     assert "a day on a machine, 2 threads, commit abc" in lines[0]
     assert "1000.0x missed" in lines[-2]

@@ -31,15 +31,38 @@ class MaskStats:
         )
 
 
+def _samples(plan: MaskPlan) -> int:
+    return max([x.shape[0] for x in (plan.ranges, plan.q_rows, plan.k_rows) if x is not None], default=1)
+
+
+def _live(count: torch.Tensor | None, sample: int, length: int) -> int:
+    return length if count is None else int(count[min(sample, count.shape[0] - 1)])
+
+
+def visible_pairs(plan: MaskPlan) -> tuple[int, int]:
+    """Visible pairs over the samples the plan tells apart, and how many samples those are; O(N) without a box."""
+    samples = _samples(plan)
+    if plan.box is not None:
+        return measure(plan, 128).visible, samples
+    total = 0
+    for p in range(samples):
+        live_q, live_k = _live(plan.q_count, p, plan.len_q), _live(plan.k_count, p, plan.len_k)
+        if plan.ranges is None:
+            total += live_q * live_k
+        else:
+            spans = plan.ranges[min(p, plan.ranges.shape[0] - 1), :live_q].unflatten(-1, (-1, 2)).clamp_max(live_k)
+            total += int((spans[..., 1] - spans[..., 0]).sum())
+    return total * plan.groups, samples
+
+
 def measure(plan: MaskPlan, block: int) -> MaskStats:
     """O(block * N) memory: one strip of queries at a time."""
     columns = torch.arange(plan.len_k)
-    samples = max([x.shape[0] for x in (plan.ranges, plan.q_rows, plan.k_rows) if x is not None], default=1)
+    samples = _samples(plan)
     visible = empty = partial = full = 0
     edges = torch.arange(0, plan.len_k, block)
     for p in range(samples):
-        live_q = plan.len_q if plan.q_count is None else int(plan.q_count[min(p, plan.q_count.shape[0] - 1)])
-        live_k = plan.len_k if plan.k_count is None else int(plan.k_count[min(p, plan.k_count.shape[0] - 1)])
+        live_q, live_k = _live(plan.q_count, p, plan.len_q), _live(plan.k_count, p, plan.len_k)
         for top in range(0, plan.len_q, block):
             rows = slice(top, min(top + block, plan.len_q))
             height = max(min(rows.stop, live_q) - top, 0)

@@ -8,8 +8,8 @@ import torch
 
 from vkernels.check import ShapeError
 from vkernels.masks import Grid, VideoMask
+from vkernels.masks.stats import visible_pairs
 from vkernels.ops.attention.api import BACKENDS, Call, attention, prepare
-from vkernels.ops.attention.reference import dense
 from vkernels.rope import RopeSpec
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
@@ -34,8 +34,9 @@ def _keep(maker: Maker, b: int, s: int, queries: bool) -> VideoMask:
 def _visible_pairs(call: Call) -> float:
     if call.mask is None:
         return float(call.q.shape[0] * call.q.shape[1] * call.k.shape[1])
-    visible = dense(call.mask, torch.device("cpu"))
-    return float(visible.sum()) * call.q.shape[0] / visible.shape[0]
+    plan = call.mask.plan("cpu") if isinstance(call.mask, VideoMask) else call.mask
+    visible, samples = visible_pairs(plan)
+    return float(visible) * call.q.shape[0] / samples
 
 
 def _cost(call: Call) -> Cost:

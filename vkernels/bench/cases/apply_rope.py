@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import vkernels as vk
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import vkernels as vk
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 S = 8192

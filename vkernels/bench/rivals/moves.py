@@ -1,30 +1,27 @@
-"""rearrange as models write it: permute + contiguous for affine plans, index_select and a norm for gathers; else the
-definition. Each also compiled."""
+"""rearrange as models write it: permute + contiguous for affine plans, index_select and a norm for gathers; and the
+same compiled."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu import rivals as room
-from benchmarks.gpu.cases import Race
-from benchmarks.gpu.rivals import generic
+from vkernels.bench import rivals as room
+from vkernels.bench.problem import Call, Problem
 from vkernels.ops.rearrange.api import prepare
 
 
-def _permute(kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
-    x, plan = kwargs["x"], kwargs["plan"]
-    if plan.pattern is None or set(kwargs) != {"x", "plan"}:
+def _permute(problem: Problem) -> Call | None:
+    x, plan = problem.kwargs["x"], problem.kwargs["plan"]
+    if plan.pattern is None or set(problem.kwargs) != {"x", "plan"}:
         return None
     affine = plan.pattern.resolve(tuple(x.shape))
     strides = [0 if axis < 0 else x.stride(axis) * step for axis, step in zip(affine.axes, affine.steps, strict=True)]
     return lambda: x.as_strided(affine.sizes, strides).reshape(affine.out_shape)
 
 
-def _gather(kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
+def _gather(problem: Problem) -> Call | None:
+    kwargs = problem.kwargs
     x, plan = kwargs["x"], kwargs["plan"]
     known = {"x", "plan", "norm", "norm_weight", "norm_bias"}
     if plan.pattern is not None or not plan.is_gather or plan.fills or len(plan.sources) > 1 or set(kwargs) - known:
@@ -43,12 +40,18 @@ def _gather(kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     return run
 
 
-def rivals(race: Race, kwargs: dict[str, Any]) -> Iterator[tuple[str, Callable[[], room.Rival]]]:
-    if isinstance(kwargs["x"], torch.Tensor):
-        for name, call in (("permute + contiguous", _permute(kwargs)), ("index_select, norm", _gather(kwargs))):
-            if call is not None:
-                yield name, lambda name=name, call=call: room.Rival(name, call)
-                label = f"{name}, compiled"
-                yield label, lambda label=label, call=call: room.Rival(label, room.compiled(call))
-                return
-    yield from generic.rivals(race, kwargs)
+def chain(problem: Problem) -> Call | None:
+    if not isinstance(problem.kwargs["x"], torch.Tensor):
+        return None
+    return _permute(problem) or _gather(problem)
+
+
+@room.rival("permute or index_select, norm", "rearrange")
+def eager(problem: Problem) -> Call | None:
+    return chain(problem)
+
+
+@room.rival("permute or index_select, norm, compiled", "rearrange", compiles=True)
+def fast(problem: Problem) -> Call | None:
+    call = chain(problem)
+    return call and room.compiled(call)

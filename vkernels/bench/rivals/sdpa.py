@@ -12,7 +12,9 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
 }
+GPU_ONLY = ("cuDNN", "efficient")
 
 
 def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str | None, **options: Any) -> torch.Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 
 import vkernels as vk
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 N = 16
@@ -29,9 +28,9 @@ def _temporal(dtype: torch.dtype, b: int, t: int, d: int, model: str, target: fl
     q, k, v = _qkv(b, grid.tokens, d, dtype)
 
     def rival() -> torch.Tensor:
-        parts = [rearrange(x, "b (t l) n d -> (b l) n t d", t=t).contiguous() for x in (q, k, v)]
+        parts = [x.view(b, t, 256, N, d).permute(0, 2, 3, 1, 4).reshape(-1, N, t, d) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*parts)
-        return rearrange(out, "(b l) n t d -> b (t l) n d", b=b).contiguous()
+        return out.view(b, 256, N, t, d).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
     return Bench(
         id=f"temporal, T={t}, L=256, d={d}",
@@ -50,14 +49,14 @@ def _spatial(dtype: torch.dtype, b: int, t: int, target: float) -> Bench:
     q, k, v = _qkv(b, 1 + grid.tokens, 64, dtype)
 
     def frames(x: torch.Tensor) -> torch.Tensor:
-        cls = repeat(x[:, :1], "b 1 n d -> (b t) 1 n d", t=t)
-        patches = rearrange(x[:, 1:], "b (t l) n d -> (b t) l n d", t=t)
+        cls = x[:, :1].repeat_interleave(t, dim=0)
+        patches = x[:, 1:].reshape(b * t, 256, N, 64)
         return torch.cat([cls, patches], dim=1).transpose(1, 2)
 
     def rival() -> torch.Tensor:
         out = F.scaled_dot_product_attention(*(frames(x) for x in (q, k, v))).transpose(1, 2)
-        cls = rearrange(out[:, :1], "(b t) 1 n d -> b t n d", b=b).mean(1, keepdim=True)
-        return torch.cat([cls, rearrange(out[:, 1:], "(b t) l n d -> b (t l) n d", b=b)], dim=1)
+        cls = out[:, 0].unflatten(0, (b, t)).mean(1, keepdim=True)
+        return torch.cat([cls, out[:, 1:].reshape(b, t * 256, N, 64)], dim=1)
 
     return Bench(
         id=f"spatial, T={t}, 1 + 256 tokens, shared CLS",

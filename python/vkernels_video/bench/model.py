@@ -1,4 +1,4 @@
-"""python -m benchmarks.model [--match NAME] [--out FILE]: the reference model's stages, plain PyTorch against vkernels.
+"""python -m vkernels_video.bench.model [--match NAME] [--out FILE]: the reference model's stages, plain PyTorch against vkernels.
 
 Both sides share the weights; outputs are compared before anything is timed. A round runs each side once; the median of
 the rounds' ratios stands with its 20th and 80th percentile. Memory is the peak of what torch's allocator handed out in
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vkernels_video.measure import MemoryProbe
+
+from vkernels.bench.machine import environment
+from vkernels.bench.measure import relative_error
+from vkernels.bench.memory import peak_mb
+from vkernels.bench.results import Run, Stage, store
 from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.config import BranchConfig, TrunkConfig
@@ -29,10 +32,8 @@ from vkernels_video.model.sequence import Example
 from vkernels_video.model.st_llm import MVMHead, training_losses
 from vkernels_video.model.videollm import Impl
 
-from benchmarks.__main__ import FOLDER, environment
-from benchmarks.measure import relative_error
-
-Run = Callable[[Impl], object]
+SIDES: tuple[Impl, ...] = ("eager", "vkernels")
+Side = Callable[[Impl], object]
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class Case:
 
     id: str
     dtype: torch.dtype
-    make: Callable[[torch.dtype], Run]
+    make: Callable[[torch.dtype], Side]
     target: float | None = None
     tolerance: float = 1e-4
 
 
-def prefill(dtype: torch.dtype) -> Run:
+def prefill(dtype: torch.dtype) -> Side:
     """The `small` preset with 32 frames: 8,200 tokens, scaled positions, frames that see themselves whole."""
     model, x = _small(dtype, 32)
     return lambda impl: Session(model, [x], 1, impl).start()
 
 
-def decode(dtype: torch.dtype) -> Run:
+def decode(dtype: torch.dtype) -> Side:
     """One token after those 32 frames, from an int4 cache."""
     model, x = _small(dtype, 32)
     sessions = {impl: Session(model, [x], 400, impl) for impl in ("eager", "vkernels")}
@@ -62,7 +63,7 @@ def decode(dtype: torch.dtype) -> Run:
     return lambda impl: sessions[impl].step(token)
 
 
-def answer(dtype: torch.dtype) -> Run:
+def answer(dtype: torch.dtype) -> Side:
     """Pixels of eight frames to sixteen tokens."""
     model = VideoLLM.from_preset("small").to(dtype).eval()
     pixels = torch.randn(8, 3, 224, 224).to(dtype)
@@ -77,7 +78,7 @@ def _small(dtype: torch.dtype, frames: int) -> tuple[VideoLLM, tuple]:
     return model, model.connect(features, frames, [256], list(b"what moves?"))
 
 
-def training(dtype: torch.dtype) -> Run:
+def training(dtype: torch.dtype) -> Side:
     """ST-LLM's step: four videos of 16 x 32 tokens, half of them dropped, in sequences of 300 to 900, short answers,
     the pass that sees everything, gradients of all weights. Vocabulary over width is that of the 7B model."""
     config = preset("small").with_options(vocab=4001, frame_attention="causal", rope_scaling="none")
@@ -100,10 +101,10 @@ def training(dtype: torch.dtype) -> Run:
     return run
 
 
-def branch(b: int, t: int, kept: float | None) -> Callable[[torch.dtype], Run]:
+def branch(b: int, t: int, kept: float | None) -> Callable[[torch.dtype], Side]:
     """BT-Adapter's branch of three layers, 512 wide, on the trunk's tokens; whole, or with tubes dropped."""
 
-    def make(dtype: torch.dtype) -> Run:
+    def make(dtype: torch.dtype) -> Side:
         torch.manual_seed(0)
         trunk = TrunkConfig(width=512, heads=8, layers=3, mlp=2048, projection=64)
         model = BTAdapter(trunk, BranchConfig(layers=3)).eval()
@@ -136,65 +137,59 @@ CASES = (
 )
 
 
-def measured(case: Case, seconds: float) -> dict[str, object]:
-    """A row; AssertionError where the sides disagree."""
+def measured(case: Case, seconds: float) -> Stage:
+    """AssertionError where the sides disagree."""
     run = case.make(case.dtype)
     error = relative_error(run("vkernels"), run("eager"))
     assert error <= case.tolerance, f"{case.id}: the sides differ by {error:.2e}"
-    peak: dict[str, int] = {}
-    for impl in ("eager", "vkernels"):
-        probe = MemoryProbe()
-        with probe("run"):
-            run(impl)
-        peak[impl] = probe.peak["run"]
-    times: dict[str, list[float]] = {"eager": [], "vkernels": []}
+    peak = {impl: peak_mb(lambda impl=impl: run(impl)) for impl in SIDES}
+    times: dict[str, list[float]] = {impl: [] for impl in SIDES}
     gc.collect()
     end = time.perf_counter() + seconds
     while len(times["eager"]) < 5 or (time.perf_counter() < end and len(times["eager"]) < 40):
-        for impl, own in times.items():
+        for impl in SIDES:
             start = time.perf_counter()
             run(impl)
-            own.append(time.perf_counter() - start)
+            times[impl].append(time.perf_counter() - start)
     ratios = sorted(r / o for o, r in zip(times["vkernels"], times["eager"], strict=True))
-    return {
-        "id": case.id,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "ours_ms": statistics.median(times["vkernels"]) * 1e3,
-        "rival_ms": statistics.median(times["eager"]) * 1e3,
-        "ratio": statistics.median(ratios),
-        "ratio_p20": ratios[len(ratios) // 5],
-        "ratio_p80": ratios[4 * len(ratios) // 5],
-        "target": case.target,
-        "ours_peak": peak["vkernels"],
-        "rival_peak": peak["eager"],
-        "error": error,
-    }
+    return Stage(
+        stage=case.id,
+        dtype=str(case.dtype).removeprefix("torch."),
+        plain_ms=statistics.median(times["eager"]) * 1e3,
+        ours_ms=statistics.median(times["vkernels"]) * 1e3,
+        ratio=statistics.median(ratios),
+        ratio_p20=ratios[len(ratios) // 5],
+        ratio_p80=ratios[4 * len(ratios) // 5],
+        model=case.id.split(",")[0],
+        target=case.target,
+        plain_mb=peak["eager"],
+        ours_mb=peak["vkernels"],
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vkernels_video.bench.model", description=__doc__)
     parser.add_argument("--match", default="", help="only cases whose name holds this")
     parser.add_argument("--seconds", type=float, default=6.0, help="measuring time of a case, five rounds at the least")
-    parser.add_argument("--out", type=Path, default=FOLDER / "model.json")
+    parser.add_argument("--out", type=Path, help="store the run as JSON")
     arguments = parser.parse_args()
-    facts, rows, failed = environment(), [], 0
-    print(f"{facts['machine']}, {facts['threads']} threads, {facts['isa']}")
+    run, failed = Run(environment()), 0
+    print(f"{run.environment['machine']}, {run.environment['threads']} threads, {run.environment['isa']}")
     for case in CASES:
         if arguments.match not in case.id:
             continue
         try:
-            row = measured(case, arguments.seconds)
+            stage = measured(case, arguments.seconds)
         except AssertionError as error:
             print(f"FAILED, so not timed: {error}")
             failed += 1
             continue
-        rows.append(row)
-        short = " *" if case.target and row["ratio"] < case.target else ""
-        megabytes = f"{row['ours_peak'] / 2**20:.0f} against {row['rival_peak'] / 2**20:.0f} MiB"
-        print(f"{case.id:75} {row['dtype']:9} {row['ratio']:.2f}x {megabytes}{short}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
-    print(f"stored in {arguments.out}; * marks a ratio under its target")
+        run.stages.append(stage)
+        short = " *" if stage.target and stage.ratio < stage.target else ""
+        megabytes = f"{stage.ours_mb:.0f} against {stage.plain_mb:.0f} MB"
+        print(f"{stage.stage:75} {stage.dtype:9} {stage.ratio:.2f}x {megabytes}{short}", flush=True)
+    if arguments.out:
+        print(f"stored in {store(run, arguments.out)}; * marks a ratio under its target")
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -49,6 +49,7 @@ def _tower(dtype: torch.dtype, depth: int = 8) -> Bench:
     @cache
     def calls() -> tuple[Callable[[], Any], ...]:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
+
         from vkernels_video.integrations import transformers as vkt
 
         stock = Tower(_tower_config(depth)).to(dtype).eval()
@@ -146,6 +147,7 @@ def _timesformer(dtype: torch.dtype) -> Bench:
     def calls() -> tuple[Callable[[], Any], ...]:
         from transformers import TimesformerConfig
         from transformers.models.timesformer.modeling_timesformer import TimesformerLayer
+
         from vkernels_video.integrations import transformers as vkt
 
         layer = TimesformerLayer(TimesformerConfig(), 0).to(dtype).eval()
@@ -201,6 +203,7 @@ def _vjepa2(dtype: torch.dtype) -> Bench:
     def calls() -> tuple[Callable[[], Any], ...]:
         from transformers import VJEPA2Config
         from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
+
         from vkernels_video.integrations import transformers as vkt
 
         config = VJEPA2Config(crop_size=256, frames_per_clip=16)

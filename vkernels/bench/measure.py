@@ -8,13 +8,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from vkernels.bench.results import Row
 from vkernels.spec import Cost
 
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest magnitude
 MIN_SAMPLE_S = 2e-3  # one sample repeats a call until it lasts this long
 
 
@@ -32,30 +34,6 @@ class Bench:
     model: str = ""  # whose shape this is
     tolerance: float = 2e-2  # largest |ours - rival| relative to the largest |rival|
     compare: bool = True  # False only where the two outputs mean different things (mask objects)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured comparison, as stored."""
-
-    id: str
-    op: str
-    model: str
-    dtype: str
-    rival: str
-    ours_ms: float
-    rival_ms: float
-    ratio: float
-    ratio_p20: float
-    ratio_p80: float
-    target: float | None
-    gb_per_s: float
-    gflop_per_s: float
-    roofline_share: float
-    error: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
@@ -126,8 +104,10 @@ def measure(bench: Bench, ceiling: Any, seconds: float = 4.0) -> list[Row]:
                 ratio_p20=ratios[len(ratios) // 5],
                 ratio_p80=ratios[(4 * len(ratios)) // 5],
                 target=bench.targets.get(name),
+                flop=bench.cost.flop,
+                bytes=bench.cost.bytes,
                 gb_per_s=bench.cost.bytes / ours / 1e9,
-                gflop_per_s=bench.cost.flop / ours / 1e9,
+                tflop_per_s=bench.cost.flop / ours / 1e12,
                 roofline_share=ceiling.time_s(bench.cost.flop, bench.cost.bytes, bench.dtype) / ours,
                 error=error,
             )

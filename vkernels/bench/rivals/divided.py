@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 
-from benchmarks.gpu import rivals as room
-from benchmarks.gpu.cases import Race
-from benchmarks.gpu.rivals.sdpa import KERNELS, tokens_first
+from vkernels.bench import problem as problems
+from vkernels.bench import rivals as room
+from vkernels.bench.rivals.sdpa import GPU_ONLY, KERNELS, tokens_first
 from vkernels.ops.divided_attention.api import Call, prepare
 
 
@@ -40,14 +37,22 @@ def _back(c: Call, o: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, o.reshape(b, c.t * c.l, n, d)], dim=1)
 
 
-def rivals(race: Race, kwargs: dict[str, Any]) -> Iterator[tuple[str, Callable[[], room.Rival]]]:
-    c = prepare(**kwargs)
-    name = "permute + SDPA" if c.axis == "temporal" else "split + SDPA"
-    for kernel in KERNELS:
+def _race(kernel: str, axis: str) -> room.Prepare:
+    def prepared(problem: problems.Problem) -> problems.Call | None:
+        c = prepare(**problem.kwargs)
+        if c.axis != axis:
+            return None
 
-        def call(kernel: str = kernel) -> torch.Tensor:
+        def call() -> torch.Tensor:
             parts = (_sequences(c, x) for x in (c.q, c.k, c.v))
             return _back(c, tokens_first(*parts, kernel, scale=c.scale))
 
-        label = f"{name} {kernel} + {'permute' if c.axis == 'temporal' else 'merge'}"
-        yield label, lambda label=label, call=call: room.Rival(label, call)
+        return call
+
+    return prepared
+
+
+for kernel in KERNELS:
+    gpu = kernel in GPU_ONLY
+    room.rival(f"permute + SDPA {kernel} + permute back", "divided_attention", gpu=gpu)(_race(kernel, "temporal"))
+    room.rival(f"split + SDPA {kernel} + merge", "divided_attention", gpu=gpu)(_race(kernel, "spatial"))

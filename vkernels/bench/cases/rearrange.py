@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import vkernels as vk
-from benchmarks.measure import Bench
 from vkernels import rearrangement as plans
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 DTYPES = (torch.float32, torch.bfloat16)

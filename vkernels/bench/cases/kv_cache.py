@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import vkernels as vk
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 KEYS, HEADS, D = 16384, 32, 128

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import vkernels as vk
-from benchmarks.measure import Bench
+from vkernels.bench.measure import Bench
 from vkernels.spec import Cost
 
 N, D = 16, 64
