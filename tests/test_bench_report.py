@@ -24,7 +24,7 @@ from vkernels.bench.report import __main__ as command
 from vkernels.bench.report import gallery, masks, ratios, words, write
 from vkernels.bench.report.chart import Bar, Bars, Group, linear, logarithmic
 from vkernels.bench.report.layout import NARROW, WIDE, scene
-from vkernels.bench.report.scaling import curves, exponent
+from vkernels.bench.report.scaling import curves
 from vkernels.bench.report.scene import Rect, Words
 from vkernels.bench.results import Point, Row, Run, Stage, store
 from vkernels.masks import VideoMask
@@ -200,14 +200,15 @@ def test_a_rival_that_could_not_run_says_why_in_its_place():
     assert "could not run: it needs a compiler" in {item.text for item in drawn.items if isinstance(item, Words)}
 
 
-def test_exponents_are_slopes():
-    lengths = [512.0, 1024.0, 4096.0]
-    assert exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
-    assert exponent(lengths[:2], [1.0, 2.0]) is None
+def test_curves_say_how_they_grow_and_where_they_end():
     (curve,) = curves(GROWTH)
     crosses = [(dot.series, dot.x) for dot in curve.plots[0].dots if dot.shape == "cross"]
     assert crosses == [("SDPA", 4096.0)]
-    assert curve.growth[0] == "vkernels: time grows as tokens^2.00, the work as tokens^2.00"
+    assert curve.growth == (
+        "vkernels: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
+        "SDPA: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
+    )
+    assert curve.absences == ("SDPA, 4,096 tokens: out of memory",)
 
 
 def test_the_gallery_shows_every_kind_of_mask():

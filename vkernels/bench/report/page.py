@@ -250,10 +250,14 @@ def _rates(value: Any) -> str:
     )
 
 
+def _listed(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _machine(run: Run) -> str:
     facts = ""
     for key, value in run.environment.items():
-        name, words = FACTS.get(key, (str(key).replace("_", " "), str))
+        name, words = FACTS.get(key, (str(key).replace("_", " "), _listed))
         facts += f"<tr><th scope=row>{escape(name)}</th><td>{escape(words(value))}</td></tr>"
     method = "".join(f"<li>{escape(line)}</li>" for line in METHOD)
     return (

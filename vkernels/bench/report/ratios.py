@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from vkernels.bench.report.chart import Axis, Bar, Bars, Dot, Group, Key, Plot, logarithmic
-from vkernels.bench.report.words import dtype, positive, spread, times, told, verdict
+from vkernels.bench.report.words import dtype, name, positive, spread, times, told, verdict
 from vkernels.bench.results import Row
 
 SIDES = ("rival faster", "vkernels faster")
@@ -39,7 +39,7 @@ def overview(rows: list[Row]) -> Plot | None:
         middle = statistics.median([positive(row.ratio) or 1.0 for row in of])
         ticks.append((float(line), f"{op}\nmedian {times(middle)}"))
         dots.append(Dot(middle, line, "ink", "tick"))
-        lanes = {name: lane for lane, name in enumerate(dict.fromkeys(str(row.dtype) for row in of))}
+        lanes = {kind: lane for lane, kind in enumerate(dict.fromkeys(str(row.dtype) for row in of))}
         for row in of:
             kind = verdict(row)
             shift = (lanes[str(row.dtype)] - (len(lanes) - 1) / 2) * min(0.3, 0.75 / len(lanes))
@@ -64,13 +64,13 @@ def bars(op: str, rows: list[Row]) -> Bars:
     """A heading per case, a bar per dtype and rival."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((str(row.id), str(row.model), str(row.direction), str(row.cache)), []).append(row)
+        groups.setdefault((name(row), str(row.model), str(row.direction), str(row.cache)), []).append(row)
     drawn = []
-    for (name, model, direction, cache), of in groups.items():
+    for (title, model, direction, cache), of in groups.items():
         detail = [model] if model else []
-        detail += [direction] if direction not in name and any(r.direction != direction for r in rows) else []
+        detail += [direction] if direction not in title and any(r.direction != direction for r in rows) else []
         detail += [f"{cache} cache"] if cache != "warm" else []
-        drawn.append(Group(name, " · ".join(detail), tuple(_bar(row) for row in of)))
+        drawn.append(Group(title, " · ".join(detail), tuple(_bar(row) for row in of)))
     return Bars(f"ratios-{slug(op)}", f"{op}: speed against each rival", axis(rows), 1.0, tuple(drawn), SIDES)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vkernels.bench.growth import Grown, grown
 from vkernels.bench.report.chart import Axis, Dot, Key, Line, Plot, logarithmic
 from vkernels.bench.report.palette import cycled
 from vkernels.bench.report.ratios import slug
@@ -30,17 +30,14 @@ def curves(points: list[Point]) -> list[Curve]:
     found: dict[tuple[str, str, str], list[Point]] = {}
     for point in points:
         if positive(point.tokens) is not None:
-            found.setdefault((str(point.op), str(point.id), str(point.dtype)), []).append(point)
+            found.setdefault((str(point.op), str(point.id), str(point.dtype)), []).append(_numbers(point))
     return [_curve(*key, sorted(of, key=lambda p: p.tokens)) for key, of in found.items()]
 
 
-def exponent(xs: list[float], ys: list[float]) -> float | None:
-    """The slope of log y over log x; None under three places."""
-    if len(set(xs)) < 3:
-        return None
-    a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
-    return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / sum((x - mean_a) ** 2 for x in a)
+def _numbers(point: Point) -> Point:
+    """The point with None or 0 where its numbers are none."""
+    ms, peak_mb, work = positive(point.ms), positive(point.peak_mb), positive(point.work) or 0.0
+    return replace(point, who=str(point.who), ms=ms, peak_mb=peak_mb, work=work)
 
 
 def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
@@ -54,18 +51,15 @@ def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
     for p in absent:
         reasons.setdefault((str(p.who), str(p.why or "did not run")), []).append(f"{p.tokens:,}")
     said = tuple(f"{who}, {', '.join(tokens)} tokens: {why}" for (who, why), tokens in reasons.items())
-    growth = tuple(line for who in whos if (line := _growth(who, [p for p in points if str(p.who) == who])))
+    growth = tuple(line for side in grown(points) if (line := _growth(side)))
     return Curve(f"{name} · {dtype(kind)}", op, tuple(plot for plot in plots if plot), growth, said)
 
 
-def _growth(who: str, points: list[Point]) -> str:
-    ran = [p for p in points if positive(p.ms)]
-    tokens = [float(p.tokens) for p in ran]
-    time = exponent(tokens, [positive(p.ms) or 1.0 for p in ran])
-    if time is None:
-        return ""
-    work = exponent(tokens, [positive(p.work) or 1.0 for p in ran]) if all(positive(p.work) for p in ran) else None
-    return f"{who}: time grows as tokens^{time:.2f}" + (f", the work as tokens^{work:.2f}" if work is not None else "")
+def _growth(side: Grown) -> str:
+    said = [f"time grows as tokens^{side.tokens}"] if side.tokens else []
+    said += [f"as the work^{side.work}"] if side.work and said else []
+    said += [f"memory as tokens^{side.memory}"] if side.memory else []
+    return f"{side.who}: {', '.join(said)}" if said else ""
 
 
 def _axis(points: list[Point]) -> Axis:

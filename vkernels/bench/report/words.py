@@ -102,6 +102,13 @@ def below_target(row: Row) -> bool:
     return ratio is not None and target is not None and ratio < target
 
 
+def name(row: Row) -> str:
+    """What is computed, with its frames."""
+    frames = finite(row.frames)
+    known = frames is None or f"{frames:.0f}" in str(row.id)
+    return str(row.id) if known else f"{row.id}, {frames:.0f} frames"
+
+
 def case(row: Row) -> str:
     """The row without its rival."""
     extra = [dtype(row.dtype)]
@@ -109,7 +116,7 @@ def case(row: Row) -> str:
         extra.append(str(row.direction))
     if row.cache and row.cache != "warm":
         extra.append(f"{row.cache} cache")
-    return f"{row.id} · {' · '.join(extra)}"
+    return f"{name(row)} · {' · '.join(extra)}"
 
 
 def told(row: Row) -> str:
