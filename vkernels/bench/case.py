@@ -76,9 +76,15 @@ class Opponent:
 class Built(Protocol):
     """A case with its inputs made, found correct."""
 
-    ours: Call
-    backend: str
-    error: float | None
+    @property
+    def ours(self) -> Call: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def error(self) -> float | None:
+        """Against float64, where the call has a definition there."""
 
     def opponent(self, name: str) -> Opponent | None:
         """None where the rival does not speak of this call; raises where it cannot run."""
@@ -87,12 +93,23 @@ class Built(Protocol):
 class Entry(Protocol):
     """One thing to measure, described; nothing of it is built."""
 
-    id: str
-    op: str
-    model: str
-    frames: int | None
-    dtype: torch.dtype
-    direction: str
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def frames(self) -> int | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def direction(self) -> str: ...
 
     @property
     def rivals(self) -> list[Rival]: ...
@@ -188,7 +205,7 @@ class OpBuilt:
         self.ours = self._directed(problem.ours())
         self.truth = self._truth(problem)
         result = self.ours()
-        self.error = self.truth and self.truth.error(result)
+        self.error = None if self.truth is None else self.truth.error(result)
         if self.truth is not None and self.error is not None:
             allowed = 0.0 if self.truth.exact else TOLERANCE[entry.dtype]
             assert self.error <= allowed, f"our result differs from float64 by {self.error:.1e} of the largest value"
@@ -235,21 +252,19 @@ def _chosen(problem: Problem) -> str:
     return choose(spec.name, spec.backends, None, spec.prepare(**problem.kwargs)).name
 
 
-@dataclass(frozen=True)
 class CallEntry:
     """A Bench as an entry."""
 
-    bench: Bench
-    direction: str = FORWARD
+    direction = FORWARD
 
-    def __getattr__(self, name: str) -> Any:  # id, op, model, frames, dtype, cost
-        return getattr(self.bench, name)
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.id, self.op, self.model, self.frames = bench.id, bench.op, bench.model, bench.frames
+        self.dtype, self.cost = bench.dtype, bench.cost
 
     @property
     def rivals(self) -> list[Rival]:
-        return [
-            Rival(name, (self.bench.op,), lambda problem, call=call: call) for name, call in self.bench.rivals.items()
-        ]
+        return [Rival(name, (self.op,), lambda _: None) for name in self.bench.rivals]
 
     def target(self, rival: str) -> float | None:
         return self.bench.targets.get(rival)
@@ -262,7 +277,8 @@ class CallEntry:
 
 
 class CallBuilt:
-    error, backend = None, ""
+    backend = ""
+    error: float | None = None
 
     def __init__(self, bench: Bench):
         self.bench, self.ours = bench, bench.ours

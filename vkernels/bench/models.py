@@ -103,10 +103,9 @@ def _st_llm(frames: int) -> list[Case]:
 def _bt_adapter(frames: int) -> list[Case]:
     """The branch beside CLIP ViT-L/14: tokens patch by patch, one CLS that all frames share."""
     grid = vk.Grid(frames, 16, 16)
-    rest = {"cls": 1, "order": "patch"}
     return [
-        make.divided(f"branch, time, {frames} frames, 256 places", 1, grid, 16, 64, "temporal", **rest),
-        make.divided(f"branch, inside {frames} frames of 1 + 256", 1, grid, 16, 64, "spatial", **rest),
+        make.divided(f"branch, time, {frames} frames, 256 places", 1, grid, 16, 64, "temporal", 1, "patch"),
+        make.divided(f"branch, inside {frames} frames of 1 + 256", 1, grid, 16, 64, "spatial", 1, "patch"),
     ]
 
 

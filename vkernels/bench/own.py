@@ -177,7 +177,7 @@ def _pooled() -> Case:
 
 
 def _caches() -> list[Case]:
-    vicuna = {"model": "Vicuna-7B at 64 frames", "dtypes": (BF16,)}
+    vicuna: dict[str, Any] = {"model": "Vicuna-7B at 64 frames", "dtypes": (BF16,)}
     flash = "SDPA flash, cache at full width"
     return [
         make.decode(
