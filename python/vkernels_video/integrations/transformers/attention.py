@@ -12,6 +12,7 @@ from vkernels.check import refusal
 from vkernels.masks.plan import MaskPlan
 from vkernels_video.integrations.transformers import host
 from vkernels_video.integrations.transformers.cache import Codes
+from vkernels_video.integrations.transformers.fitting import weights_refused
 from vkernels_video.integrations.transformers.masks import (
     StructuredMask,
     causal_plan,
@@ -161,13 +162,3 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return q.to(dtype), k.to(dtype), v.to(dtype)
     found = f"{q.dtype}, {k.dtype}, {v.dtype}".replace("torch.", "")
     raise TypeError(refusal("attention", "q, k and v", "have one dtype (or run under torch.autocast)", found))
-
-
-def weights_refused(where: str) -> str:
-    return refusal(
-        "vkernels",
-        "output_attentions",
-        "be False, the weights are never formed",
-        f"True for {where}",
-        'restore(model) and model.set_attn_implementation("eager") give them',
-    )

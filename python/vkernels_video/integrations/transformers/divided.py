@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vkernels as vk
-from vkernels_video.integrations.transformers.attention import weights_refused
+from vkernels_video.integrations.transformers.fitting import weights_refused
 from vkernels_video.integrations.transformers.seams import Seam
 
 
