@@ -73,7 +73,7 @@ def attention_forward(
     assert isinstance(value, Tensor)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    reason = _why_stock(query, key, value, attention_mask, dropout, given)
+    reason = why_stock(query, key, value, attention_mask, dropout, given)
     if reason is not None:
         if seam is not None:
             seam.left_to_stock(reason)
@@ -115,7 +115,7 @@ def _causal_inside(plan: MaskPlan, s_q: int, s_k: int, device: torch.device) -> 
     return MaskPlan(s_q, s_k, 1, s_q, s_k, ranges=ranges)
 
 
-def _why_stock(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float, given: dict[str, Any]) -> str | None:
+def why_stock(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float, given: dict[str, Any]) -> str | None:
     """A sentence where the call asks for what `vkernels.attention` does not do; None where it does."""
     if dropout:
         return f"attention dropout of {dropout}"

@@ -188,6 +188,13 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(f"{name}[{i}]", each)
 
 
+def _of_real_tokens(x: Tensor, real: Tensor) -> Tensor:
+    """Rows of x (b s ...), or of keys and values (b m s d), that are no padding; anything else as it is."""
+    if x.dim() == 4 and (x.shape[0], x.shape[2]) == real.shape:
+        x = x.transpose(1, 2)
+    return x[real] if x.dim() >= 2 and x.shape[:2] == real.shape else x
+
+
 def compare(expected: dict[str, Tensor], got: dict[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, float]:
     if expected.keys() != got.keys():
         raise Mismatch(f"verify: outputs are {sorted(got)} where the stock model has {sorted(expected)}")
@@ -197,9 +204,8 @@ def compare(expected: dict[str, Tensor], got: dict[str, Tensor], inputs: Mapping
         have = got[name]
         if have.shape != want.shape:
             raise Mismatch(f"verify: {name} has shape {tuple(have.shape)}, stock {tuple(want.shape)}")
-        if isinstance(padding, Tensor) and padding.dim() == 2 and want.dim() >= 2 and want.shape[:2] == padding.shape:
-            real = padding.bool().to(want.device)
-            want, have = want[real], have[real]
+        if isinstance(padding, Tensor) and padding.dim() == 2:
+            want, have = (_of_real_tokens(x, padding.bool().to(x.device)) for x in (want, have))
         if not want.numel():
             continue
         scale = want.double().abs().max().item()
