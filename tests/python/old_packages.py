@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,9 @@ class _Utilities(types.ModuleType):
 class _TorchFacts(types.ModuleType):
     """`pytorch_utils`: today's torch is newer than anything those files ask for."""
 
-    ALL_LAYERNORM_LAYERS: list = []
-
     def __getattr__(self, name):
+        if name == "ALL_LAYERNORM_LAYERS":
+            return []
         if name.startswith("is_torch_greater"):
             return True
         raise AttributeError(name)
@@ -165,3 +166,52 @@ def transformers_of(version: str, *families: str) -> dict[str, types.ModuleType]
         found[family] = importlib.import_module(f"{where}.modeling_{family}")
         found[family].configuration = sys.modules[f"{where}.configuration_{family}"]
     return found
+
+
+def beside(version: str, name: str) -> types.ModuleType:
+    """Another module of that version (cache_utils)."""
+    return importlib.import_module(f"transformers_{version.replace('.', '_')}.{name}")
+
+
+def run_file(requirement: str, path: str) -> types.ModuleType:
+    """One file of a wheel, run with whatever its imports mean now."""
+    with zipfile.ZipFile(wheel(requirement)) as archive:
+        code = archive.read(path).decode()
+    module = types.ModuleType(Path(path).stem)
+    exec(compile(code, path, "exec"), module.__dict__)
+    return module
+
+
+def lavis(path: str) -> types.ModuleType:
+    """A file of BLIP-2's repository: its timm and its transformers are stand-ins and today's torch."""
+    transformers_of("4.28.0")
+    old, init = "transformers_4_28_0", torch.nn.init
+    layers = dict(drop_path=None, to_2tuple=lambda x: (x, x), trunc_normal_=init.trunc_normal_)
+    models = dict(
+        PreTrainedModel=PreTrainedModel,
+        apply_chunking_to_forward=lambda function, size, axis, *tensors: function(*tensors),
+        find_pruneable_heads_and_indices=None,
+        prune_linear_layer=None,
+    )
+    names = {
+        "timm.models.layers": layers,
+        "timm.models.registry": dict(register_model=lambda function: function),
+        "lavis.common.dist_utils": dict(download_cached_file=None),
+        "transformers.file_utils": dict(ModelOutput=sys.modules[f"{old}.utils"].ModelOutput),
+        "transformers.activations": vars(sys.modules[f"{old}.activations"]),
+        "transformers.modeling_outputs": vars(sys.modules[f"{old}.modeling_outputs"]),
+        "transformers.modeling_utils": models,
+        "transformers.utils": dict(logging=sys.modules[f"{old}.utils"].logging),
+        "transformers.models.bert.configuration_bert": dict(BertConfig=PretrainedConfig),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, contents in names.items():
+            parts = name.split(".")
+            for i in range(1, len(parts)):
+                above = types.ModuleType(".".join(parts[:i]))
+                above.__path__ = []
+                patch.setitem(sys.modules, above.__name__, above)
+            module = types.ModuleType(name)
+            module.__dict__.update({key: x for key, x in contents.items() if not key.startswith("__")})
+            patch.setitem(sys.modules, name, module)
+        return run_file("salesforce-lavis==1.0.2", path)

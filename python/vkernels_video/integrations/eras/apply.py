@@ -123,7 +123,8 @@ class _Fitter(Fitter):
         """A decoder's own mask, dense where it stood, as intervals where its layers attend with ours."""
         layers = getattr(decoder, "layers", None)
         first = getattr(layers[0], "self_attn", None) if isinstance(layers, torch.nn.ModuleList) and layers else None
-        if first is None or "attention" not in first.__dict__.get(MARK, {}) or not known.kind_of(type(first)).turns:
+        kind = None if first is None else known.kind_of(type(first))
+        if kind is None or not kind.turns or "attention" not in first.__dict__.get(MARK, {}):
             return None
         if (lost := known.mask_lost(type(decoder))) is not None:
             return self.lost("mask", decoder, lost)

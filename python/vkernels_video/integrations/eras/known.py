@@ -76,8 +76,8 @@ BY_FORM = {"Attention": EVA, "BertSelfAttention": QFORMER}  # names others use t
 
 def kind_of(kind: type) -> Kind | None:
     """The form a class's attention has, or should have by its name; None where it is none we know."""
-    forward = getattr(kind, "forward", None)
-    if reads(forward, FUNCTIONS) and "get_interface" not in forward.__code__.co_names:  # type: ignore[union-attr]
+    forward: Any = getattr(kind, "forward", None)
+    if reads(forward, FUNCTIONS) and "get_interface" not in forward.__code__.co_names:
         return Kind((), _from_dictionary, turns=reads(forward, NAME))
     for name in (base.__name__ for base in kind.__mro__):
         if (found := BY_NAME.get(name)) is not None:

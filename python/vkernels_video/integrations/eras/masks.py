@@ -85,6 +85,8 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a mask tensor -> its vers
 
 def once(make: Any, mask: Tensor, *sizes: int) -> StructuredMask | None:
     """`make(mask, *sizes)`, read once for all layers that are handed the same tensor."""
+    if mask.is_inference() or torch.is_inference_mode_enabled():
+        return make(mask, *sizes)
     key = (make, mask._version, sizes)
     found = _known.get(mask)
     if found is None or found[0] != key:
