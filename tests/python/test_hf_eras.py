@@ -1,11 +1,11 @@
 """Modeling files of 2023 to 2025, from their own wheels, stock against patched: LLaMA and CLIP of transformers 4.28,
 4.31, 4.37, 4.45 and 4.48, Qwen2 of 4.45, LLaVA's flash-attention patch, BLIP-2's EVA ViT and Q-Former.
 
-Planted, one at a time, and seen red: the rotation reversed; positions ignored; keys and values of the tuple swapped; new
-keys before the cache; tables too short for a cache; a mask dropped; padding dropped; queries aligned to the first keys
-of a cache; a static cache's place, and its positions, lost; a mask remembered for other sizes; the dense mask kept;
-flash's implied causality forgotten; CLIP's scale; EVA's biases swapped; the Q-Former's mask dropped, and that of its
-words taken for its frames; the eager function of 4.48 left alone.
+Planted, one at a time, and seen red: the rotation reversed; positions ignored; keys and values of the tuple swapped;
+new keys before the cache; tables too short for a cache; a mask dropped; padding dropped; queries aligned to the first
+keys of a cache; a static cache's place, and its positions, lost; a mask remembered for other sizes; the dense mask
+kept; flash's implied causality forgotten; CLIP's scale; EVA's biases swapped; the Q-Former's mask dropped, and that of
+its words taken for its frames; the eager function of 4.48 left alone.
 """
 
 import copy
