@@ -18,7 +18,7 @@ from vkernels_video.integrations.transformers import host, known
 from vkernels_video.integrations.transformers import rope as ropes
 from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register
 from vkernels_video.integrations.transformers.fitting import Fitter, restore, usable, weights_refused
-from vkernels_video.integrations.transformers.methods import INLINE, METHODS, Method
+from vkernels_video.integrations.transformers.methods import METHODS, Method
 from vkernels_video.integrations.transformers.patches import Patches
 from vkernels_video.integrations.transformers.report import Report
 from vkernels_video.integrations.transformers.seams import MARK
@@ -199,8 +199,6 @@ class _Fitter(Fitter):
     def _unreached(self) -> None:
         """What computes attention and reads no registry, said by name."""
         for module in self.model.modules():
-            if (why := INLINE.get(type(module).__name__)) is not None:
-                self.leave("merge", module, why)
             if isinstance(module, torch.nn.MultiheadAttention):
                 self.leave("attention", module, "torch.nn.MultiheadAttention reads no registry")
             own = re.search("Attention$", type(module).__name__) and known.reads_softmax(type(module).forward)
