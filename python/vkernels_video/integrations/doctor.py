@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from importlib import import_module
 
 import torch
 
 import vkernels
 from vkernels.library import cuda_missing, native_missing
+from vkernels_video.integrations.transformers import host
 
 
 def environment() -> list[str]:
@@ -29,6 +31,31 @@ def environment() -> list[str]:
 
 def seams() -> tuple[list[str], int]:
     """A line per known class, and how many seams are missing."""
+    return seams_of_eras() if host.is_old() else seams_of_today()
+
+
+def seams_of_eras() -> tuple[list[str], int]:
+    """The same for transformers 4, which `integrations.eras` serves by the form of its modeling files."""
+    from vkernels_video.integrations.eras import known
+
+    lines, missing = ["registry      none before 5: integrations.eras.apply", "", "seams"], 0
+    for family in ("llama", "qwen2", "clip"):
+        try:
+            file = import_module(f"transformers.models.{family}.modeling_{family}")
+        except ImportError:
+            lines.append(f"  {family:18} not in this version")
+            continue
+        for name, kinds, lost in known.seams_of(file):
+            missing += lost is not None
+            lines.append(_line(family, name, [] if lost else kinds, [lost] if lost else []))
+    return lines, missing
+
+
+def _line(family: str, name: str, have: list[str], lost: list[str]) -> str:
+    return f"  {family:18} {name:42} {', '.join(have)}" + "".join(f"\n      MISSING {why}" for why in lost)
+
+
+def seams_of_today() -> tuple[list[str], int]:
     from vkernels_video.integrations import transformers as vkt
     from vkernels_video.integrations.transformers.known import FAMILIES, seams_of
 
@@ -40,7 +67,7 @@ def seams() -> tuple[list[str], int]:
             have = [kind for kind, lost in found if lost is None]
             lost = [f"{kind}: {why}" for kind, why in found if why is not None]
             missing += len(lost)
-            lines.append(f"  {family:18} {name:42} {', '.join(have)}" + "".join(f"\n      MISSING {x}" for x in lost))
+            lines.append(_line(family, name, have, lost))
     return lines, missing
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from vkernels.check import refusal, require
+from vkernels.check import require
 from vkernels_video.integrations.transformers import cache as caches
 from vkernels_video.integrations.transformers import host, known
 from vkernels_video.integrations.transformers import rope as ropes
-from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register, weights_refused
-from vkernels_video.integrations.transformers.methods import INLINE, METHODS, Method
+from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register
+from vkernels_video.integrations.transformers.fitting import Fitter, restore, usable, weights_refused
+from vkernels_video.integrations.transformers.methods import METHODS, Method
 from vkernels_video.integrations.transformers.patches import Patches
 from vkernels_video.integrations.transformers.report import Report
-from vkernels_video.integrations.transformers.seams import MARK, Left, Seam
+from vkernels_video.integrations.transformers.seams import MARK
 
-REPORT = "_vkernels_report"
 _HEAD_SIZES = ("head_dim", "attention_head_size")
 _CACHE = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
 
@@ -59,59 +59,16 @@ def apply(
         >>> print(report.verify(inputs))
     """
     options = dict(attention=attention, rope=rope, vision=vision, cache=cache, strict=strict)
-    if (report := _usable(model, options)) is not None:
+    known_schemes = (None, *caches.SCHEMES)
+    require(cache in known_schemes, "apply", "cache", f"be None, {', '.join(caches.SCHEMES)}", repr(cache))
+    fits = cache is None or attention
+    require(fits, "apply", "attention", "be True with a cache: only our attention reads codes", False)
+    if (report := usable(model, options)) is not None:
         return report
     register()
-    report = Report(weakref.ref(model), Patches(), options)
-    try:
-        _Fitter(model, report).fit()
-        done = {seam.kind for seam in report.seams}
-        rule = "have a module vkernels can replace (one that reads the attention registry, or of docs/integrations.md)"
-        require(bool(done), "apply", "model", rule, type(model).__name__)
-    except BaseException:
-        report.patches.undo()
-        raise
-    report.patches.set(model, REPORT, report)
-    return report
-
-
-def _usable(model: torch.nn.Module, options: dict[str, Any]) -> Report | None:
-    """Refuse what cannot be patched; the report of a model that already is, with these options."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(refusal("apply", "model", "be a torch module", type(model).__name__))
-    compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-    require(not compiled, "apply", "model", "not be compiled yet (apply, then torch.compile)", type(model).__name__)
-    known = (None, *caches.SCHEMES)
-    require(options["cache"] in known, "apply", "cache", f"be None, {', '.join(known[1:])}", repr(options["cache"]))
-    fits = options["cache"] is None or options["attention"]
-    require(fits, "apply", "attention", "be True with a cache: only our attention reads codes", False)
-    if (report := model.__dict__.get(REPORT)) is not None:
-        rule = f"be restored before other options than {report.options} are applied"
-        require(report.options == options, "apply", "model", rule, options)
-        return report
-    inner = next((name for name, m in model.named_modules() if REPORT in m.__dict__ or MARK in m.__dict__), None)
-    require(inner is None, "apply", "model", "not hold a part that is patched already (restore it first)", inner)
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    require(meta is None, "apply", "model", "be on a real device (load its weights first)", f"{meta} on meta")
-    wants = getattr(getattr(model, "config", None), "output_attentions", False)
-    if wants:
-        raise ValueError(weights_refused(f"the config of {type(model).__name__}"))
-    return None
-
-
-def restore(model: torch.nn.Module) -> Report:
-    """Put back all that `apply` changed; the report of what it was.
-
-    Raises:
-        ValueError: the model is not patched (never was, or was restored before)
-    """
-    report = model.__dict__.get(REPORT) if isinstance(model, torch.nn.Module) else None
-    if report is None:
-        raise ValueError(
-            refusal("restore", "model", "be one that apply has changed and restore has not", type(model).__name__)
-        )
-    report.patches.undo()
-    return report
+    report = Report(weakref.ref(model), Patches(), options, f"transformers {host.version()}")
+    rule = "have a module vkernels can replace (one that reads the attention registry, or of docs/integrations.md)"
+    return _Fitter(model, report).run(rule)
 
 
 @contextlib.contextmanager
@@ -129,22 +86,18 @@ def accelerated(model: torch.nn.Module, **options: Any) -> Iterator[Report]:
         restore(model)
 
 
-class _Fitter:
-    """Goes through a model once and replaces what it finds."""
-
-    def __init__(self, model: torch.nn.Module, report: Report):
-        self.model, self.report, self.patches = model, report, report.patches
-        self.options = report.options
-        self.seams: dict[tuple[str, type], Seam] = {}
+class _Fitter(Fitter):
+    """Replaces what it finds in a model of transformers 5."""
 
     def fit(self) -> None:
         self._refuse_weights()
         for name, module in self.model.named_modules():
-            self._refuse_mixed(name, module)
+            if known.reads_registry(type(module).forward):
+                self.refuse_mixed(name, module)
             found = {kind for kind in ("attention", "rope") if self._offer(kind, module)}
             for kind in sorted(set(known.KNOWN.get(type(module).__name__, ())) - found):
                 lost = known.attention_lost if kind == "attention" else known.rope_lost
-                self._lost(kind, module, lost(type(module)))
+                self.lost(kind, module, lost(type(module)))
             for method in METHODS.get(type(module).__name__, ()):
                 if self.options["vision"]:
                     self._method(module, method)
@@ -153,9 +106,7 @@ class _Fitter:
         if self.options["cache"] is not None:
             self._cache()
         self._unreached()
-        for kind in ("attention", "rope", "vision"):
-            if not self.options[kind]:
-                self.report.left.append(Left(kind, type(self.model).__name__, f"apply was called with {kind}=False"))
+        self.unasked("attention", "rope", "vision")
 
     # ---- attention and rope
 
@@ -170,13 +121,13 @@ class _Fitter:
                     "vkernels.attention, all windows in one call" if known.is_varlen(forward) else "vkernels.attention"
                 )
                 stock = getattr(getattr(module, "config", None), "_attn_implementation", None)
-                self._count(kind, module, f"{stock} of the registry", how)
+                self.count(kind, module, f"{stock} of the registry", how)
             return True
         name = ropes.rope_name(forward)
         if name is None:
             return False
         if (reason := ropes.why_not(forward, name)) is not None:
-            self._leave("rope", module, reason)
+            self.leave("rope", module, reason)
             return False
         if self.options["rope"]:
             self._turn(module, forward, name)
@@ -185,23 +136,13 @@ class _Fitter:
     def _turn(self, module: torch.nn.Module, forward: Any, name: str) -> None:
         d = next((x for x in (getattr(module, n, None) for n in _HEAD_SIZES) if isinstance(x, int)), None)
         if d is None:
-            return self._leave("rope", module, f"it has no {' or '.join(_HEAD_SIZES)}")
+            return self.leave("rope", module, f"it has no {' or '.join(_HEAD_SIZES)}")
         if "forward" in module.__dict__:
-            return self._leave(
+            return self.leave(
                 "rope", module, "its forward is bound to the instance already (accelerate, another patch)"
             )
-        seam = self._count("rope", module, f"{name} of {type(module).__module__}", "vkernels.apply_rope")
+        seam = self.count("rope", module, f"{name} of {type(module).__module__}", "vkernels.apply_rope")
         self.patches.set(module, "forward", types.MethodType(ropes.rotating(forward, name, d // 2, seam), module))
-
-    def _count(self, kind: str, module: torch.nn.Module, stock: str, ours: str) -> Seam:
-        key = (kind, type(module))
-        if key not in self.seams:
-            self.seams[key] = Seam(kind, type(module).__name__, stock, ours)
-            self.report.seams.append(self.seams[key])
-        seam = self.seams[key]
-        seam.modules += 1
-        self.patches.set(module, MARK, {**module.__dict__.get(MARK, {}), kind: seam})
-        return seam
 
     def _keys(self) -> None:
         """Configs of this model alone, with our keys: the old ones stay untouched, whoever else holds them."""
@@ -230,71 +171,43 @@ class _Fitter:
 
     def _method(self, module: torch.nn.Module, method: Method) -> None:
         if (lost := known.method_lost(type(module), method)) is not None:
-            self._lost(method.kind, module, lost)
+            self.lost(method.kind, module, lost)
             return
         if (reason := method.why_not(module)) is not None:
-            self._leave(method.kind, module, reason)
+            self.leave(method.kind, module, reason)
             return
-        seam = self._count(method.kind, module, f"{type(module).__name__}.{method.name}", method.ours)
+        seam = self.count(method.kind, module, f"{type(module).__name__}.{method.name}", method.ours)
         self.patches.set(module, method.name, types.MethodType(method.make(module, seam), module))
 
     def _cache(self) -> None:
         target: Any = self.model
         if not hasattr(type(target), "_prepare_cache_for_generation"):
-            self._leave("cache", target, "it has no generate")
+            self.leave("cache", target, "it has no generate")
             return
         stock = type(target)._prepare_cache_for_generation
         if not host.starts_with(stock, ("self", *_CACHE)):
-            self._lost(
+            self.lost(
                 "cache",
                 target,
                 f"{type(target).__name__} generates without _prepare_cache_for_generation({', '.join(_CACHE)})",
             )
             return
-        seam = self._count("cache", target, "DynamicCache", f"{self.options['cache']} codes, vkernels.decode_attention")
+        seam = self.count("cache", target, "DynamicCache", f"{self.options['cache']} codes, vkernels.decode_attention")
         made = caches.preparing(stock, self.options["cache"], seam)
         self.patches.set(target, "_prepare_cache_for_generation", types.MethodType(made, target))
-
-    def _lost(self, kind: str, module: torch.nn.Module, what: str | None) -> None:
-        if self.options["strict"]:
-            raise host.MissingSeam(
-                f"apply: transformers {host.version()}: {what}, which vkernels replaces ({kind}); "
-                "apply(..., strict=False) leaves it as it is"
-            )
-        self._leave(kind, module, f"transformers {host.version()}: {what}")
-
-    def _leave(self, kind: str, module: torch.nn.Module, why: str) -> None:
-        left = Left(kind, type(module).__name__, why)
-        if left not in self.report.left:
-            self.report.left.append(left)
 
     def _unreached(self) -> None:
         """What computes attention and reads no registry, said by name."""
         for module in self.model.modules():
-            if (why := INLINE.get(type(module).__name__)) is not None:
-                self._leave("merge", module, why)
             if isinstance(module, torch.nn.MultiheadAttention):
-                self._leave("attention", module, "torch.nn.MultiheadAttention reads no registry")
+                self.leave("attention", module, "torch.nn.MultiheadAttention reads no registry")
             own = re.search("Attention$", type(module).__name__) and known.reads_softmax(type(module).forward)
             if own and not known.reads_registry(type(module).forward) and not self._inside_block(module):
-                self._leave("attention", module, "its forward computes attention itself and reads no registry")
+                self.leave("attention", module, "its forward computes attention itself and reads no registry")
 
     def _inside_block(self, module: torch.nn.Module) -> bool:
         blocks = (m for m in self.model.modules() if "block" in m.__dict__.get(MARK, {}))
         return any(module is part for block in blocks for part in block.modules())
-
-    def _refuse_mixed(self, name: str, module: torch.nn.Module) -> None:
-        if not known.reads_registry(type(module).forward):
-            return
-        weights = [p for p in module.parameters() if p.is_floating_point() and p.dim() == 2 and p.element_size() > 1]
-        kinds = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
-        require(
-            len(kinds) <= 1,
-            "apply",
-            "model",
-            f"have one dtype within an attention module ({name})",
-            " and ".join(kinds),
-        )
 
     def _refuse_weights(self) -> None:
         """Every model inside refuses output_attentions before it runs."""

@@ -12,6 +12,7 @@ from vkernels.check import refusal
 from vkernels.masks.plan import MaskPlan
 from vkernels_video.integrations.transformers import host
 from vkernels_video.integrations.transformers.cache import Codes
+from vkernels_video.integrations.transformers.fitting import weights_refused
 from vkernels_video.integrations.transformers.masks import (
     StructuredMask,
     causal_plan,
@@ -72,7 +73,7 @@ def attention_forward(
     assert isinstance(value, Tensor)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    reason = _why_stock(query, key, value, attention_mask, dropout, given)
+    reason = why_stock(query, key, value, attention_mask, dropout, given)
     if reason is not None:
         if seam is not None:
             seam.left_to_stock(reason)
@@ -114,7 +115,7 @@ def _causal_inside(plan: MaskPlan, s_q: int, s_k: int, device: torch.device) -> 
     return MaskPlan(s_q, s_k, 1, s_q, s_k, ranges=ranges)
 
 
-def _why_stock(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float, given: dict[str, Any]) -> str | None:
+def why_stock(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float, given: dict[str, Any]) -> str | None:
     """A sentence where the call asks for what `vkernels.attention` does not do; None where it does."""
     if dropout:
         return f"attention dropout of {dropout}"
@@ -161,13 +162,3 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return q.to(dtype), k.to(dtype), v.to(dtype)
     found = f"{q.dtype}, {k.dtype}, {v.dtype}".replace("torch.", "")
     raise TypeError(refusal("attention", "q, k and v", "have one dtype (or run under torch.autocast)", found))
-
-
-def weights_refused(where: str) -> str:
-    return refusal(
-        "vkernels",
-        "output_attentions",
-        "be False, the weights are never formed",
-        f"True for {where}",
-        'restore(model) and model.set_attn_implementation("eager") give them',
-    )

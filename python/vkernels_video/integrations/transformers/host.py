@@ -27,11 +27,16 @@ def version() -> str:
     return transformers.__version__
 
 
+def is_old() -> bool:
+    major = version().split(".")[0]
+    return not major.isdigit() or int(major) < OLDEST
+
+
 def require_version() -> None:
-    installed = version()
-    major = installed.split(".")[0]
-    if not major.isdigit() or int(major) < OLDEST:
-        raise ImportError(refusal("register", "transformers", f"be version {OLDEST} or newer", installed))
+    if is_old():
+        installed = version()
+        rule, hint = f"be version {OLDEST} or newer", "vkernels_video.integrations.eras serves models of transformers 4"
+        raise ImportError(refusal("register", "transformers", rule, installed, hint))
 
 
 def attribute(module: str, name: str) -> Any:

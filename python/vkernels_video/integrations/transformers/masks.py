@@ -139,12 +139,12 @@ def make_mask(
         )
 
     def plan() -> MaskPlan:
-        return _plan(start - kv_offset, end - kv_offset, keep, kv_length)
+        return interval_plan(start - kv_offset, end - kv_offset, keep, kv_length)
 
     return StructuredMask(plan, (batch_size, 1, q_length, kv_length), causal, window, keep is not None)
 
 
-def _plan(start: Tensor, end: Tensor, keep: Tensor | None, kv_length: int) -> MaskPlan:
+def interval_plan(start: Tensor, end: Tensor, keep: Tensor | None, kv_length: int) -> MaskPlan:
     """Intervals in key positions, and which keys are live, as kernels eat them."""
     start, end = start.clamp(0, kv_length), end.clamp(0, kv_length)
     s_q = start.shape[1]
@@ -167,7 +167,7 @@ def _known_causal(s_q: int, s_k: int, device: torch.device) -> MaskPlan:
 
 def causal_plan_of(s_q: int, s_k: int, device: torch.device) -> MaskPlan:
     end = torch.arange(1, s_q + 1, device=device)[None]
-    return _plan(torch.zeros_like(end), end, None, s_k)
+    return interval_plan(torch.zeros_like(end), end, None, s_k)
 
 
 def causal_plan(s_q: int, s_k: int, device: torch.device) -> MaskPlan:

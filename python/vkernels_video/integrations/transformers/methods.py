@@ -19,6 +19,7 @@ import vkernels as vk
 from vkernels.rearrangement import RearrangePlan, from_einops, merge_order, pool
 from vkernels.rearrangement.plan import gather
 from vkernels_video.integrations.transformers import divided, vjepa2
+from vkernels_video.integrations.transformers.merge import marking
 from vkernels_video.integrations.transformers.seams import Seam
 
 Made = Callable[..., Any]
@@ -242,20 +243,17 @@ METHODS: dict[str, tuple[Method, ...]] = {
     ),
 }
 
-# What a model of these classes does inline, where nothing can be replaced without owning its forward.
-INLINE: dict[str, str] = {
-    name: "masked_scatter is inline in the forward"
-    for name in (
-        "VideoLlavaModel",
-        "LlavaNextVideoModel",
-        "LlavaOnevisionModel",
-        "Qwen2VLModel",
-        "Qwen2_5_VLModel",
-        "Qwen3VLModel",
-        "VideoLlama3Model",
-        "InternVLModel",
-        "SmolVLMModel",
-        "InstructBlipVideoModel",
-        "InstructBlipVideoForConditionalGeneration",
-    )
-}
+_MERGE = Method("merge", "get_placeholder_mask", ("input_ids", "inputs_embeds"), _REARRANGE, marking)
+for _name in (
+    "VideoLlavaModel",
+    "LlavaNextVideoModel",
+    "LlavaOnevisionModel",
+    "Qwen2VLModel",
+    "Qwen2_5_VLModel",
+    "Qwen3VLModel",
+    "VideoLlama3Model",
+    "InternVLModel",
+    "SmolVLMModel",
+    "InstructBlipVideoForConditionalGeneration",
+):
+    METHODS[_name] = (*METHODS.get(_name, ()), _MERGE)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,35 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2, tor
 
 
 _ATTENTIONS = {"attention": 1, "block": 2}  # attention calls in one use of a seam
+
+
+@contextlib.contextmanager
+def counted_attention(model: torch.nn.Module) -> Iterator[Counter[str]]:
+    """Count the attention calls of the stock model: those that go through transformers' registry, and forwards of the
+    modules that compute attention themselves."""
+    calls: Counter[str] = Counter()
+    registry = host.attention_interface()
+    mapping = type(registry)._global_mapping
+    saved = dict(mapping)
+
+    def counting(key: str, function: Any) -> Any:
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            calls[key] += 1
+            return function(*args, **kwargs)
+
+        return attention
+
+    for key, function in saved.items():
+        mapping[key] = counting(key, function)
+    hard = [m for m in model.modules() if type(m).__name__ == "TimesformerSelfAttention"]
+    hooks = [m.register_forward_hook(lambda *_: calls.update(["own"])) for m in hard]
+    try:
+        yield calls
+    finally:
+        mapping.clear()
+        mapping.update(saved)
+        for hook in hooks:
+            hook.remove()
 
 
 class Mismatch(AssertionError):
@@ -58,6 +87,8 @@ class Report:
     model_ref: weakref.ref[torch.nn.Module]
     patches: Patches
     options: dict[str, Any]
+    of: str  # the package the model comes from, with its version
+    counting: Callable[[torch.nn.Module], contextlib.AbstractContextManager[Counter[str]]] = counted_attention
     seams: list[Seam] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
@@ -85,9 +116,7 @@ class Report:
     def __str__(self) -> str:
         model = self.model_ref()
         name = "a model that is gone" if model is None else type(model).__name__
-        lines = [
-            f"vkernels on {name}, transformers {host.version()}, {'in place' if self.patches.active else 'restored'}"
-        ]
+        lines = [f"vkernels on {name}, {self.of}, {'in place' if self.patches.active else 'restored'}"]
         lines += [f"  replaced  {seam}" for seam in self.seams]
         lines += [f"  left      {left}" for left in self.left]
         return "\n".join(lines)
@@ -108,7 +137,7 @@ class Report:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         tolerance = TOLERANCE.get(dtype, 2e-4) if tolerance is None else tolerance
         kept = [(seam.calls, seam.stock_calls.copy()) for seam in self.seams]
-        with self.suspended(), counted_attention(model) as before:
+        with self.suspended(), self.counting(model) as before:
             expected = run_once(model, inputs)
         self.reset()
         got = run_once(model, inputs)
@@ -159,6 +188,13 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(f"{name}[{i}]", each)
 
 
+def _of_real_tokens(x: Tensor, real: Tensor) -> Tensor:
+    """Rows of x (b s ...), or of keys and values (b m s d), that are no padding; anything else as it is."""
+    if x.dim() == 4 and (x.shape[0], x.shape[2]) == real.shape:
+        x = x.transpose(1, 2)
+    return x[real] if x.dim() >= 2 and x.shape[:2] == real.shape else x
+
+
 def compare(expected: dict[str, Tensor], got: dict[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, float]:
     if expected.keys() != got.keys():
         raise Mismatch(f"verify: outputs are {sorted(got)} where the stock model has {sorted(expected)}")
@@ -168,41 +204,11 @@ def compare(expected: dict[str, Tensor], got: dict[str, Tensor], inputs: Mapping
         have = got[name]
         if have.shape != want.shape:
             raise Mismatch(f"verify: {name} has shape {tuple(have.shape)}, stock {tuple(want.shape)}")
-        if isinstance(padding, Tensor) and padding.dim() == 2 and want.dim() >= 2 and want.shape[:2] == padding.shape:
-            real = padding.bool().to(want.device)
-            want, have = want[real], have[real]
+        if isinstance(padding, Tensor) and padding.dim() == 2:
+            want, have = (_of_real_tokens(x, padding.bool().to(x.device)) for x in (want, have))
         if not want.numel():
             continue
         scale = want.double().abs().max().item()
         worst = (have.double() - want.double()).abs().max().item() / max(scale, 1e-12)
         made[name] = float("inf") if worst != worst else worst
     return made
-
-
-@contextlib.contextmanager
-def counted_attention(model: torch.nn.Module) -> Iterator[Counter[str]]:
-    """Count the attention calls of the stock model: those that go through transformers' registry, and forwards of the
-    modules that compute attention themselves."""
-    calls: Counter[str] = Counter()
-    registry = host.attention_interface()
-    mapping = type(registry)._global_mapping
-    saved = dict(mapping)
-
-    def counting(key: str, function: Any) -> Any:
-        def attention(*args: Any, **kwargs: Any) -> Any:
-            calls[key] += 1
-            return function(*args, **kwargs)
-
-        return attention
-
-    for key, function in saved.items():
-        mapping[key] = counting(key, function)
-    hard = [m for m in model.modules() if type(m).__name__ == "TimesformerSelfAttention"]
-    hooks = [m.register_forward_hook(lambda *_: calls.update(["own"])) for m in hard]
-    try:
-        yield calls
-    finally:
-        mapping.clear()
-        mapping.update(saved)
-        for hook in hooks:
-            hook.remove()
