@@ -92,19 +92,23 @@ class Studio:
         """Two digits pass each other in two columns."""
         up, down = self.digits(2)
         columns = self.random.sample(range(BOARD), 2)
-        step = self.t / BOARD
-        self.place(board, up, lambda f: (BOARD - 1 - int(f / step), columns[0]))
-        self.place(board, down, lambda f: (int(f / step), columns[1]))
+
+        def row(frame: int) -> int:  # as long in the last row as in the first: the mean of the frames has no direction
+            return int((frame + 0.5) * BOARD / self.t)
+
+        self.place(board, up, lambda f: (BOARD - 1 - row(f), columns[0]))
+        self.place(board, down, lambda f: (row(f), columns[1]))
         way = self.random.choice(["up", "down"])
         return f"which digit goes {way}", str(up if way == "up" else down)
 
     def _first(self, board: np.ndarray) -> tuple[str, str]:
-        """Two or three digits appear one after the other and stay."""
+        """Two or three digits appear one after the other, each for half of the film."""
         digits = self.digits(self.random.choice([2, 3]))
         cells = self.random.sample(range(BOARD * BOARD), len(digits))
-        times = sorted(self.random.sample(range(self.t), len(digits)))
+        half = self.t // 2  # equally long: the mean of the frames does not say which came first
+        times = sorted(self.random.sample(range(self.t - half + 1), len(digits)))
         for digit, cell, start in zip(digits, cells, times, strict=True):
-            self.place(board, digit, self._stay(cell, start, self.t))
+            self.place(board, digit, self._stay(cell, start, start + half))
         end = self.random.choice(["early", "late"])
         return f"which digit came {end}", str(digits[0 if end == "early" else -1])
 

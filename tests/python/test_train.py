@@ -54,6 +54,21 @@ def test_moving_digits_cross_the_board():
         assert sorted(first) == sorted(last) == [0, 2]
 
 
+@pytest.mark.parametrize("kind", ["moves", "first", "when"])
+@pytest.mark.parametrize("frames", [8, 16, 64])
+def test_the_mean_of_the_frames_does_not_know_the_order(kind, frames):
+    """Every digit is shown as long as the others, and as long where it ends as where it began."""
+    studio = Studio(4, frames=frames)
+    for _ in range(10):
+        shown = cells(studio.film(kind)).sum(0)
+        if kind == "moves":
+            assert torch.equal(shown, shown.flip(0))
+        elif kind == "first":
+            assert set(shown[shown > 0].tolist()) == {frames // 2}
+        else:
+            assert set(shown[shown > 0].tolist()) == {frames}
+
+
 def test_the_digit_asked_for_stands_at_its_time():
     """Each quarter shows one digit; the picture of the quarter asked for is one of the answer's, and of no other's."""
     studio = Studio(2, "test")

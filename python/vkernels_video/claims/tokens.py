@@ -32,9 +32,8 @@ def tell(records: list[Record]) -> list[str]:
         "",
         *page.shares(records, ARMS, QUESTIONS),
         "",
-        "The mean of the frames keeps how long a digit stood where, as its brightness: enough for what came early "
-        "(longest there) and for what goes up (3, 3 and 2 of 8 frames in a place), not for the parts. With half of the "
-        "tokens gone, a part's two frames often lose the digit asked for.",
+        "Films that differ in nothing but their order have the same mean of the frames: it knows the digits, not when "
+        "they came. With half of the tokens gone, a part's two frames often lose the digit asked for.",
         "",
         f"- All tokens beat the mean, all questions: {page.points(against)}: **{statistics.more(against)}**.",
         f"- Questions about time (moves, first, when): {page.points(temporal)}: **{statistics.more(temporal)}**.",
