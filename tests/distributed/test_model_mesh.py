@@ -27,6 +27,11 @@ def test_what_is_sent_is_what_the_page_says(ranks):
         assert all(ranks(4).run(work.counted, world))
 
 
+def test_a_token_is_kept_once(ranks):
+    for world in (2, 3, 4):
+        assert all(ranks(4).run(work.kept, world))
+
+
 @pytest.mark.parametrize("scheme", ["int4", "int2"])
 def test_codes_are_merged_as_they_were_cut(ranks, scheme):
     for world in (2, 3):
