@@ -1,8 +1,8 @@
-"""vkernels.distributed on 2, 3 and 4 gloo processes: every mask kind equals one process, forward and backward.
+"""vkernels.distributed on 2 and 4 gloo processes: every mask kind equals one process, forward and backward.
 
 Planted bugs that turn these red: a part merged twice; keys sent that are not needed (bytes); gradients that stay where
 they were computed; a ring step that reads before it waits; heads put back in another order; a rank that does not say
-what it was asked.
+what it was asked; a backward that is counted like its forward; the lse of sharded heads placed like that of tokens.
 """
 
 from pathlib import Path
