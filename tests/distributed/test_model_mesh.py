@@ -1,10 +1,10 @@
 """The reference model on 2, 3 and 4 gloo processes: what one process computes, answers and training steps.
 
 Planted bugs that turn these red: the last token's state from another rank; positions that are not dealt; gathered rows
-left in the order of the ranks; clips in another order, or another rank's; a new token in every cache, in none, twice, or
-in another rank's; caches as long as one process's, or one token too short; a prompt's lengths where a rank's own belong;
-a rank without clips that runs nothing; embeddings' gradients whole on every rank; gradients not summed over the ranks;
-partial attentions not merged; frames not agreed on; the eager side let through; a deal of inference tensors.
+left in the order of the ranks; clips in another order, or another rank's; a new token in every cache, in none, twice,
+or in another rank's; caches as long as one process's, or one token too short; a prompt's lengths where a rank's own
+belong; a rank without clips that runs nothing; embeddings' gradients whole on every rank; gradients not summed over the
+ranks; partial attentions not merged; frames not agreed on; the eager side let through; a deal of inference tensors.
 """
 
 import os
