@@ -73,7 +73,7 @@ def test_a_mesh_or_a_group(ranks):
     assert all(ranks(2).run(work.meshes))
 
 
-@pytest.mark.parametrize("kind", ["mask", "tokens", "shape", "dtype", "scheme"])
+@pytest.mark.parametrize("kind", ["mask", "tokens", "shape", "dtype", "scheme", "gather", "trade"])
 def test_disagreement_is_refused_everywhere(ranks, kind):
     said = ranks(2).refused(work.disagree, kind)
     rule = "be accepted by every rank" if kind == "tokens" else "agree on every rank"

@@ -72,7 +72,7 @@ def test_batches_beams_and_samples(ranks, options):
         ("impl", "VideoLLM: impl must be vkernels on a mesh, got 'eager'"),
         ("seed", "VideoLLM: seed must be given to sample on a mesh"),
         ("stream", "VideoLLM: mesh must be None to stream"),
-        ("frames", "VideoLLM: arguments must agree on every rank"),
+        ("frames", "gather_tokens: arguments must agree on every rank"),
     ],
 )
 def test_refusals(ranks, kind, sentence):
