@@ -1,0 +1,1 @@
+"""Benchmarks: what a call costs here against what one would otherwise write. `python -m vkernels bench`."""
