@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -152,7 +153,7 @@ def kept(world: int) -> bool:
     pair = models(world, "tiny")
     if pair is None:
         return True
-    model, more = pair[1].eval(), 5
+    model, more = copy.deepcopy(pair[1]).eval(), 5  # a copy has its tokens on the same ranks
     x, prompt = model.prepare(film(model, 7), "what moves?")
     session = Session(model, [(x, prompt)], more, "vkernels")
     session.start()
