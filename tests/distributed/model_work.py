@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from vkernels_video.model import VideoLLM, from_preset, preset
+from vkernels_video.model.generation import Session
 from vkernels_video.model.masking import random_keep
 from vkernels_video.model.mesh import Place
 from vkernels_video.model.sequence import Example
@@ -144,6 +146,23 @@ def counted(world: int) -> bool:
     prefill = others * (most * (encoder.width + decoder.width) + decoder.width) * 4 + decoder.layers * layer
     step = others * decoder.layers * decoder.heads * (decoder.head + 1) * 4
     return sent.bytes == prefill + (tokens - 1) * step
+
+
+def kept(world: int) -> bool:
+    """Each rank's caches hold its part of the prompt, and of the new tokens those at positions it has by the modulo."""
+    pair = models(world, "tiny")
+    if pair is None:
+        return True
+    model, more = copy.deepcopy(pair[1]).eval(), 5  # a copy has its tokens on the same ranks
+    x, prompt = model.prepare(film(model, 7), "what moves?")
+    session = Session(model, [(x, prompt)], more, "vkernels")
+    session.start()
+    for token in range(more):
+        session.step(torch.tensor([token]))
+    mask, rank = prompt.mask(model.config.decoder.frame_attention), dist.get_rank()
+    held = len(vd.plan_shards(mask, world).tokens[rank])
+    held += sum(position % world == rank for position in range(prompt.length, prompt.length + more))
+    return all(cache.length() == held for cache in session.caches)
 
 
 class Cut(Place):

@@ -1,8 +1,8 @@
-"""vkernels.distributed on 2, 3 and 4 gloo processes: every mask kind equals one process, forward and backward.
+"""vkernels.distributed on 2 and 4 gloo processes: every mask kind equals one process, forward and backward.
 
 Planted bugs that turn these red: a part merged twice; keys sent that are not needed (bytes); gradients that stay where
 they were computed; a ring step that reads before it waits; heads put back in another order; a rank that does not say
-what it was asked.
+what it was asked; a backward that is counted like its forward; the lse of sharded heads placed like that of tokens.
 """
 
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_mesh_or_a_group(ranks):
     assert all(ranks(2).run(work.meshes))
 
 
-@pytest.mark.parametrize("kind", ["mask", "tokens", "shape", "dtype", "scheme"])
+@pytest.mark.parametrize("kind", ["mask", "tokens", "shape", "dtype", "scheme", "gather", "trade"])
 def test_disagreement_is_refused_everywhere(ranks, kind):
     said = ranks(2).refused(work.disagree, kind)
     rule = "be accepted by every rank" if kind == "tokens" else "agree on every rank"

@@ -146,6 +146,11 @@ def disagree(kind: str) -> None:
     d = 16 if kind == "shape" and odd else 8
     dtype = torch.bfloat16 if kind == "dtype" and odd else torch.float32
     q = torch.randn(2, own, 4, d, dtype=dtype)
+    if kind == "gather":
+        vd.gather_tokens(q[..., : 4 + 4 * odd], mask)
+    if kind == "trade":
+        grid = vk.Grid(4, 3, 2)
+        vd.trade(vd.take(torch.randn(2 + odd, 24, 8), grid, "temporal"), grid, "spatial")
     vd.attention(q, q, q, mask, scheme="heads" if kind == "scheme" and odd else "ring")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vkernels.check import ShapeError, refusal, require
-from vkernels.distributed.exchange import all_gather, all_to_all, group_of, size_and_rank
+from vkernels.distributed.exchange import agree, all_gather, all_to_all, fingerprint, group_of, size_and_rank
 from vkernels.masks import Grid
 from vkernels.ops.divided_attention import divided_attention as divided_own
 
@@ -61,8 +61,15 @@ def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -
     op = "distributed.trade"
     group = group_of(mesh, op)
     world, me = size_and_rank(group)
-    other = AXES[axis == "temporal"]
-    _check(op, "x", x, cls + own_grid(grid, other, world, me).tokens)
+    problem: Exception | None = None
+    digest = 0
+    try:
+        require(axis in AXES, op, "axis", f"be one of {', '.join(AXES)}", repr(axis))
+        _check(op, "x", x, cls + own_grid(grid, AXES[axis == "temporal"], world, me).tokens)
+        digest = fingerprint(grid, axis, cls, x.shape[:1], x.shape[2:], x.dtype)
+    except (ValueError, TypeError) as error:
+        problem = error
+    agree(op, digest, problem, group, x.device)
     return torch.cat([x[:, :cls], _Trade.apply(x[:, cls:], grid, axis, group)], 1)
 
 

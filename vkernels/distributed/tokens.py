@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vkernels.check import ShapeError, refusal, require
-from vkernels.distributed.exchange import all_gather, all_to_all, group_of, size_and_rank
+from vkernels.distributed.exchange import agree, all_gather, all_to_all, fingerprint, group_of, size_and_rank
 from vkernels.distributed.shards import Mask, ShardPlan, plan_shards
 
 
@@ -59,10 +59,17 @@ def gather_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: i
     op = "gather_tokens"
     group = group_of(mesh, op)
     world, me = size_and_rank(group)
-    shards = shards_of(mask, world, op)
-    own = len(shards.tokens[me])
-    if x.shape[dim] != own:
-        raise ShapeError(refusal(op, "x", f"have rank {me}'s {own} tokens in dimension {dim}", tuple(x.shape)))
+    problem: Exception | None = None
+    digest = 0
+    try:
+        shards = shards_of(mask, world, op)
+        own = len(shards.tokens[me])
+        if x.shape[dim] != own:
+            raise ShapeError(refusal(op, "x", f"have rank {me}'s {own} tokens in dimension {dim}", tuple(x.shape)))
+        digest = fingerprint(shards.digest, x.movedim(dim, 0).shape[1:], x.dtype, dim)
+    except (ValueError, TypeError) as error:
+        problem = error
+    agree(op, digest, problem, group, x.device)
     return _Gather.apply(x, shards, group, me, dim)  # type: ignore[no-any-return]
 
 
