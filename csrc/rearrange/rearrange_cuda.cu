@@ -321,11 +321,12 @@ void with_unit(int bytes, const Run& run) {
   }
 }
 
-// Of elements of `size` bytes: units of 16 bytes where they divide everything, else elements.
+// Of elements of `size` bytes: the largest units of up to 16 bytes that divide everything.
 void move(const RearrangeRowsParams& a, const Stream& stream) {
   const int size = bytes_of(a.x[0].dtype), per = 16 / size;
   RowParams p = params_of(a, a.y.size(0));
-  const int unit = loose(a, {}, per) ? 1 : per;
+  int unit = per;
+  while (unit > 1 && loose(a, {}, unit)) unit /= 2;
   p.plan.c /= unit, p.y.b /= unit, p.y.r /= unit;
   for (RowSource& x : p.plan.x) x.b /= unit, x.s0 /= unit, x.s1 /= unit, x.s2 /= unit;
   const device::Grid grid = over_columns(p.plan, p.plan.c, 2);
