@@ -321,11 +321,12 @@ void with_unit(int bytes, const Run& run) {
   }
 }
 
-// Of elements of `size` bytes: units of 16 bytes where they divide everything, else elements.
+// Of elements of `size` bytes: the largest units of up to 16 bytes that divide everything.
 void move(const RearrangeRowsParams& a, const Stream& stream) {
   const int size = bytes_of(a.x[0].dtype), per = 16 / size;
   RowParams p = params_of(a, a.y.size(0));
-  const int unit = loose(a, {}, per) ? 1 : per;
+  int unit = per;
+  while (unit > 1 && loose(a, {}, unit)) unit /= 2;
   p.plan.c /= unit, p.y.b /= unit, p.y.r /= unit;
   for (RowSource& x : p.plan.x) x.b /= unit, x.s0 /= unit, x.s1 /= unit, x.s2 /= unit;
   const device::Grid grid = over_columns(p.plan, p.plan.c, 2);
@@ -388,9 +389,13 @@ bool divides(int64_t unit, const int64_t* numbers, int count) {
 }
 
 void copy(const RearrangeAffineParams& a, Factors f, int64_t total, const Stream& stream) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y);
+  const auto whole = [&](int n) {
+    return f.count > 0 && addresses % (n * a.element_bytes) == 0 && f.size[0] % n == 0 &&
+           divides(n, f.x + 1, f.count - 1);
+  };
   int unit = 16 / a.element_bytes;
-  const bool aligned = (reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y)) % 16 == 0;
-  if (!aligned || f.count == 0 || f.size[0] % unit || !divides(unit, f.x + 1, f.count - 1)) unit = 1;
+  while (unit > 1 && !whole(unit)) unit /= 2;
   if (unit > 1) f.size[0] /= unit;
   for (int k = 1; k < f.count; ++k) f.x[k] /= unit, f.y[k] /= unit;
   const CopyParams p{a.x, a.y, f, total / unit};

@@ -8,7 +8,12 @@ transposed. Barriers and copies: before a stage is read, before it is filled aga
 committed, one stage where two heads need two. Tiled: keys behind the last seen, the last key of a tile seen by none,
 half of the values not copied, the CLS key counted by all four lanes. Backward: stats of another tile, queries behind
 the last taken, the CLS missing from the sum of p * dp, its share of the mean left out, lanes not rescaled when they
-meet, one sequence left out of the CLS's sum.
+meet, one sequence left out of the CLS's sum. Places: runs ignored, the inner stride left out, sequences and keys behind
+the last, a vector behind the head, an absent row read, the last row stored by its neighbour, the CLS found in the other
+half, parts of another head. Sums: p not normalised, the sum of p dp left out, not rescaled, the CLS's v, its dq or the
+mean left out, rows of the CLS unwritten, one head of a group for all or one skipped, ds not transposed, blocks of a
+matrix not exchanged, a step behind the head taken. Two changes are none: warps behind the last find no rows anyway, and
+the barrier between the halves of the fused backward is followed by another before what it guards is read.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 Planted one at a time in csrc/kv_append/kv_append_cuda.cu, each seen red here or there. Barriers: before the scales,
 before the codes. Values: a table read past its end, a page that is none believed, a NaN unnoticed, what no float16
 holds let through. Borders: a window one group short, one token kept late, one sink too many, a ring one row short, a
-task too few for the window. Codes: half the lanes of a range, words of four tokens at each other's places, zeros
-stored over deltas. Blind to bank conflicts (any order of the vectors in shared memory gives the same codes) and to
-two blocks that write one slot of a ring: blocks run one after the other here, so the last one wins, as it should.
+task too few for the window, the window written while it is read, a count or a length believed, rows taken for whole by
+their strides or by where they begin. Codes: half the lanes of a range, words of four tokens at each other's places,
+zeros stored over deltas. Blind to bank conflicts (any order of the vectors in shared memory gives the same codes) and
+to two blocks that write one slot of a ring: blocks run one after the other here, so the last one wins, as it should.
+A negative count does nothing without its bound, too.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Planted one at a time in csrc/qkv_prologue/{heads.h,qkv_prologue_cuda.cu}, each 
 that is not there (of what turns, of what does not), what follows the offset placed before it, an angle past the last
 pair, angles of other units. Heads: one too many, the first row of axes for all, weights of the first head for all, k's
 squares taken for q's. Barriers: angles read before they are there. Backward: turned on instead of back (twice), r r for
-r r r, the last group of tokens dropped, all groups after the first.
+r r r, the last group of tokens dropped, all groups after the first, angles filled while they are read or read before
+they are there. Sums over heads without their barrier or over the angles. Strides: of samples, tokens and heads, rows or
+weights at odd addresses taken for whole.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def close_to_cpu(x, plan, gradients=True, **how):
         ("b s c -> b c s", (1, 3, 300)),
         ("b t l c -> b l t c", (2, 3, 5, 48)),
         ("b t l c -> b l t c", (1, 3, 5, 7)),
+        ("b t l c -> b l t c", (1, 3, 5, 42)),  # runs of 21 units of twice an element
         ("b t l c -> c t b l", (2, 16, 3, 16)),
         ("b s c -> b r s c", (2, 3, 16)),
     ],

@@ -208,6 +208,21 @@ def test_borders_of_affine_tiles(dtype, s):
 
 
 @interpreted
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, torch.int32), (torch.float32, torch.int64)], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_odd_runs_move_in_the_largest_units_that_divide_them(dtype, unit, first):
+    """14 x 3 channels of a patch are 21 units; of a tensor that begins between two units, 42 elements."""
+    plan = plans.from_einops("b (h p) (w q) c -> b (h w) (p q c)", p=2, q=14)
+    x = torch.randn(4 * 42 * 3 + 1).to(dtype)[first : first + 4 * 42 * 3].view(1, 4, 42, 3)
+    want = einops.rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=2, q=14)
+    assert torch.equal(run(x, plan), want)
+    with recording("sm90") as noted:
+        run(x, plan)
+    narrow = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
+    assert noted[0].arguments["x_ptr"].dtype == (narrow if first else unit)
+
+
+@interpreted
 def test_moves_keep_the_payload_of_a_nan():
     bits = torch.tensor([0x7F800001, 0x7FC00123, -1, 1 << 31 >> 1], dtype=torch.int32).view(1, 4, 1)
     x = bits.view(torch.float32)

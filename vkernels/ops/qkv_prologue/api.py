@@ -19,8 +19,9 @@ from vkernels.rope import RopeSpec
 class Call(NamedTuple):
     qkv: torch.Tensor
     heads: tuple[int, int, int]  # n m d
-    bias: torch.Tensor | None  # float32 (float64 for a float64 qkv), as the norms
-    norms: tuple[torch.Tensor | None, torch.Tensor | None]  # norm_offset added
+    bias: torch.Tensor | None  # of the dtype of qkv, or of what is computed in; as the norms
+    norms: tuple[torch.Tensor | None, torch.Tensor | None]
+    norm_offset: float
     spec: RopeSpec | None
     pos: torch.Tensor | None  # axes b|1 s
     eps: float
@@ -34,14 +35,11 @@ def _direct(cache: KVCache) -> bool:
     return cache.bits == 0 and not cache.paged and not cache.ring and len(set(cache._lengths)) == 1
 
 
-def _weights(
-    dtype: torch.dtype, offset: float, bias, q_norm, k_norm
-) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """bias and norms as kernels take them: contiguous, of `dtype`, the norms with `offset` added."""
-    bias, q_norm, k_norm = (None if x is None else x.to(dtype).contiguous() for x in (bias, q_norm, k_norm))
-    if offset:
-        q_norm, k_norm = (None if x is None else x + offset for x in (q_norm, k_norm))
-    return bias, (q_norm, k_norm)
+def _vector(x: torch.Tensor | None, dtype: torch.dtype, inner: torch.dtype) -> torch.Tensor | None:
+    """bias and norms as operators take them: contiguous, of the dtype of qkv or of what is computed in."""
+    if x is None:
+        return None
+    return (x if x.dtype == dtype else x.to(inner)).contiguous()
 
 
 def _rows(cache: KVCache | None, s: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -104,9 +102,11 @@ def prepare(
         tracked = any(x is not None and x.requires_grad for x in (qkv, bias, q_norm, k_norm))
         require(not (tracked and torch.is_grad_enabled()), name, "cache", "be None where a gradient is needed", cache)
     inner = torch.promote_types(qkv.dtype, torch.float32)
-    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
-    post = norm_order == "post"
-    return Call(qkv, (n, m, d), bias, norms, spec, pos, float(norm_eps), post, all_heads, _rows(cache, s))
+    bias, q_norm, k_norm = (_vector(x, qkv.dtype, inner) for x in (bias, q_norm, k_norm))
+    post, offset = norm_order == "post", float(norm_offset)
+    return Call(
+        qkv, (n, m, d), bias, (q_norm, k_norm), offset, spec, pos, float(norm_eps), post, all_heads, _rows(cache, s)
+    )
 
 
 @remembered
@@ -122,7 +122,7 @@ def _decide(
     chosen = choose("qkv_prologue", BACKENDS, backend, call)
     shape = None if call.pos is None else tuple(call.pos.shape)
     inner = torch.promote_types(qkv.dtype, torch.float32)
-    return chosen, (call.heads, inner, call.eps, call.post, call.all_heads), shape, {}
+    return chosen, (call.heads, inner, call.norm_offset, call.eps, call.post, call.all_heads), shape, {}
 
 
 def qkv_prologue(
@@ -174,15 +174,16 @@ def qkv_prologue(
     Source: QK-norm, arXiv:2302.05442; M-RoPE, arXiv:2409.12191.
     """
     form, direct = (cache.form, _direct(cache)) if isinstance(cache, KVCache) else (None, False)
-    chosen, (heads, inner, eps, post, all_heads), shape, doors = _decide(
+    chosen, (heads, inner, offset, eps, post, all_heads), shape, doors = _decide(
         qkv, n, m, spec, pos, bias, q_norm, k_norm, norm_eps, norm_order, norm_scope, norm_offset, form, direct,
         backend, cache=cache,
     )  # fmt: skip
     if pos is not None and shape is not None and pos.shape != shape:
         pos = pos.view(shape)
-    bias, norms = _weights(inner, norm_offset, bias, q_norm, k_norm)
+    dtype = qkv.dtype
+    bias, norms = _vector(bias, dtype, inner), (_vector(q_norm, dtype, inner), _vector(k_norm, dtype, inner))
     rows = _rows(cache, qkv.shape[1])
-    q, k, v = chosen.run(Call(qkv, heads, bias, norms, spec, pos, eps, post, all_heads, rows, doors))
+    q, k, v = chosen.run(Call(qkv, heads, bias, norms, offset, spec, pos, eps, post, all_heads, rows, doors))
     if cache is None:
         return q, k, v
     if rows is None:
@@ -197,15 +198,18 @@ def _registered(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor, t
     axis, freq = (None, None) if spec is None else spec.tables(call.qkv.device)
     blocks, offset, scale = (1, 0, 1.0) if spec is None else (spec.blocks, spec.offset, spec.scale)
     layout = [*call.heads, blocks, offset, int(call.post), int(call.all_heads)]
-    rest = (call.bias, *call.norms, call.pos, axis, freq, scale, call.eps, layout)
+    rest = (call.bias, *call.norms, call.pos, axis, freq, scale, call.eps, layout, call.norm_offset)
     if call.rows is None:
         return op("qkv_prologue", backend, call.doors)(call.qkv, *rest)
     return op("qkv_prologue_", backend, call.doors)(call.qkv, *call.rows, *rest), *call.rows
 
 
 def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inner = torch.promote_types(call.qkv.dtype, torch.float32)
+    bias = None if call.bias is None else call.bias.to(inner)
+    q_norm, k_norm = (None if x is None else x.to(inner) + call.norm_offset for x in call.norms)
     q, k, v = reference.qkv_prologue(
-        call.qkv, call.heads, call.bias, call.norms, call.spec, call.pos, call.eps, call.post, call.all_heads
+        call.qkv, call.heads, bias, (q_norm, k_norm), call.spec, call.pos, call.eps, call.post, call.all_heads
     )
     if call.rows is None:
         return q, k, v

@@ -8,28 +8,35 @@ from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda,
 
 _REST = (
     "Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? pos, Tensor? axis, Tensor? freq, float scale, float eps, "
-    "int[] layout"
-)  # layout: n, m, d, blocks, offset, post, all_heads
+    "int[] layout, float norm_offset=0.0"
+)  # layout: n, m, d, blocks, offset, post, all_heads; bias and norms float32 or of the dtype of qkv
 
 
-def _fake(qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _fake(qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     n, m, d = layout[:3]
     b, s = qkv.shape[:2]
     return qkv.new_empty(b, s, n, d), qkv.new_empty(b, s, m, d), qkv.new_empty(b, s, m, d)
 
 
-def _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     return qkv.new_empty(*qkv.shape[:2], layout[0], layout[2])
 
 
-def _fake_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _fake_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     sums = [qkv.new_empty(0 if x is None else x.shape[0], dtype=torch.float32) for x in (bias, q_norm, k_norm)]
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), *sums
 
 
-def _cpu_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _float32(qkv, norm_offset, bias, *norms):
+    """bias and norms for kernels that read float32, which refuse what is neither that nor of the dtype of qkv."""
+    bias, *widened = (x.float() if x is not None and x.dtype == qkv.dtype else x for x in (bias, *norms))
+    return bias, *(x if x is None or not norm_offset else x + norm_offset for x in widened)
+
+
+def _cpu_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     q = fresh(_fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout))
-    tensors = (unit_stride(qkv), bias, q_norm, k_norm, q, k_out, v_out, pos, axis, freq)
+    vectors = _float32(qkv, norm_offset, bias, q_norm, k_norm)
+    tensors = (unit_stride(qkv), *vectors, q, k_out, v_out, pos, axis, freq)
     native().qkv_prologue(*(ref(x) for x in tensors), scale, eps, layout)
     return q
 
@@ -40,19 +47,21 @@ def _cpu(qkv, *rest):
     return _cpu_into(qkv, k, v, *rest), k, v
 
 
-def _cpu_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _cpu_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     dqkv = fresh(torch.empty_like(qkv, memory_format=torch.contiguous_format))
     columns = [0 if x is None else x.shape[0] for x in (bias, q_norm, k_norm)]
     partials = torch.zeros(native().QKV_PROLOGUE_PARTIALS, sum(columns))
     sums = torch.empty(sum(columns))
-    tensors = (unit_stride(qkv), bias, q_norm, k_norm, *map(unit_stride, (dq, dk, dv)), pos, axis, freq)
+    vectors = _float32(qkv, norm_offset, bias, q_norm, k_norm)
+    tensors = (unit_stride(qkv), *vectors, *map(unit_stride, (dq, dk, dv)), pos, axis, freq)
     native().qkv_prologue_bwd(*(ref(x) for x in tensors), scale, eps, layout, ref(dqkv), ref(partials), ref(sums))
     return dqkv, *(x.clone() for x in sums.split(columns))
 
 
-def _cuda_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _cuda_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     q = _fake_into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout)
-    tensors = (unit_stride(qkv), bias, q_norm, k_norm, q, k_out, v_out, pos, axis, freq)
+    vectors = _float32(qkv, norm_offset, bias, q_norm, k_norm)
+    tensors = (unit_stride(qkv), *vectors, q, k_out, v_out, pos, axis, freq)
     run_cuda("qkv_prologue_cuda", tensors, scale, eps, layout)
     return q
 
@@ -68,7 +77,7 @@ def _partial_rows(tokens: int, columns: int) -> int:
     return max(min(-(-tokens // 8), max(264, min(1056, (1 << 21) // max(columns, 1)))), 1)
 
 
-def _cuda_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout):
+def _cuda_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0):
     n, m, d, *_, over_all = layout
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     columns = [0 if x is None else heads * d for x, heads in ((bias, n + 2 * m), (q_norm, n), (k_norm, m))]
@@ -77,7 +86,8 @@ def _cuda_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps
     partials = torch.empty(rows, sum(columns), dtype=torch.float32, device=qkv.device)
     stats = torch.empty(tokens if over_all else 0, 4, dtype=torch.float32, device=qkv.device)
     gradients = map(unit_stride, (dq, dk, dv))
-    tensors = (unit_stride(qkv), bias, q_norm, k_norm, *gradients, pos, axis, freq, dqkv, stats, partials)
+    vectors = _float32(qkv, norm_offset, bias, q_norm, k_norm)
+    tensors = (unit_stride(qkv), *vectors, *gradients, pos, axis, freq, dqkv, stats, partials)
     run_cuda("qkv_prologue_bwd_cuda", tensors, scale, eps, layout)
     sums = [x.sum(0) for x in partials.split(columns, 1)]
     if not over_all:
@@ -86,15 +96,15 @@ def _cuda_bwd(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.eps, ctx.layout = inputs
+    *tensors, ctx.scale, ctx.eps, ctx.layout, ctx.norm_offset = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dq, dk, dv):
     qkv, *rest = ctx.saved_tensors
     run = op("qkv_prologue_bwd", ctx.backend)
-    dqkv, *sums = run(qkv, dq, dk, dv, *rest, ctx.scale, ctx.eps, ctx.layout)
-    return dqkv, *(None if x is None else dx for x, dx in zip(rest[:3], sums, strict=True)), *[None] * 6
+    dqkv, *sums = run(qkv, dq, dk, dv, *rest, ctx.scale, ctx.eps, ctx.layout, ctx.norm_offset)
+    return dqkv, *(None if x is None else dx.to(x.dtype) for x, dx in zip(rest[:3], sums, strict=True)), *[None] * 7
 
 
 _TRITON = "vkernels.ops.qkv_prologue.triton"

@@ -2,7 +2,8 @@
 
 A head is held as its pairs and what is left of it: (x0, x1) turn, xr does not. Where nothing turns, neighbours pair.
 HEAD is (d, first element that turns, pairs, pairs padded, parts of the rotary size (0: neighbours), d padded, whether
-anything is left over, whether anything turns); NORM is (whether there is a norm, after the rotation, over all heads).
+anything is left over, whether anything turns); NORM is (whether there is a norm, after the rotation, over all heads,
+what is added to its weights).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, tur
 from vkernels.triton.tiles import tiles
 
 NAME = "qkv_prologue"
-NO_NORM: tl.constexpr = tl.constexpr((False, False, False))
+NO_NORM: tl.constexpr = tl.constexpr((False, False, False, 0.0))
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _load_weight(norm_ptr, head, there, HEAD: tl.constexpr, NORM: tl.constexpr):
     else:
         one = tl.zeros([1, 1, 1], tl.int32)
         w0, w1, wr = _load(norm_ptr, one, one == 0, HEAD)
-    return w0, w1, wr
+    return w0 + NORM[3], w1 + NORM[3], wr + NORM[3]
 
 
 @triton.jit
@@ -398,7 +399,7 @@ def _qkv_prologue_bwd_kernel(
         )  # fmt: skip
 
 
-def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout) -> tuple[dict, dict]:
+def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset) -> tuple[dict, dict]:
     """What every kernel here takes: numbers of the launch, and what is compiled in. For callers who come past the
     public function, what keeps the kernels inside their tensors is checked."""
     require(len(layout) == 7, NAME, "layout", "have 7 numbers", layout)
@@ -420,8 +421,8 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout) -> tu
             x.stride(-1) == 1 or d == 1 or not x.numel(), NAME, name, "have stride 1 in its last dimension", x.stride()
         )
     for name, x in (("bias", bias), ("q_norm", q_norm), ("k_norm", k_norm)):
-        good = x is None or (x.dtype == torch.float32 and x.is_contiguous())
-        require(good, NAME, name, "be contiguous float32", "" if x is None else x.dtype, TypeError)
+        good = x is None or (x.dtype in (torch.float32, qkv.dtype) and x.is_contiguous())
+        require(good, NAME, name, "be contiguous float32, or as qkv", "" if x is None else x.dtype, TypeError)
     turns = pos is not None
     if turns:
         a = bind(NAME, ("qkv", qkv, "b s c"), ("pos", pos, "a b|1 s"), ("axis", axis, "h r"), ("freq", freq, "r"))
@@ -435,7 +436,8 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout) -> tu
         rows, pairs, blocks, offset, pos_strides = 1, d // 2, 0, 0, [0, 0, 0, 0]
     padded = power_of_2(max(pairs, 1))
     head = (d, offset, pairs, padded, blocks, power_of_2(d), 2 * pairs < d, turns)
-    norms = [(x is not None, bool(post), bool(over_all)) if x is not None else NO_NORM.value for x in (q_norm, k_norm)]
+    norm = (True, bool(post), bool(over_all), float(norm_offset))
+    norms = [norm if x is not None else NO_NORM.value for x in (q_norm, k_norm)]
     strides = [*qkv.stride()[:2], *(stride for x in (q, k, v) for stride in x.stride()[:3])]
     align = alignment(strides)
     b, s = sizes["b"], sizes["s"]
@@ -448,12 +450,12 @@ def _prepared(qkv, q, k, v, bias, q_norm, k_norm, pos, axis, freq, layout) -> tu
     return numbers, fixed | {"ALIGN": align}
 
 
-def _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout) -> Callable[..., Tensor]:
+def _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset) -> Callable[..., Tensor]:
     """What gives q [b, s, n, d] and writes k and v, for such tensors."""
     qkv = unit_stride(qkv)
     shape = (*qkv.shape[:2], layout[0], layout[2])
     q = qkv.new_empty(shape)
-    given, fixed = _prepared(qkv, q, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout)
+    given, fixed = _prepared(qkv, q, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset)
     here = dict(tiles(NAME, "_qkv_prologue_kernel", arch(qkv.device), d=layout[2], bytes=qkv.element_size()))
     tokens, _, n, m = given["sizes"]
     rows, wide = fixed["ROWS"], here["BLOCK_H"]
@@ -478,31 +480,37 @@ def _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout) -> C
 
 
 @planned
-def into(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., Tensor]:
-    run = _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout)
-    return lambda *args: run(*args[:-1])
+def into(
+    qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0
+) -> Callable[..., Tensor]:
+    run = _plan(qkv, k_out, v_out, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset)
+    return lambda *args: run(*args[:11])
 
 
 @planned
-def out_of_place(qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., tuple[Tensor, ...]]:
+def out_of_place(
+    qkv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0
+) -> Callable[..., tuple[Tensor, ...]]:
     require(len(layout) == 7, NAME, "layout", "have 7 numbers", layout)
     shape = (*qkv.shape[:2], layout[1], layout[2])
     made = qkv.new_empty(shape)
-    into = _plan(qkv, made, made, bias, q_norm, k_norm, pos, axis, freq, layout)
+    into = _plan(qkv, made, made, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset)
 
     def run(qkv, *rest) -> tuple[Tensor, Tensor, Tensor]:
         k, v = qkv.new_empty(shape), qkv.new_empty(shape)
-        return into(qkv, k, v, *rest[:-1]), k, v
+        return into(qkv, k, v, *rest[:8]), k, v
 
     return run
 
 
 @planned
-def backward(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> Callable[..., Any]:
+def backward(
+    qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout, norm_offset=0.0
+) -> Callable[..., Any]:
     """Gradients of qkv, bias, q_norm, k_norm. Sums over tokens are made of partial ones over fixed shares of the
     tokens, added in order: the same bits whatever the timing."""
     qkv, dq, dk, dv = map(unit_stride, (qkv, dq, dk, dv))
-    given, fixed = _prepared(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, layout)
+    given, fixed = _prepared(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, layout, norm_offset)
     tokens, s, n, m = given["sizes"]
     d, over_all = layout[2], bool(layout[6])
     chip, size = arch(qkv.device), qkv.element_size()
@@ -518,7 +526,7 @@ def backward(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps,
     numbers = (*given["strides"], *given["pos_strides"], tokens, s, n, m, sum(columns))
     meta = {**fixed, **here}
 
-    def run(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, layout) -> tuple[Tensor, ...]:
+    def run(qkv, dq, dk, dv, bias, q_norm, k_norm, pos, axis, freq, scale, eps, *_: Any) -> tuple[Tensor, ...]:
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         qkv, dq, dk, dv = map(unit_stride, (qkv, dq, dk, dv))
         stats = None

@@ -132,6 +132,7 @@ SPEC = OpSpec(
             "st_llm_keep_norm", _keep_norm, "ST-LLM, half of 32 frames of 257 tokens, LayerNorm 1,408", gradients=False
         ),
         Shape("llm_keep_norm", lambda m: _keep_norm(m, 8, 8192, 4096), "half of 8,192 tokens of 4,096, LayerNorm"),
+        Shape("wide_norm", lambda m: _keep_norm(m, 2, 4096, 12288), "half of 4,096 tokens of 12,288, LayerNorm"),
         Shape("st_llm_assemble", _assemble_embeddings, "text, 16 frames and a newline into the embeddings of a 7B LLM"),
         Shape(
             "onevision_pool", _pool_newline, "LLaVA-OneVision, 64 frames 27 x 27 -> 14 x 14, newlines, 3,584 channels"
