@@ -1,6 +1,11 @@
 """The benchmark report: what it says of a run, and the page itself in a real headless browser.
 
-PLANTED
+Planted bugs, each of which turned a test red: bars from half of 1x, or all to the right of it; labels on their bars; a
+logarithmic axis drawn linear; a verdict by the median alone; tiles called full by their outer bounds, skipped a tile
+too early, or full under a box; what could not run not crossed; headings, reasons, cells and attributes unescaped; numbers
+sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot be chosen
+back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the legend's other series;
+folds left open after printing; no default-src in the policy.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from vkernels.bench.report import gallery, masks, ratios, words, write
 from vkernels.bench.report.chart import Bar, Bars, Group, linear, logarithmic
 from vkernels.bench.report.layout import NARROW, WIDE, scene
 from vkernels.bench.report.scaling import curves
-from vkernels.bench.report.scene import Rect, Words
+from vkernels.bench.report.scene import Rect, Words, width_of
 from vkernels.bench.results import Point, Row, Run, Stage, store
 from vkernels.masks import VideoMask
 
@@ -36,7 +41,7 @@ MACHINE = {
     "copy_gb_per_s": 50.0,
     "gflop_per_s": {"float32": 200.0, "bfloat16": 400.0, "float16": 200.0},
 }
-HOSTILE = "</script><script>pwned=1</script><img src=x onerror=pwned=1>'\"&$\\alpha{"
+HOSTILE = "'\"></script><script>pwned=1</script><img src=x onerror=pwned=1>&$\\alpha{"
 
 
 def row(ratio=2.0, **changes):
@@ -195,6 +200,18 @@ def test_bars_start_at_one_and_are_as_long_as_the_logarithm(width):
     assert two.x == four.x == pytest.approx(half.x + half.w)
 
 
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_words_and_bars_do_not_cover_each_other(width):
+    rows = ROWS + [row(ratio, rival=f"rival with a long name {ratio}") for ratio in (20.0, 0.5, 1.0, 1.5)]
+    items = scene(ratios.bars("attention", rows), width).items
+    bars = [item for item in items if isinstance(item, Rect) and item.colour != "card"]
+    for said in (item for item in items if isinstance(item, Words)):
+        left = said.x - {"start": 0, "middle": 0.5, "end": 1}[said.anchor] * width_of(said.text, said.size)
+        for bar in bars:
+            across = left < bar.x + bar.w and left + width_of(said.text, said.size) > bar.x
+            assert not (across and said.y - 0.7 * said.size < bar.y + bar.h and said.y > bar.y), said
+
+
 def test_a_rival_that_could_not_run_says_why_in_its_place():
     drawn = scene(ratios.bars("attention", [ROWS[0], ROWS[4]]))
     assert "could not run: it needs a compiler" in {item.text for item in drawn.items if isinstance(item, Words)}
@@ -274,6 +291,13 @@ def test_the_command_renders_a_stored_run(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[]")
     assert command.main([str(tmp_path / "bad.json")]) == 2
     assert "must be a benchmark run" in capsys.readouterr().err
+    other = store(dataclasses.replace(RUN, environment={**MACHINE, "threads": 64}), tmp_path / "other.json")
+    assert command.main([str(stored), str(other)]) == 2
+    assert "must be of one machine" in capsys.readouterr().err
+    parts = [Run(MACHINE, ROWS), Run({**MACHINE, "date": "2026-01-01"}, [], GROWTH, STAGES)]
+    files = [str(store(part, tmp_path / f"{i}.json")) for i, part in enumerate(parts)]
+    assert command.main([*files, "--out", str(tmp_path / "both"), "--no-images"]) == 0
+    assert Page(tmp_path / "both" / "index.html").sections == SECTIONS
     assert command.main([str(tmp_path / "absent.json")]) == 2
 
 
