@@ -32,7 +32,13 @@ from vkernels.library import INTERPRETED
 from vkernels.spec import Shape, all_specs
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
-NOT_ON_CPU = ("is not installed", "No viable backend", "No operator found", "does not support backward on CPU", "Backward")
+NOT_ON_CPU = (
+    "is not installed",
+    "No viable backend",
+    "No operator found",
+    "does not support backward on CPU",
+    "Backward",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vkernels.bench.problem import Call, DeviceMaker, Problem, fill
+from vkernels.bench.problem import Call, DeviceMaker, Problem, fill, filled, without_gradients
 from vkernels.bench.rivals import Rival, rivals_of
 from vkernels.kv_cache import KVCache
 from vkernels.spec import Maker
@@ -36,7 +36,7 @@ class Contest:
     def problem(self) -> Problem:
         kwargs = self.make(DeviceMaker(self.dtype, "cpu"))
         cache = kwargs.get("cache")
-        if isinstance(cache, KVCache) and cache.length():
+        if isinstance(cache, KVCache) and not filled(cache):
             fill(cache)
         return Problem(self.op, kwargs, self.visible)
 
@@ -45,19 +45,11 @@ class Contest:
 
 
 def ours(problem: Problem) -> Call:
-    return _forward(problem.ours())
-
-
-def _forward(call: Call) -> Call:
-    def forward() -> Any:
-        with torch.no_grad():
-            return call()
-
-    return forward
+    return without_gradients(problem.ours())
 
 
 def theirs(rival: Rival, problem: Problem) -> Call:
     """Raises where the rival cannot run this call."""
     call = rival.prepare(problem)
     assert call is not None, f"{rival.name} does not speak of this call of {problem.op}"
-    return _forward(call)
+    return without_gradients(call)

@@ -1,11 +1,9 @@
-"""How a ratio is measured: correctness first, then ours and each rival in turn, over and over, and the median of the
-pairwise ratios. docs/benchmarking.md says why."""
+"""How a ratio is measured: correctness first, then ours and a rival in turn, over and over, and the median of the
+pairs' ratios. docs/benchmarking.md says why."""
 
 from __future__ import annotations
 
 import gc
-import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,103 +11,139 @@ from typing import Any
 
 import torch
 
+from vkernels.bench.case import Bench, Built, Entry, Opponent, name_of
+from vkernels.bench.check import TOLERANCE, relative_error
+from vkernels.bench.clock import LEAST, Timer, loops_for, replayed, spread, timer_for
+from vkernels.bench.memory import peak_mb
+from vkernels.bench.problem import Call
 from vkernels.bench.results import Row
-from vkernels.spec import Cost
+from vkernels.bench.rivals import Rival, reason
+from vkernels.roofline import Ceiling
 
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest magnitude
-MIN_SAMPLE_S = 2e-3  # one sample repeats a call until it lasts this long
+__all__ = ["TOLERANCE", "Bench", "Lane", "Settings", "relative_error", "rounds_of"]
 
-
-@dataclass(frozen=True)
-class Bench:
-    """One row to be: a call of ours, what a user would otherwise write, and what either must do at the least."""
-
-    id: str  # what is computed, as a reader would say it
-    op: str
-    dtype: torch.dtype
-    ours: Callable[[], Any]
-    rivals: dict[str, Callable[[], Any]]
-    cost: Cost
-    targets: dict[str, float] = field(default_factory=dict)  # rival -> ratio to reach
-    model: str = ""  # whose shape this is
-    tolerance: float = 2e-2  # largest |ours - rival| relative to the largest |rival|
-    compare: bool = True  # False only where the two outputs mean different things (mask objects)
+MOST = 60  # rounds of one ratio
+SLOW_S, FEWEST = 2.0, 3  # a pair that takes longer than this is run so often
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
-    from torch.utils._pytree import tree_flatten
+class Meter:
+    """The seconds per call that samples measured, added up. As pytest-benchmark's timer it makes its statistics those
+    of a call, on the GPU's own clock where there is one."""
 
-    return [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
+    def __init__(self) -> None:
+        self.total = 0.0
 
-
-def relative_error(ours: Any, rival: Any) -> float:
-    """Largest difference over the outputs, relative to each output's largest magnitude."""
-    worst = 0.0
-    a, b = _tensors(ours), _tensors(rival)
-    assert len(a) == len(b), f"{len(a)} outputs against {len(b)}"
-    for x, y in zip(a, b, strict=True):
-        assert x.shape == y.shape, f"shape {tuple(x.shape)} against {tuple(y.shape)}"
-        x, y = x.detach().double(), y.detach().double()
-        scale = y.abs().max().item() if y.numel() else 1.0
-        error = ((x - y).abs().max().item() if y.numel() else 0.0) / max(scale, 1e-12)
-        worst = max(worst, math.inf if math.isnan(error) else error)
-    return worst
+    def read(self) -> float:
+        return self.total
 
 
-def _sample_s(call: Callable[[], Any], loops: int) -> float:
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - start) / loops
+METER = Meter()
 
 
-def _loops(call: Callable[[], Any]) -> int:
-    call()
-    once = _sample_s(call, 1)
-    return max(1, min(1000, round(MIN_SAMPLE_S / max(once, 1e-7))))
+@dataclass
+class Settings:
+    """How rows are measured."""
+
+    ceiling: Ceiling
+    device: str = "cpu"
+    seconds: float = 1.0  # measuring time of one ratio
+    cold: bool = False
+    memory: bool = True
+    until: float = float("inf")  # time.monotonic() after which nothing more is begun
+    timer: Timer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timer = timer_for(self.device)
 
 
-def measure(bench: Bench, ceiling: Any, seconds: float = 4.0) -> list[Row]:
-    """Rows against every rival. Raises AssertionError where the outputs disagree: a wrong kernel has no speed."""
-    rows = []
-    for name, rival in bench.rivals.items():
-        error = None
-        if bench.compare:
-            error = relative_error(bench.ours(), rival())
-            assert error <= bench.tolerance, f"{bench.id}: differs from {name} by {error:.2e}"
-        loops, rival_loops = _loops(bench.ours), _loops(rival)
-        ours_s: list[float] = []
-        rival_s: list[float] = []
-        gc.collect()
-        gc.disable()
-        end = time.perf_counter() + seconds
+Pedantic = Callable[..., Any]  # pytest-benchmark's: (target, setup=, rounds=)
+
+
+def rounds_of(target: Call, setup: Call, rounds: int) -> None:
+    """What `benchmark.pedantic` does, without its statistics."""
+    for _ in range(rounds):
+        setup()
+        target()
+
+
+def duel(
+    ours: Call, theirs: Call, settings: Settings, pedantic: Pedantic = rounds_of
+) -> tuple[list[float], list[float]]:
+    """Seconds per call of both sides, in turn: a round is a sample of theirs, then one of ours."""
+    timer, cold = settings.timer, settings.cold
+    if settings.device.startswith("cuda"):
+        ours, theirs = replayed(ours), replayed(theirs)
+    loops = [1 if cold else loops_for(timer, call) for call in (theirs, ours)]
+    times: tuple[list[float], list[float]] = ([], [])
+
+    def rival_sample() -> None:
+        times[1].append(timer.sample(theirs, loops[0], cold))
+
+    def our_sample() -> None:
+        times[0].append(timer.sample(ours, loops[1], cold))
+        METER.total += times[0][-1]
+
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        rounds_of(our_sample, rival_sample, 1)
+        pair = max(time.perf_counter() - start, 1e-6)
+        for side in times:
+            side.clear()  # that was the warm-up
+        least = FEWEST if pair > SLOW_S else LEAST
+        pedantic(our_sample, setup=rival_sample, rounds=max(least, min(MOST, int(settings.seconds / pair))))
+    finally:
+        gc.enable()
+    return times
+
+
+@dataclass
+class Lane:
+    """An entry and one of its rivals: what becomes a row."""
+
+    entry: Entry
+    rival: Rival
+
+    def row(self, **found: Any) -> Row:
+        entry = self.entry
+        return Row(
+            id=entry.id, op=entry.op, dtype=name_of(entry.dtype), rival=self.rival.name, model=entry.model,
+            frames=entry.frames, direction=entry.direction, target=entry.target(self.rival.name),
+            flop=entry.cost.flop, bytes=entry.cost.bytes, **found,
+        )  # fmt: skip
+
+    def measure(self, built: Built, settings: Settings, pedantic: Pedantic = rounds_of) -> Row | None:
+        """None where the rival does not speak of such a call. Raises AssertionError where ours is wrong."""
+        common = {"backend": built.backend, "error": built.error, "cache": "cold" if settings.cold else "warm"}
         try:
-            while len(ours_s) < 5 or (time.perf_counter() < end and len(ours_s) < 60):
-                ours_s.append(_sample_s(bench.ours, loops))
-                rival_s.append(_sample_s(rival, rival_loops))
-        finally:
-            gc.enable()
-        ratios = sorted(r / o for o, r in zip(ours_s, rival_s, strict=True))
-        ours = statistics.median(ours_s)
-        rows.append(
-            Row(
-                id=bench.id,
-                op=bench.op,
-                model=bench.model,
-                dtype=str(bench.dtype).removeprefix("torch."),
-                rival=name,
-                ours_ms=ours * 1e3,
-                rival_ms=statistics.median(rival_s) * 1e3,
-                ratio=statistics.median(ratios),
-                ratio_p20=ratios[len(ratios) // 5],
-                ratio_p80=ratios[(4 * len(ratios)) // 5],
-                target=bench.targets.get(name),
-                flop=bench.cost.flop,
-                bytes=bench.cost.bytes,
-                gb_per_s=bench.cost.bytes / ours / 1e9,
-                tflop_per_s=bench.cost.flop / ours / 1e12,
-                roofline_share=ceiling.time_s(bench.cost.flop, bench.cost.bytes, bench.dtype) / ours,
-                error=error,
-            )
-        )
-    return rows
+            opponent = built.opponent(self.rival.name)
+        except AssertionError:
+            raise
+        except Exception as error:
+            return self.row(why=reason(error), **common)
+        return opponent and self._timed(built, opponent, settings, pedantic, common)
+
+    def _timed(
+        self, built: Built, opponent: Opponent, settings: Settings, pedantic: Pedantic, common: dict[str, Any]
+    ) -> Row:
+        ours_s, rival_s = duel(built.ours, opponent.call, settings, pedantic)
+        cost, ceiling = self.entry.cost, settings.ceiling
+        ours, rival = spread(ours_s), spread(rival_s)
+        ratio = spread([r / o for o, r in zip(ours_s, rival_s, strict=True)])
+        if settings.memory:
+            common |= {
+                "peak_mb": peak_mb(built.ours, settings.device),
+                "rival_peak_mb": peak_mb(opponent.call, settings.device),
+            }
+        return self.row(
+            ours_ms=ours[0] * 1e3, ours_p20_ms=ours[1] * 1e3, ours_p80_ms=ours[2] * 1e3,
+            rival_ms=rival[0] * 1e3, rival_p20_ms=rival[1] * 1e3, rival_p80_ms=rival[2] * 1e3,
+            ratio=ratio[0], ratio_p20=ratio[1], ratio_p80=ratio[2],
+            gb_per_s=cost.bytes / ours[0] / 1e9, tflop_per_s=cost.flop / ours[0] / 1e12,
+            roofline_share=ceiling.time_s(cost.flop, cost.bytes, self.entry.dtype) / ours[0],
+            rival_error=opponent.error, **common,
+        )  # fmt: skip
+
+
+def all_dtypes() -> dict[str, torch.dtype]:
+    return {name_of(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}

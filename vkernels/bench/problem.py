@@ -39,10 +39,13 @@ class Problem:
         if not isinstance(cache, vk.KVCache):
             return lambda: spec.fn(**kwargs, backend=backend)
         lengths, counts = list(cache._lengths), cache.lengths
+        full = self.op == "qkv_prologue" and not cache.bits and not cache.paged
+        rows = (cache.k_rows, cache.v_rows) if full else ()  # what the call writes beside what it returns
 
         def call() -> Any:
             cache._lengths, cache.lengths = list(lengths), counts
-            return spec.fn(**kwargs, backend=backend)
+            made = spec.fn(**kwargs, backend=backend)
+            return (made, *rows) if rows else made
 
         return call
 
@@ -81,9 +84,10 @@ def without_gradients(call: Call) -> Call:
 
 
 def pulls_of(made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What arrives from behind in a backward: random, the same for everyone."""
+    """What arrives from behind in a backward: random, rounded to bfloat16, so that everyone gets the same numbers."""
     generator = torch.Generator(made[0].device).manual_seed(7)
-    return [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in made]
+    drawn = (torch.randn(x.shape, generator=generator, device=x.device) for x in made)
+    return [pull.to(torch.bfloat16).to(x.dtype) for pull, x in zip(drawn, made, strict=True)]
 
 
 class DeviceMaker(Maker):
@@ -113,18 +117,19 @@ def fill(cache: vk.KVCache, seed: int = 0) -> None:
         stored.copy_(drawn.to(torch.bfloat16) if stored.is_floating_point() else drawn)
 
 
+def filled(cache: vk.KVCache) -> bool:
+    """False for one that only says it holds something."""
+    return not cache.length() or any(stored is not None and bool(stored.any()) for stored in cache.tensors())
+
+
 def with_contents(case: Case) -> Case:
     """`case`, its cache filled where it was only said to be full."""
 
     def make(maker: Maker) -> dict[str, Any]:
         kwargs = case.make(maker)
         cache = kwargs.get("cache")
-        if isinstance(cache, vk.KVCache) and cache.length() and not any(_anything(t) for t in cache.tensors()):
+        if isinstance(cache, vk.KVCache) and not filled(cache):
             fill(cache)
         return kwargs
 
     return dataclasses.replace(case, make=make)
-
-
-def _anything(stored: torch.Tensor | None) -> bool:
-    return stored is not None and bool(stored.any())

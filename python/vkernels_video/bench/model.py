@@ -1,28 +1,23 @@
-"""python -m vkernels_video.bench.model [--match NAME] [--out FILE]: the reference model's stages, plain PyTorch against vkernels.
+"""The reference model's stages, plain PyTorch against vkernels over the same weights: `python -m vkernels bench --stages`.
 
-Both sides share the weights; outputs are compared before anything is timed. A round runs each side once; the median of
-the rounds' ratios stands with its 20th and 80th percentile. Memory is the peak of what torch's allocator handed out in
-one run. `python -m benchmarks.readme` puts the stored rows into the README.
+Outputs are compared before anything is timed. A round runs each side once; the median of the rounds' ratios stands with
+its 20th and 80th percentile. Memory is the peak of what torch's allocator handed out in one run.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vkernels.bench.machine import environment
 from vkernels.bench.measure import relative_error
 from vkernels.bench.memory import peak_mb
-from vkernels.bench.results import Run, Stage, store
+from vkernels.bench.results import Stage
 from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.config import BranchConfig, TrunkConfig
@@ -167,31 +162,11 @@ def measured(case: Case, seconds: float) -> Stage:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m vkernels_video.bench.model", description=__doc__)
-    parser.add_argument("--match", default="", help="only cases whose name holds this")
-    parser.add_argument("--seconds", type=float, default=6.0, help="measuring time of a case, five rounds at the least")
-    parser.add_argument("--out", type=Path, help="store the run as JSON")
-    arguments = parser.parse_args()
-    run, failed = Run(environment()), 0
-    print(f"{run.environment['machine']}, {run.environment['threads']} threads, {run.environment['isa']}")
+def stages(match: str, seconds: float) -> Iterator[Stage | str]:
+    """Every stage whose name holds `match`; a sentence for one whose sides disagree."""
     for case in CASES:
-        if arguments.match not in case.id:
-            continue
-        try:
-            stage = measured(case, arguments.seconds)
-        except AssertionError as error:
-            print(f"FAILED, so not timed: {error}")
-            failed += 1
-            continue
-        run.stages.append(stage)
-        short = " *" if stage.target and stage.ratio < stage.target else ""
-        megabytes = f"{stage.ours_mb:.0f} against {stage.plain_mb:.0f} MB"
-        print(f"{stage.stage:75} {stage.dtype:9} {stage.ratio:.2f}x {megabytes}{short}", flush=True)
-    if arguments.out:
-        print(f"stored in {store(run, arguments.out)}; * marks a ratio under its target")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if match in case.id:
+            try:
+                yield measured(case, seconds)
+            except AssertionError as error:
+                yield str(error)

@@ -17,7 +17,7 @@ def _permute(problem: Problem) -> Call | None:
         return None
     affine = plan.pattern.resolve(tuple(x.shape))
     strides = [0 if axis < 0 else x.stride(axis) * step for axis, step in zip(affine.axes, affine.steps, strict=True)]
-    return lambda: x.as_strided(affine.sizes, strides).reshape(affine.out_shape)
+    return lambda: x.as_strided(affine.sizes, strides).contiguous().view(affine.out_shape)
 
 
 def _gather(problem: Problem) -> Call | None:

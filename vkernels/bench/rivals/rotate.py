@@ -61,7 +61,11 @@ def _prologue(problem: Problem) -> Call | None:
     n, m, qkv, bias, cache = (kwargs.get(name) for name in ("n", "m", "qkv", "bias", "cache"))
     spec, d = kwargs.get("spec"), qkv.shape[-1] // (n + 2 * m)
     unusual = {"norm_order", "norm_scope", "norm_offset"} & set(kwargs)
-    if unusual or not _plain(spec, d) or (cache is not None and (cache.bits or cache.paged or cache.length())):
+    if (
+        unusual
+        or not _plain(spec, d)
+        or (cache is not None and (cache.bits or cache.paged or cache.length() or cache.page != qkv.shape[1]))
+    ):
         return None
     cos, sin = _tables(spec, kwargs.get("pos"), qkv.dtype)
     weights, eps = (kwargs.get("q_norm"), kwargs.get("k_norm")), kwargs.get("norm_eps", 1e-6)
@@ -79,7 +83,7 @@ def _prologue(problem: Problem) -> Call | None:
             return q, k, v.contiguous()
         for rows, x in zip(stored, (k, v), strict=True):
             rows.index_copy_(2, index, x.transpose(1, 2))
-        return q
+        return q, *stored
 
     return run
 

@@ -1,0 +1,275 @@
+"""What can be measured: a case of one of our ops, or a whole call somebody brings along; and either one built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+import vkernels as vk
+from vkernels.bench.check import TOLERANCE, Truth, memory_left, relative_error, with_gradients
+from vkernels.bench.problem import (
+    Call,
+    DeviceMaker,
+    Problem,
+    backward_cost,
+    fill,
+    filled,
+    without_gradients,
+)
+from vkernels.bench.rivals import Cannot, Prepare, Rival, rivals_of
+from vkernels.dispatch import choose
+from vkernels.roofline import Ceiling
+from vkernels.spec import Blank, Cost, Maker
+
+FORWARD, BOTH = "forward", "forward + backward"
+LONGEST_S = 0.25  # a forward that takes longer than this at best is not waited for
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one of our ops. `make` gives the keyword arguments of its public function."""
+
+    op: str
+    id: str  # what is computed, as a reader would say it
+    make: Callable[[Maker], dict[str, Any]]
+    model: str = ""  # whose shape it is
+    frames: int | None = None
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    backward: bool = False  # a run of everything also measures its gradients
+    visible: Callable[..., Any] | None = None  # FlexAttention's predicate (b, h, q, k), where the mask has none
+    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # beside those every call of the op has
+    always: bool = False  # also where it takes long
+    targets: Mapping[tuple[str, torch.dtype], float] = field(
+        default_factory=dict
+    )  # (beginning of rivals' names, dtype)
+    quick: Mapping[torch.dtype, str] = field(default_factory=dict)  # in the quick selection: dtype -> rival
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A call that is no op of ours: two sides somebody wrote. Calls build what they need when first called."""
+
+    id: str
+    op: str
+    dtype: torch.dtype
+    ours: Call
+    rivals: dict[str, Call]
+    cost: Cost
+    targets: dict[str, float] = field(default_factory=dict)  # rival -> ratio to reach
+    model: str = ""
+    tolerance: float = 2e-2  # largest |ours - rival| relative to the largest |rival|
+    compare: bool = True  # False only where the two outputs mean different things
+    frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Opponent:
+    call: Call
+    error: float | None  # against float64
+
+
+class Built(Protocol):
+    """A case with its inputs made, found correct."""
+
+    ours: Call
+    backend: str
+    error: float | None
+
+    def opponent(self, name: str) -> Opponent | None:
+        """None where the rival does not speak of this call; raises where it cannot run."""
+
+
+class Entry(Protocol):
+    """One thing to measure, described; nothing of it is built."""
+
+    id: str
+    op: str
+    model: str
+    frames: int | None
+    dtype: torch.dtype
+    direction: str
+
+    @property
+    def rivals(self) -> list[Rival]: ...
+
+    @property
+    def cost(self) -> Cost: ...
+
+    def target(self, rival: str) -> float | None: ...
+
+    def too_much(self, ceiling: Ceiling) -> str | None:
+        """Why it is not measured on this device."""
+
+    def build(self) -> Built:
+        """Raises AssertionError, in a sentence, where our result is wrong."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    case: Case
+    dtype: torch.dtype
+    direction: str = FORWARD
+    device: str = "cpu"
+
+    @property
+    def id(self) -> str:
+        return self.case.id
+
+    @property
+    def op(self) -> str:
+        return self.case.op
+
+    @property
+    def model(self) -> str:
+        return self.case.model
+
+    @property
+    def frames(self) -> int | None:
+        return self.case.frames
+
+    @property
+    def rivals(self) -> list[Rival]:
+        own = [Rival(name, (self.op,), prepare) for name, prepare in self.case.rivals.items()]
+        return own + [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
+
+    @cached_property
+    def _size(self) -> tuple[Cost, int]:
+        """What the forward must do, and the bytes its arguments hold."""
+        problem = Problem(self.op, self.case.make(Blank(self.dtype)), self.case.visible)
+        held = [x for x in tree_flatten(problem.kwargs)[0] if isinstance(x, torch.Tensor)]
+        return problem.cost(), sum(x.nbytes for x in held)
+
+    @property
+    def cost(self) -> Cost:
+        forward = self._size[0]
+        if self.direction == FORWARD:
+            return forward
+        back = backward_cost(self.op, forward)
+        return Cost(forward.flop + back.flop, forward.bytes + back.bytes)
+
+    def target(self, rival: str) -> float | None:
+        wanted = [v for (name, dtype), v in self.case.targets.items() if dtype == self.dtype and rival.startswith(name)]
+        return wanted[0] if wanted and self.direction == FORWARD else None
+
+    def too_much(self, ceiling: Ceiling) -> str | None:
+        best = ceiling.time_s(self.cost.flop, self.cost.bytes, self.dtype)
+        if best > LONGEST_S * (1 if self.direction == FORWARD else 3) and not self.case.always:
+            return f"a call takes {best:.2g} s at the best"
+        wide = self._size[1] * (1 + 2 * 8 / self.dtype.itemsize)  # beside it the same in float64, and what that becomes
+        left = memory_left(self.device)
+        return f"it needs about {wide / 1e9:.0f} GB and {left / 1e9:.0f} are free" if wide > left / 2 else None
+
+    def build(self) -> OpBuilt:
+        return OpBuilt(self)
+
+    def made(self, dtype: torch.dtype) -> Problem:
+        kwargs = self.case.make(DeviceMaker(dtype, self.device))
+        kwargs.pop("return_lse", None)  # an output nobody else has
+        if isinstance(kwargs.get("cache"), vk.KVCache) and not filled(kwargs["cache"]):
+            fill(kwargs["cache"])
+        return Problem(self.op, kwargs, self.case.visible)
+
+
+class OpBuilt:
+    def __init__(self, entry: OpEntry):
+        self.entry = entry
+        problem = entry.made(entry.dtype)
+        self.backend = _chosen(problem)
+        self.leaves = problem.leaves() if entry.direction != FORWARD else []
+        self.ours = self._directed(problem.ours())
+        self.truth = self._truth(problem)
+        result = self.ours()
+        self.error = self.truth and self.truth.error(result)
+        if self.truth is not None and self.error is not None:
+            allowed = 0.0 if self.truth.exact else TOLERANCE[entry.dtype]
+            assert self.error <= allowed, f"our result differs from float64 by {self.error:.1e} of the largest value"
+        appends = "cache" in problem.kwargs and entry.op != "decode_attention"
+        self.written = bool(problem.kwargs.get("inplace")) or appends  # our input is not what it was
+        self.problem = problem
+
+    def _directed(self, call: Call) -> Call:
+        return with_gradients(call, self.leaves) if self.leaves else without_gradients(call)
+
+    def _truth(self, problem: Problem) -> Truth | None:
+        """None where there is no definition to be had: rivals are then what ours is compared with."""
+        try:
+            return Truth(problem, bool(self.leaves), self.entry.device, self.entry.made)
+        except MemoryError:
+            return None
+
+    def opponent(self, name: str) -> Opponent | None:
+        rival = next(r for r in self.entry.rivals if r.name == name)
+        call = rival.prepare(self.entry.made(self.entry.dtype) if self.written else self.problem)
+        if call is None:
+            return None
+        if rival.gpu and torch.device(self.entry.device).type != "cuda":
+            raise Cannot(f"{name} needs a CUDA GPU")
+        theirs = self._directed(call)
+        result = theirs()
+        if not rival.compare:
+            return Opponent(theirs, None)
+        if self.truth is not None and not self.truth.exact:
+            error = self.truth.error(result)
+            if not error <= TOLERANCE[self.entry.dtype]:
+                raise ArithmeticError(f"it differs from float64 by {error:.1e} of the largest value")
+            return Opponent(theirs, error)
+        ours = self.ours()
+        difference = relative_error(list(ours)[: len(result)] if isinstance(result, tuple) else ours, result)
+        assert difference <= TOLERANCE[self.entry.dtype], f"our result differs from {name} by {difference:.1e}"
+        return Opponent(theirs, None)
+
+
+def _chosen(problem: Problem) -> str:
+    spec = problem.spec
+    if spec is None:
+        return "torch"
+    return choose(spec.name, spec.backends, None, spec.prepare(**problem.kwargs)).name
+
+
+@dataclass(frozen=True)
+class CallEntry:
+    """A Bench as an entry."""
+
+    bench: Bench
+    direction: str = FORWARD
+
+    def __getattr__(self, name: str) -> Any:  # id, op, model, frames, dtype, cost
+        return getattr(self.bench, name)
+
+    @property
+    def rivals(self) -> list[Rival]:
+        return [
+            Rival(name, (self.bench.op,), lambda problem, call=call: call) for name, call in self.bench.rivals.items()
+        ]
+
+    def target(self, rival: str) -> float | None:
+        return self.bench.targets.get(rival)
+
+    def too_much(self, ceiling: Ceiling) -> str | None:
+        return None
+
+    def build(self) -> CallBuilt:
+        return CallBuilt(self.bench)
+
+
+class CallBuilt:
+    error, backend = None, ""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.ours = bench, bench.ours
+
+    def opponent(self, name: str) -> Opponent:
+        call = self.bench.rivals[name]
+        if self.bench.compare:
+            error = relative_error(self.ours(), call())
+            assert error <= self.bench.tolerance, f"our result differs from {name} by {error:.1e} of the largest value"
+        return Opponent(call, None)
