@@ -2,10 +2,10 @@
 
 Planted bugs, each of which turned a test red: bars from half of 1x, or all to the right of it; labels on their bars; a
 logarithmic axis drawn linear; a verdict by the median alone; tiles called full by their outer bounds, skipped a tile
-too early, or full under a box; what could not run not crossed; headings, reasons, cells and attributes unescaped; numbers
-sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot be chosen
-back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the legend's other series;
-folds left open after printing; no default-src in the policy.
+too early, or full under a box; what could not run not crossed; headings, reasons, cells and attributes unescaped;
+numbers sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot be
+chosen back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the legend's other
+series; folds left open after printing; no default-src in the policy.
 """
 
 from __future__ import annotations
@@ -297,7 +297,9 @@ def test_the_command_renders_a_stored_run(tmp_path, capsys):
     parts = [Run(MACHINE, ROWS), Run({**MACHINE, "date": "2026-01-01"}, [], GROWTH, STAGES)]
     files = [str(store(part, tmp_path / f"{i}.json")) for i, part in enumerate(parts)]
     assert command.main([*files, "--out", str(tmp_path / "both"), "--no-images"]) == 0
-    assert Page(tmp_path / "both" / "index.html").sections == SECTIONS
+    both = Page(tmp_path / "both" / "index.html")
+    assert both.sections == SECTIONS
+    assert "a machine · 2 threads · avx2 · 2026-01-01" in both.words
     assert command.main([str(tmp_path / "absent.json")]) == 2
 
 

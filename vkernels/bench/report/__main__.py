@@ -12,12 +12,16 @@ MACHINE = ("machine", "gpu", "threads", "isa")
 
 
 def joined(runs: list[Run]) -> Run:
-    """Parts of one picture, measured by several invocations on one machine; the first says when."""
+    """Parts of one picture, measured by several invocations on one machine; the ceilings are the first one's."""
     machines = [[run.environment.get(key) for key in MACHINE] for run in runs]
     if any(machine != machines[0] for machine in machines):
         raise ValueError(f"report: runs must be of one machine, got {' and '.join(map(str, machines))}")
+    environment = dict(runs[0].environment)
+    for key in ("date", "commit"):
+        if told := dict.fromkeys(str(run.environment[key]) for run in runs if key in run.environment):
+            environment[key] = ", ".join(told)
     return Run(
-        runs[0].environment,
+        environment,
         [row for run in runs for row in run.rows],
         [point for run in runs for point in run.growth],
         [stage for run in runs for stage in run.stages],
