@@ -3,9 +3,9 @@
 Planted bugs, each of which turned a test red: bars from half of 1x, or all to the right of it; labels on their bars; a
 logarithmic axis drawn linear; a verdict by the median alone; tiles called full by their outer bounds, skipped a tile
 too early, or full under a box; what could not run not crossed; headings, reasons, cells and attributes unescaped;
-numbers sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot be
-chosen back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the legend's other
-series; folds left open after printing; no default-src in the policy.
+numbers sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot
+be chosen back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the other series
+of a legend; folds left open after printing; no default-src in the policy.
 """
 
 from __future__ import annotations
