@@ -104,7 +104,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp", text)
     for said in ("Faster in 2 of 4 measured rows", "it needs a compiler", "Where a rival is faster",
-                 "tokens^2.00", "SDPA, 4,096 tokens: out of memory", "50.0 GB/s", "2.50×"):  # fmt: skip
+                 "tokens^(2.00 ± 0.00)", "SDPA, 4,096 tokens: out of memory", "50.0 GB/s", "2.50×"):  # fmt: skip
         assert said in text
 
 
@@ -222,10 +222,12 @@ def test_curves_say_how_they_grow_and_where_they_end():
     crosses = [(dot.series, dot.x) for dot in curve.plots[0].dots if dot.shape == "cross"]
     assert crosses == [("SDPA", 4096.0)]
     assert curve.growth == (
-        "vkernels: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
-        "SDPA: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
+        "vkernels: time grows as tokens^(2.00 ± 0.00), as the work^(1.00 ± 0.00), memory as tokens^(1.00 ± 0.00)",
+        "SDPA: time grows as tokens^(2.00 ± 0.00), as the work^(1.00 ± 0.00), memory as tokens^(1.00 ± 0.00)",
     )
     assert curve.absences == ("SDPA, 4,096 tokens: out of memory",)
+    cut = [dataclasses.replace(p, ms=None, why="too slow") if p.tokens > 512 else p for p in GROWTH[:4]]
+    assert curves(cut)[0].absences == ("vkernels, from 1,024 tokens on: too slow",)
 
 
 def test_the_gallery_shows_every_kind_of_mask():

@@ -46,19 +46,29 @@ def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
     wanted = (("time", "ms", duration), ("memory", "peak_mb", memory))
     plots = [_plot(f"{base}-{what}", f"{op}, {name}, {dtype(kind)}: {what}", points, whos, field, text)
              for what, field, text in wanted]  # fmt: skip
-    absent = [p for p in points if p.ms is None]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for p in absent:
-        reasons.setdefault((p.who, str(p.why or "did not run")), []).append(f"{p.tokens:,}")
-    said = tuple(f"{who}, {', '.join(tokens)} tokens: {why}" for (who, why), tokens in reasons.items())
+    said = tuple(line for who in whos for line in _absences(who, [p for p in points if p.who == who]))
     growth = tuple(line for side in grown(points) if (line := _growth(side)))
     return Curve(f"{name} · {dtype(kind)}", op, tuple(plot for plot in plots if plot), growth, said)
 
 
+def _absences(who: str, points: list[Point]) -> list[str]:
+    """Where `who` did not run, a line for each reason."""
+    reasons: dict[str, list[Point]] = {}
+    for point in points:
+        if point.ms is None:
+            reasons.setdefault(str(point.why or "did not run"), []).append(point)
+    said = []
+    for why, of in reasons.items():
+        whole = len(of) > 1 and of == points[-len(of) :]
+        where = f"from {of[0].tokens:,} tokens on" if whole else f"{', '.join(f'{p.tokens:,}' for p in of)} tokens"
+        said.append(f"{who}, {where}: {why}")
+    return said
+
+
 def _growth(side: Grown) -> str:
-    said = [f"time grows as tokens^{side.tokens}"] if side.tokens else []
-    said += [f"as the work^{side.work}"] if side.work and said else []
-    said += [f"memory as tokens^{side.memory}"] if side.memory else []
+    said = [f"time grows as tokens^({side.tokens})"] if side.tokens else []
+    said += [f"as the work^({side.work})"] if side.work and said else []
+    said += [f"memory as tokens^({side.memory})"] if side.memory else []
     return f"{side.who}: {', '.join(said)}" if said else ""
 
 
