@@ -129,10 +129,14 @@ def test_what_was_not_measured_has_no_section(tmp_path, run, sections):
 def test_many_rows(tmp_path):
     random.seed(1)
     rows = [
-        row(math.exp(random.gauss(1, 1)), id=f"case {i}", op=f"op{i % 9}", flop=10.0 ** (i % 7 + 3)) for i in range(300)
+        row(max(math.exp(random.gauss(1, 1)), i % 9 / 5), id=f"case {i}", op=f"op{i % 9}", flop=10.0 ** (i % 7 + 3))
+        for i in range(300)
     ]
     found = page(Run(MACHINE, rows), tmp_path)
     assert found.tags.count("tr") >= 301
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    losing = {r.op for r in rows if words.verdict(r) == "loss"}
+    assert text.count("<details open>") == len(losing) < 9
     assert (tmp_path / "index.html").stat().st_size < 3e6
 
 
@@ -447,6 +451,8 @@ def test_it_prints(shown):
     shown.run("document.querySelector('details').open = false")
     assert shown.pdf().startswith(b"%PDF")
     assert shown.run("document.querySelector('details').open") is False
+    shown.look(700, media="print")
+    assert shown.run("document.querySelector('svg.wide').checkVisibility()"), "paper has room"
 
 
 def test_nothing_can_leave_the_page(browser, written):
