@@ -1,4 +1,8 @@
-"""A headless Chromium driven through its DevTools pipe: real clicks, the console, every request. Needs no package."""
+"""A headless Chromium driven through its DevTools pipe: real clicks, the console, every request. Needs no package.
+
+`python tests/browser.py PAGE FOLDER` photographs the top of a page, light and dark into
+FOLDER/report-light.png and report-dark.png.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -148,13 +153,13 @@ class Browser:
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
 
-    def screenshot(self, path: Path, selector: str | None = None, scale: float = 1.0) -> Path:
-        """The whole page, or the first match."""
+    def screenshot(self, path: Path, selector: str | None = None, height: float | None = None) -> Path:
+        """The whole page, or the first match, or the upper part of it."""
         found = f"document.querySelector({json.dumps(selector)})" if selector else "document.documentElement"
-        x, y, width, height = self.run(
+        x, y, width, whole = self.run(
             f"(b=>[b.x+scrollX,b.y+scrollY,b.width,b.height])({found}.getBoundingClientRect())"
         )
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": scale}
+        clip = {"x": x, "y": y, "width": width, "height": height or whole, "scale": 1}
         got = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(got["data"]))
         return path
@@ -175,3 +180,15 @@ class Browser:
             with contextlib.suppress(OSError):
                 os.close(end)
         self._folder.cleanup()
+
+
+def photograph(page: Path, folder: Path, width: int = 1160, height: int = 1530) -> None:
+    browser = Browser(find() or "chromium")
+    for theme in ("light", "dark"):
+        browser.open(page, width, height, dark=theme == "dark")
+        print(browser.screenshot(folder / f"report-{theme}.png", height=height))
+    browser.close()
+
+
+if __name__ == "__main__":
+    photograph(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,11 @@
 """The benchmark report: what it says of a run, and the page itself in a real headless browser.
 
-PLANTED
+Planted bugs, each of which turned a test red: bars from half of 1x, or all to the right of it; labels on their bars; a
+logarithmic axis drawn linear; a verdict by the median alone; tiles called full by their outer bounds, skipped a tile
+too early, or full under a box; what could not run not crossed; headings, reasons, cells and attributes unescaped;
+numbers sorted as text, missing ones first; a filter that takes any word, or the other operations; a theme that cannot
+be chosen back, or that is dark on paper; no narrow charts, or both; a style attribute; tips that stay; the other series
+of a legend; folds left open after printing; no default-src in the policy.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from vkernels.bench.report import gallery, masks, ratios, words, write
 from vkernels.bench.report.chart import Bar, Bars, Group, linear, logarithmic
 from vkernels.bench.report.layout import NARROW, WIDE, scene
 from vkernels.bench.report.scaling import curves
-from vkernels.bench.report.scene import Rect, Words
+from vkernels.bench.report.scene import Rect, Words, width_of
 from vkernels.bench.results import Point, Row, Run, Stage, store
 from vkernels.masks import VideoMask
 
@@ -36,7 +41,7 @@ MACHINE = {
     "copy_gb_per_s": 50.0,
     "gflop_per_s": {"float32": 200.0, "bfloat16": 400.0, "float16": 200.0},
 }
-HOSTILE = "</script><script>pwned=1</script><img src=x onerror=pwned=1>'\"&$\\alpha{"
+HOSTILE = "'\"></script><script>pwned=1</script><img src=x onerror=pwned=1>&$\\alpha{"
 
 
 def row(ratio=2.0, **changes):
@@ -99,7 +104,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp", text)
     for said in ("Faster in 2 of 4 measured rows", "it needs a compiler", "Where a rival is faster",
-                 "tokens^2.00", "SDPA, 4,096 tokens: out of memory", "50.0 GB/s", "2.50×"):  # fmt: skip
+                 "tokens^(2.00 ± 0.00)", "SDPA, 4,096 tokens: out of memory", "50.0 GB/s", "2.50×"):  # fmt: skip
         assert said in text
 
 
@@ -124,10 +129,14 @@ def test_what_was_not_measured_has_no_section(tmp_path, run, sections):
 def test_many_rows(tmp_path):
     random.seed(1)
     rows = [
-        row(math.exp(random.gauss(1, 1)), id=f"case {i}", op=f"op{i % 9}", flop=10.0 ** (i % 7 + 3)) for i in range(300)
+        row(max(math.exp(random.gauss(1, 1)), i % 9 / 5), id=f"case {i}", op=f"op{i % 9}", flop=10.0 ** (i % 7 + 3))
+        for i in range(300)
     ]
     found = page(Run(MACHINE, rows), tmp_path)
     assert found.tags.count("tr") >= 301
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    losing = {r.op for r in rows if words.verdict(r) == "loss"}
+    assert text.count("<details open>") == len(losing) < 9
     assert (tmp_path / "index.html").stat().st_size < 3e6
 
 
@@ -195,6 +204,18 @@ def test_bars_start_at_one_and_are_as_long_as_the_logarithm(width):
     assert two.x == four.x == pytest.approx(half.x + half.w)
 
 
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_words_and_bars_do_not_cover_each_other(width):
+    rows = ROWS + [row(ratio, rival=f"rival with a long name {ratio}") for ratio in (20.0, 0.5, 1.0, 1.5)]
+    items = scene(ratios.bars("attention", rows), width).items
+    bars = [item for item in items if isinstance(item, Rect) and item.colour != "card"]
+    for said in (item for item in items if isinstance(item, Words)):
+        left = said.x - {"start": 0, "middle": 0.5, "end": 1}[said.anchor] * width_of(said.text, said.size)
+        for bar in bars:
+            across = left < bar.x + bar.w and left + width_of(said.text, said.size) > bar.x
+            assert not (across and said.y - 0.7 * said.size < bar.y + bar.h and said.y > bar.y), said
+
+
 def test_a_rival_that_could_not_run_says_why_in_its_place():
     drawn = scene(ratios.bars("attention", [ROWS[0], ROWS[4]]))
     assert "could not run: it needs a compiler" in {item.text for item in drawn.items if isinstance(item, Words)}
@@ -205,10 +226,12 @@ def test_curves_say_how_they_grow_and_where_they_end():
     crosses = [(dot.series, dot.x) for dot in curve.plots[0].dots if dot.shape == "cross"]
     assert crosses == [("SDPA", 4096.0)]
     assert curve.growth == (
-        "vkernels: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
-        "SDPA: time grows as tokens^2.00 ± 0.00, as the work^1.00 ± 0.00, memory as tokens^1.00 ± 0.00",
+        "vkernels: time grows as tokens^(2.00 ± 0.00), as the work^(1.00 ± 0.00), memory as tokens^(1.00 ± 0.00)",
+        "SDPA: time grows as tokens^(2.00 ± 0.00), as the work^(1.00 ± 0.00), memory as tokens^(1.00 ± 0.00)",
     )
     assert curve.absences == ("SDPA, 4,096 tokens: out of memory",)
+    cut = [dataclasses.replace(p, ms=None, why="too slow") if p.tokens > 512 else p for p in GROWTH[:4]]
+    assert curves(cut)[0].absences == ("vkernels, from 1,024 tokens on: too slow",)
 
 
 def test_the_gallery_shows_every_kind_of_mask():
@@ -274,6 +297,15 @@ def test_the_command_renders_a_stored_run(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[]")
     assert command.main([str(tmp_path / "bad.json")]) == 2
     assert "must be a benchmark run" in capsys.readouterr().err
+    other = store(dataclasses.replace(RUN, environment={**MACHINE, "threads": 64}), tmp_path / "other.json")
+    assert command.main([str(stored), str(other)]) == 2
+    assert "must be of one machine" in capsys.readouterr().err
+    parts = [Run(MACHINE, ROWS), Run({**MACHINE, "date": "2026-01-01"}, [], GROWTH, STAGES)]
+    files = [str(store(part, tmp_path / f"{i}.json")) for i, part in enumerate(parts)]
+    assert command.main([*files, "--out", str(tmp_path / "both"), "--no-images"]) == 0
+    both = Page(tmp_path / "both" / "index.html")
+    assert both.sections == SECTIONS
+    assert "a machine · 2 threads · avx2 · 2026-01-01" in both.words
     assert command.main([str(tmp_path / "absent.json")]) == 2
 
 
@@ -419,6 +451,8 @@ def test_it_prints(shown):
     shown.run("document.querySelector('details').open = false")
     assert shown.pdf().startswith(b"%PDF")
     assert shown.run("document.querySelector('details').open") is False
+    shown.look(700, media="print")
+    assert shown.run("document.querySelector('svg.wide').checkVisibility()"), "paper has room"
 
 
 def test_nothing_can_leave_the_page(browser, written):

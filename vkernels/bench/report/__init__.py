@@ -1,6 +1,6 @@
 """A run as a page people look at: index.html, self-contained, and each plot as a PNG.
 
-`python -m vkernels.bench.report RUN.json --out FOLDER` renders a stored run.
+`python -m vkernels.bench.report RUN.json --out FOLDER` renders stored runs.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ FACTS = {
     "gflop_per_s": ("matrix product", lambda v: _rates(v)),
 }
 
+UNFOLDED = 80  # bars; of more, only operations that lose somewhere are unfolded
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -168,9 +170,10 @@ def _list(title: str, pairs: list[tuple[str, str]], most: int = 6) -> str:
 def _ratios(figures: Figures) -> str:
     if not figures.ratios:
         return ""
-    opened = " open" if sum(len(group.bars) for chart in figures.ratios for group in chart.groups) <= 80 else ""
+    many = sum(len(group.bars) for chart in figures.ratios for group in chart.groups) > UNFOLDED
     charts = "".join(
-        f"<details{opened}><summary>{escape(chart.title.split(':')[0])}</summary>{_drawn(chart)}</details>"
+        f"<details{'' if many and not _loses(chart) else ' open'}><summary>{escape(chart.title.split(':')[0])}</summary>"
+        f"{_drawn(chart)}</details>"
         for chart in figures.ratios
     )
     return (
@@ -178,6 +181,10 @@ def _ratios(figures: Figures) -> str:
         "on it the 20th to 80th percentile; a dashed tick is a target. Each operation has a scale of its own, "
         f"logarithmic.</p>{charts}"
     )
+
+
+def _loses(chart: Bars) -> bool:
+    return any(bar.colour == "loss" for group in chart.groups for bar in group.bars)
 
 
 def _roofline(run: Run, figures: Figures) -> str:

@@ -41,24 +41,34 @@ def _numbers(point: Point) -> Point:
 
 
 def _curve(op: str, name: str, kind: str, points: list[Point]) -> Curve:
-    whos = sorted(dict.fromkeys(str(p.who) for p in points), key=lambda who: who != "vkernels")
+    whos = sorted(dict.fromkeys(p.who for p in points), key=lambda who: who != "vkernels")
     base = f"growth-{slug(f'{op} {name} {dtype(kind)}')}"
     wanted = (("time", "ms", duration), ("memory", "peak_mb", memory))
     plots = [_plot(f"{base}-{what}", f"{op}, {name}, {dtype(kind)}: {what}", points, whos, field, text)
              for what, field, text in wanted]  # fmt: skip
-    absent = [p for p in points if positive(p.ms) is None]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for p in absent:
-        reasons.setdefault((str(p.who), str(p.why or "did not run")), []).append(f"{p.tokens:,}")
-    said = tuple(f"{who}, {', '.join(tokens)} tokens: {why}" for (who, why), tokens in reasons.items())
+    said = tuple(line for who in whos for line in _absences(who, [p for p in points if p.who == who]))
     growth = tuple(line for side in grown(points) if (line := _growth(side)))
     return Curve(f"{name} · {dtype(kind)}", op, tuple(plot for plot in plots if plot), growth, said)
 
 
+def _absences(who: str, points: list[Point]) -> list[str]:
+    """Where `who` did not run, a line for each reason."""
+    reasons: dict[str, list[Point]] = {}
+    for point in points:
+        if point.ms is None:
+            reasons.setdefault(str(point.why or "did not run"), []).append(point)
+    said = []
+    for why, of in reasons.items():
+        whole = len(of) > 1 and of == points[-len(of) :]
+        where = f"from {of[0].tokens:,} tokens on" if whole else f"{', '.join(f'{p.tokens:,}' for p in of)} tokens"
+        said.append(f"{who}, {where}: {why}")
+    return said
+
+
 def _growth(side: Grown) -> str:
-    said = [f"time grows as tokens^{side.tokens}"] if side.tokens else []
-    said += [f"as the work^{side.work}"] if side.work and said else []
-    said += [f"memory as tokens^{side.memory}"] if side.memory else []
+    said = [f"time grows as tokens^({side.tokens})"] if side.tokens else []
+    said += [f"as the work^({side.work})"] if side.work and said else []
+    said += [f"memory as tokens^({side.memory})"] if side.memory else []
     return f"{side.who}: {', '.join(said)}" if said else ""
 
 
@@ -71,24 +81,24 @@ def _axis(points: list[Point]) -> Axis:
 
 
 def _plot(name: str, title: str, points: list[Point], whos: list[str], field: str, text: Any) -> Plot | None:
-    values = {(str(p.who), p.tokens): v for p in points if (v := positive(getattr(p, field))) is not None}
+    values = {(p.who, p.tokens): v for p in points if (v := getattr(p, field)) is not None}
     if not values:
         return None
     label = "time" if field == "ms" else "peak memory"
-    absent = len({str(p.who) for p in points if positive(p.ms) is None})
+    absent = len({p.who for p in points if p.ms is None})
     span = max(values.values()) / min(values.values())
     room = span ** (0.1 * (absent + 1)) if absent else 1.0  # for the crosses, above every curve
     y = logarithmic([*values.values(), max(values.values()) * room], label, text, pad=1.6)
     lines, dots, legend, crossed = [], [], [], 0
     for index, who in enumerate(whos):
         colour = "ours" if who == "vkernels" else cycled(max(index, 1))
-        mine = [p for p in points if str(p.who) == who]
+        mine = [p for p in points if p.who == who]
         line = tuple((float(p.tokens), values[who, p.tokens]) for p in mine if (who, p.tokens) in values)
         if len(line) > 1:
             lines.append(Line(line, colour, who))
         dots += [Dot(a, b, colour, series=who, tip=f"{who}, {a:,.0f} tokens: {text(b)}") for a, b in line]
         legend.append(Key(who, who, colour))
-        bad = [p for p in mine if positive(p.ms) is None]
+        bad = [p for p in mine if p.ms is None]
         height = y.high / (y.high / y.low) ** (0.05 + 0.07 * crossed)
         crossed += bool(bad)
         for p in bad:

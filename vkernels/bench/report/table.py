@@ -69,7 +69,7 @@ COLUMNS: tuple[tuple[str, bool, Callable[[Row], tuple[str, Any]]], ...] = (
     ("target", True, _target),
     ("roofline", True, _number("roofline_share", percent)),
     ("GB/s", True, _number("gb_per_s", plain)),
-    ("rate", True, _number("tflop_per_s", flops)),
+    ("rate", True, _number("tflop_per_s", lambda rate: flops(positive(rate)))),
     ("peak memory", True, _number("peak_mb", memory)),
     ("rival's peak", True, _number("rival_peak_mb", memory)),
     ("error", True, _number("error", _error)),
