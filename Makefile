@@ -57,6 +57,11 @@ format: $(VENV)/.installed
 bench: build
 	$(PY) -m vkernels bench --full --minutes 14 --out benchmarks/results/cpu.json $(ARGS)
 
+# About a minute: kernels that lost their lead over their rivals fail. ARGS=--update measures this machine's bands.
+.PHONY: bench-gate
+bench-gate: build
+	$(PY) -m vkernels bench gate $(ARGS)
+
 # The reference model's stages, plain against vkernels, into the README.
 .PHONY: bench-model
 bench-model: build

@@ -18,7 +18,7 @@ LIBRARY = sorted((ROOT / "vkernels").rglob("*.py"))
 NATIVE = [*ROOT.glob("csrc/**/*"), *ROOT.glob("tests/cuda/*")]
 SOURCES = [p for p in NATIVE if p.suffix in (".h", ".cpp", ".cu")]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-EVIDENCE = {"spec.py", "__main__.py", "explain.py", "aot.py", "tune.py"}
+EVIDENCE = {"spec.py", "__main__.py", "explain.py", "explain_cli.py", "aot.py", "tune.py"}
 
 
 def imports(path: Path) -> set[str]:

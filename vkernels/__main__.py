@@ -1,4 +1,4 @@
-"""python -m vkernels  info | check | table | compile | tune | bench"""
+"""python -m vkernels  info | check | table | compile | tune | bench | explain"""
 
 from __future__ import annotations
 
@@ -154,10 +154,19 @@ def bench(argv: list[str]) -> int:
     return cli.main(argv)
 
 
+def explain(argv: list[str]) -> int:
+    """Which backend would run a call, why not the others, what it is cut to, and what it costs at the least."""
+    from vkernels import explain_cli
+
+    return explain_cli.main(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:  # it parses its own
         return bench(argv[1:])
+    if argv[:1] == ["explain"]:
+        return explain(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m vkernels", description=vkernels.__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -178,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--minutes", type=float, default=10.0)
     sub.set_defaults(run=tune_tiles)
     commands.add_parser("bench", help=bench.__doc__)
+    commands.add_parser("explain", help=explain.__doc__)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

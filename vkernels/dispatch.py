@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vkernels import library
 from vkernels.check import NoBackend, refusal
 from vkernels.library import capability
 
@@ -44,6 +45,8 @@ def like(x: torch.Tensor) -> tuple[torch.device, str]:
 
 
 def chip(device: torch.device) -> str:
+    if library.recording_for is not None:
+        return library.recording_for
     return "sm{}{}".format(*capability(device)) if device.type == "cuda" else device.type
 
 

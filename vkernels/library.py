@@ -61,7 +61,10 @@ def cpu_why_not(tensor: torch.Tensor) -> str | None:
     return _missing
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")  # Triton reads it once, when it is imported
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") not in (
+    "0",
+    "",
+)  # Triton reads it once
 _TRITON = find_spec("triton") is not None
 recording_for: str | None = None  # the chip launches are noted down for, while they are (vkernels/triton/launch.py)
 
@@ -115,6 +118,25 @@ def cuda_why_not(tensor: torch.Tensor) -> str | None:
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, this backend needs sm_80 or newer"
 
 
+_noting = False
+
+
+def cuda_unbuilt() -> str | None:
+    """None when the CUDA kernels are built in, whether or not a GPU is here; else the sentence that says why not."""
+    return None if emulator is not None or hasattr(_C, "cuda_launches") else cuda_missing()
+
+
+def cuda_launches(call: Callable[[], Any]) -> list[tuple[str, int, int, int, int]]:
+    """(kernel, blocks, rows of blocks, threads of a block, bytes of shared memory) of each launch that CUDA kernels
+    called by `call` would make. Nothing is launched, so no GPU need be here; call it where `cuda_unbuilt()` is None."""
+    global _noting
+    _noting = True
+    try:
+        return (_C if emulator is None else emulator.module).cuda_launches(call)
+    finally:
+        _noting = False
+
+
 def run_cuda(name: str, tensors: Sequence[torch.Tensor | None], *rest: Any) -> None:
     """Call the native CUDA function `name` with references to `tensors`, then `rest`, then device and stream.
 
@@ -127,6 +149,9 @@ def run_cuda(name: str, tensors: Sequence[torch.Tensor | None], *rest: Any) -> N
         if x is not None and x.device != device:
             raise TypeError(refusal(op_name, "tensors", f"be on one device ({device})", x.device))
     references = [ref(x) for x in tensors]
+    if _noting:
+        getattr(emulator or _C, name)(*references, *rest, 0, 0)
+        return
     if device.type != "cuda":
         if emulator is None:
             raise NoBackend(f"{op_name}: tensors must be on an NVIDIA GPU, got {device}")

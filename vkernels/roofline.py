@@ -25,6 +25,11 @@ class Ceiling:
         rate = self.flop_per_s.get(str(dtype).removeprefix("torch."), max(self.flop_per_s.values()))
         return max(flop / rate, bytes_moved / self.bytes_per_s)
 
+    def bound(self, flop: float, bytes_moved: float, dtype: torch.dtype) -> str:
+        """What that time is spent on."""
+        moving = bytes_moved / self.bytes_per_s
+        return "bytes" if moving >= self.time_s(flop, bytes_moved, dtype) else "arithmetic"
+
 
 # Copy bandwidth and dense 16-bit matrix rate that these GPUs reach in practice, not the data sheet's peaks.
 STATED = {

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "scratch.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,10 +19,19 @@ struct Scratch {
   void* data[kScratchSlots] = {};
   size_t bytes[kScratchSlots] = {};
   ~Scratch() {
-    for (void* p : data) std::free(p);
+    for (int slot = 0; slot < kScratchSlots; ++slot) give_back(slot);
   }
+  void give_back(int slot);
 };
 thread_local Scratch thread_scratch;
+std::atomic<int64_t> held{0};
+
+void Scratch::give_back(int slot) {
+  std::free(data[slot]);
+  data[slot] = nullptr;
+  held -= static_cast<int64_t>(bytes[slot]);
+  bytes[slot] = 0;
+}
 
 }  // namespace
 
@@ -45,15 +56,17 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 void* scratch(int slot, size_t bytes) {
   Scratch& s = thread_scratch;
   if (s.bytes[slot] < bytes) {
-    std::free(s.data[slot]);
-    s.bytes[slot] = 0;
+    s.give_back(slot);
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
     s.data[slot] = std::aligned_alloc(64, rounded);
     if (!s.data[slot]) throw std::bad_alloc();
     s.bytes[slot] = rounded;
+    held += static_cast<int64_t>(rounded);
   }
   return s.data[slot];
 }
+
+int64_t scratch_bytes() { return held; }
 
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)

@@ -9,14 +9,15 @@
 // Both are the same product, `add_codes`: three instructions per 16 codes (and, convert, FMA), because the position of
 // a code inside its word is a power of two that the factor takes over. Rows are the queries that share the head.
 #include "decode_attention.h"
+#include "decode_rows.h"
 #include "vkernels/cpu/parallel.h"
 #include "vkernels/cpu/simd.h"
 
 namespace vk::VK_ISA {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 4 : 2;  // query rows of one pass
-constexpr int64_t kRun = 128;                // most tokens of one step, and the largest group
+using decode::kRows;
+using decode::kRun;
 constexpr int64_t kMostChannels = 256, kMostGroups = kMostChannels / 32;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

@@ -105,7 +105,7 @@ void move(const RearrangeAffineParams& p) {
   }
   const int64_t n_y = l.sizes[fast_y], n_x = l.sizes[fast_x];
   const int64_t yy = l.y[fast_y], yx = l.x[fast_y], xy = l.y[fast_x], xx = l.x[fast_x];
-  constexpr int64_t kTile = kBytes >= 4 ? 32 : 64;
+  constexpr int64_t kTile = kTurnedSide<kBytes>;
   const int64_t tiles_y = (n_y + kTile - 1) / kTile, tiles_x = (n_x + kTile - 1) / kTile;
   const int64_t tiles = total / run / (n_y * n_x) * tiles_y * tiles_x;
   const bool turn = run == 1 && xx == 1 && yy == 1;

@@ -2,6 +2,7 @@
 // Include only from *_cpu.cpp files.
 #pragma once
 
+#include "pieces.h"
 #include "rearrange.h"
 #include "vkernels/cpu/parallel.h"
 #include "vkernels/cpu/simd.h"
@@ -10,7 +11,6 @@ namespace vk::VK_ISA {
 namespace {
 
 constexpr int64_t kCacheBytes = 24 << 20;  // outputs larger than this bypass the caches
-constexpr int64_t kGrainBytes = 64 << 10;
 
 VK_INLINE int element_bytes(Dtype t) {
   switch (t) {

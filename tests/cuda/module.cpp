@@ -1,5 +1,6 @@
 // vkernels_emulated: the CUDA kernels of every op, run by the emulator on CPU tensors, and the twins for their tests.
 #include "bind.h"
+#include "cuda/launches.h"
 #include "fibres.h"
 
 namespace vk {
@@ -15,6 +16,7 @@ PYBIND11_MODULE(vkernels_emulated, m) {
   m.def("allow", [](const std::vector<vk::TensorRef>& tensors) { vk::emulated::allow(tensors); });
   m.def("set_order", [](int order) { vk::emulated::set_order(static_cast<vk::emulated::Order>(order)); });
   m.def("switches", &vk::emulated::switches);
+  vk::bind_launches(m);
   vk::bind_twins(m);
   vk::bind_faults(m);
   vk::bind_rooms(m);

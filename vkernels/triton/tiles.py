@@ -60,6 +60,12 @@ def _row(op: str, kernel: str, arch: str, d: int, bytes: int) -> dict[str, int]:
     raise LookupError(f"tiles.json of {op}: no row of {kernel} on {arch} serves d={d}, {bytes} bytes")
 
 
+def names(op: str, kernel: str, arch: str) -> list[str]:
+    """What the rows of a kernel say on a chip, in their order."""
+    rows = [row for name, of in table(op).items() if name.split(",")[0] == kernel for row in of[_nearest(of, arch)]]
+    return list(dict.fromkeys(name for row in rows for name in row if name not in LIMITS))
+
+
 def _nearest(kernel: dict[str, Any], arch: str) -> str:
     if arch in kernel or arch == "interpreter":
         return arch

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "vkernels/device/kernel.h"
+#include "vkernels/device/noted.h"
 #include "vkernels/device/stream.h"
 
 #if defined(__CUDACC__)
@@ -32,6 +33,10 @@ void launch(const char* name, void (*kernel)(Params), const Grid& grid, const St
   if (grid.x > kMaxBlocks || grid.y > 65535)
     throw std::runtime_error(std::string(name) + ": a grid of " + std::to_string(grid.x) + " x " +
                              std::to_string(grid.y) + " blocks is too large");
+  if (noted_launches != nullptr) {
+    noted_launches->push_back({name, grid.x, grid.y, grid.threads, grid.shared_bytes});
+    return;
+  }
 #if defined(__CUDACC__)
   const auto check = [&](cudaError_t status, const char* what) {
     if (status != cudaSuccess)
