@@ -36,8 +36,9 @@ def numbers(file: Path = RESULTS / "cpu.json") -> str:
     shown = [row for row in measured if row.target is not None or row.ratio < 1]
     for row in shown:
         spread = f"({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
+        case = row.id if row.direction == "forward" else f"{row.id}, {row.direction}"
         lines.append(
-            f"| {row.id}{', ' + row.direction if row.direction != 'forward' else ''} | {row.dtype} | {row.rival} | {_time(row.ours_ms)} | {_time(row.rival_ms)} "
+            f"| {case} | {row.dtype} | {row.rival} | {_time(row.ours_ms)} | {_time(row.rival_ms)} "
             f"| **{row.ratio:.2f}x** {spread} | {row.roofline_share:.0%} |"
         )
     slower = sum(1 for row in measured if row.ratio < 1)

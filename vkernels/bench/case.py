@@ -42,7 +42,7 @@ class Case:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     backward: bool = False  # a run of everything also measures its gradients
     visible: Callable[..., Any] | None = None  # FlexAttention's predicate (b, h, q, k), where the mask has none
-    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # beside those every call of the op has
+    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # instead of those every call of the op has
     always: bool = False  # also where it takes long
     targets: Mapping[tuple[str, torch.dtype], float] = field(
         default_factory=dict
@@ -156,7 +156,8 @@ class OpEntry:
     @property
     def rivals(self) -> list[Rival]:
         own = [Rival(name, (self.op,), prepare) for name, prepare in self.case.rivals.items()]
-        return own + [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
+        known = [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
+        return own or known  # a case that brings what one would write needs nobody else
 
     @cached_property
     def _size(self) -> tuple[Cost, int]:
@@ -174,8 +175,14 @@ class OpEntry:
         return Cost(forward.flop + back.flop, forward.bytes + back.bytes)
 
     def target(self, rival: str) -> float | None:
-        wanted = [v for (name, dtype), v in self.case.targets.items() if dtype == self.dtype and rival.startswith(name)]
-        return wanted[0] if wanted and self.direction == FORWARD else None
+        if self.direction != FORWARD:
+            return None
+        whole = {known.name for known in self.rivals}  # a name of one rival means that one, and no longer name
+
+        def meant(name: str) -> bool:
+            return rival == name or (name not in whole and rival.startswith(name))
+
+        return next((v for (name, dtype), v in self.case.targets.items() if dtype == self.dtype and meant(name)), None)
 
     def too_much(self, ceiling: Ceiling) -> str | None:
         best = ceiling.time_s(self.cost.flop, self.cost.bytes, self.dtype)
@@ -229,7 +236,7 @@ class OpBuilt:
         if call is None:
             return None
         if rival.gpu and torch.device(self.entry.device).type != "cuda":
-            raise Cannot(f"{name} needs a CUDA GPU")
+            raise Cannot("it needs a CUDA GPU")
         theirs = self._directed(call)
         result = theirs()
         if not rival.compare:
