@@ -17,6 +17,7 @@ import weakref
 import old_packages
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels as vk
 
@@ -121,6 +122,31 @@ def test_without_padding_and_with_a_mask_of_another_length(version):
         first = model(input_ids=ids[:, :5], use_cache=True)
         rest = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
         close(rest.logits, want[:, 5:])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            self.numel = max(self.numel, x.untyped_storage().nbytes() // 4 if isinstance(x, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_of_queries_times_keys_is_made(version):
+    model, inputs = text(version, num_hidden_layers=1, max_position_embeddings=512), padded(tokens=400)
+    with torch.no_grad():
+        with Largest() as stock:
+            model(**inputs)
+        eras.apply(model)
+        with Largest() as ours:
+            model(**inputs)
+    assert stock.numel >= 400 * 400
+    assert ours.numel < 400 * 400 / 2
 
 
 @pytest.mark.parametrize(("version", "how"), [("4.45.2", "eager"), ("4.45.2", "sdpa"), ("4.48.3", "sdpa")])
