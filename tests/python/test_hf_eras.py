@@ -440,6 +440,27 @@ def test_a_form_of_no_era_raises_or_is_reported(monkeypatch):
     assert "left      mask: LlamaModel" in str(eras.apply(model, strict=False))
 
 
+@pytest.mark.parametrize("version", ["4.31.0", "4.37.2"])
+def test_a_layer_somebody_bound_before_keeps_its_dense_mask(version):
+    model, inputs = text(version), padded()
+    bound = model.model.layers[1].self_attn
+    bound.forward = bound.forward
+    report = eras.apply(model)
+    assert report.verify(inputs, tolerance=1e-4).ok
+    assert "attention: LlamaAttention: its forward is bound to the instance already" in str(report)
+    assert "mask: LlamaModel: not every layer of it is replaced" in str(report)
+    assert "1 on the stock path (a dense mask is given)" in str(report)
+
+
+def test_autocast_hands_attention_one_dtype():
+    model, inputs = text("4.45.2"), padded()
+    eras.apply(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs).logits
+    eras.restore(model)
+    torch.testing.assert_close(out[1].float(), model(**inputs).logits[1], rtol=0.1, atol=0.3)
+
+
 def test_another_rotation_of_the_same_name_is_left_alone(monkeypatch):
     file = old_packages.transformers_of("4.31.0", "llama")["llama"]
     model, inputs = text("4.31.0"), padded()
