@@ -317,6 +317,13 @@ def test_the_compiled_tower_takes_clips_of_other_sizes():
         torch.testing.assert_close(got, tower(clip, grid).pooler_output, atol=1e-4, rtol=1e-4)
 
 
+def test_timesformer_under_autocast_takes_sums_and_norms_apart():
+    sample = zoo.build("TimeSformer")
+    report = vkt.apply(sample.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert report.verify(sample.inputs, tolerance=4e-2).idle == ()
+
+
 # ---- misuse
 
 

@@ -17,6 +17,7 @@ import weakref
 import old_packages
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkernels as vk
 
@@ -121,6 +122,31 @@ def test_without_padding_and_with_a_mask_of_another_length(version):
         first = model(input_ids=ids[:, :5], use_cache=True)
         rest = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
         close(rest.logits, want[:, 5:])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            self.numel = max(self.numel, x.untyped_storage().nbytes() // 4 if isinstance(x, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_of_queries_times_keys_is_made(version):
+    model, inputs = text(version, num_hidden_layers=1, max_position_embeddings=512), padded(tokens=400)
+    with torch.no_grad():
+        with Largest() as stock:
+            model(**inputs)
+        eras.apply(model)
+        with Largest() as ours:
+            model(**inputs)
+    assert stock.numel >= 400 * 400
+    assert ours.numel < 400 * 400 / 2
 
 
 @pytest.mark.parametrize(("version", "how"), [("4.45.2", "eager"), ("4.45.2", "sdpa"), ("4.48.3", "sdpa")])
@@ -412,6 +438,27 @@ def test_a_form_of_no_era_raises_or_is_reported(monkeypatch):
         eras.apply(model)
     assert "forward" not in model.model.layers[0].self_attn.__dict__
     assert "left      mask: LlamaModel" in str(eras.apply(model, strict=False))
+
+
+@pytest.mark.parametrize("version", ["4.31.0", "4.37.2"])
+def test_a_layer_somebody_bound_before_keeps_its_dense_mask(version):
+    model, inputs = text(version), padded()
+    bound = model.model.layers[1].self_attn
+    bound.forward = bound.forward
+    report = eras.apply(model)
+    assert report.verify(inputs, tolerance=1e-4).ok
+    assert "attention: LlamaAttention: its forward is bound to the instance already" in str(report)
+    assert "mask: LlamaModel: not every layer of it is replaced" in str(report)
+    assert "1 on the stock path (a dense mask is given)" in str(report)
+
+
+def test_autocast_hands_attention_one_dtype():
+    model, inputs = text("4.45.2"), padded()
+    eras.apply(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs).logits
+    eras.restore(model)
+    torch.testing.assert_close(out[1].float(), model(**inputs).logits[1], rtol=0.1, atol=0.3)
 
 
 def test_another_rotation_of_the_same_name_is_left_alone(monkeypatch):

@@ -5,7 +5,8 @@ Planted, one at a time, and seen red: scores scaled by another factor; keys and 
 in the wrong order; the rotation reversed; the window gather left out; the pooling of another stride; time and space
 swapped in the divided block; V-JEPA2's odd members turned by the even ones' angle; a mask dropped; a vision block
 without its residual, with the other norm's weight, with another eps; VideoLLaMA3's grid taken for a raster; the
-channels of a pixel shuffle in the other order; a plain key for a packed tower.
+channels of a pixel shuffle in the other order; a plain key for a packed tower; TimeSformer's patches shifted, and its
+second projection without its bias, with the other norm, without its residual.
 """
 
 import dataclasses

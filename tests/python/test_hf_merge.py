@@ -1,6 +1,6 @@
 """Video rows merged into embeddings by plan, against torch's masked_scatter. Whole models: test_hf_matrix.py.
 
-Planted, one at a time, and seen red: features one row early; samples of a batch numbered apart; the count not looked
+Planted, one at a time, and seen red: features one row off; samples of a batch numbered apart; the count not looked
 at; the stock path not counted.
 """
 

@@ -98,8 +98,7 @@ class _Fitter(Fitter):
         self.unasked("attention", "rope")
 
     def _attention(self, module: Any, kind: Kind) -> None:
-        if "forward" in module.__dict__:
-            why = "its forward is bound to the instance already (accelerate, another patch)"
+        if (why := _why_left(module)) is not None:
             return self.leave("attention", module, why)
         if (lost := kind.lost(type(module))) is not None:
             return self.lost("attention", module, lost)
@@ -122,10 +121,14 @@ class _Fitter(Fitter):
     def _mask(self, decoder: Any) -> None:
         """A decoder's own mask, dense where it stood, as intervals where its layers attend with ours."""
         layers = getattr(decoder, "layers", None)
-        first = getattr(layers[0], "self_attn", None) if isinstance(layers, torch.nn.ModuleList) and layers else None
-        kind = None if first is None else known.kind_of(type(first))
-        if kind is None or not kind.turns or "attention" not in first.__dict__.get(MARK, {}):
+        if not isinstance(layers, torch.nn.ModuleList):
             return None
+        attentions = [m for m in (getattr(layer, "self_attn", None) for layer in layers) if m is not None]
+        ours = ["attention" in m.__dict__.get(MARK, {}) and _turns(m) for m in attentions]
+        if not any(ours):
+            return None
+        if not all(ours):  # the others want a dense one
+            return self.leave("mask", decoder, "not every layer of it is replaced")
         if (lost := known.mask_lost(type(decoder))) is not None:
             return self.lost("mask", decoder, lost)
         for name, (_, make) in known.MASK_METHODS.items():
@@ -137,3 +140,16 @@ class _Fitter(Fitter):
         seam = self.count("mask", decoder, " and ".join(used), "intervals of keys")
         names = {name: masks.prepared_mask(stock.__globals__[name], seam) for name in used}
         return self.patches.set(decoder, "forward", types.MethodType(with_names(stock, **names), decoder))
+
+
+def _turns(module: torch.nn.Module) -> bool:
+    kind = known.kind_of(type(module))
+    return kind is not None and kind.turns
+
+
+def _why_left(module: Any) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward is bound to the instance already (accelerate, another patch)"
+    if "Flash" in type(module).__name__ and getattr(module, "attention_dropout", 0.0):
+        return "it drops attention weights out, and its flash form takes no mask of ours then"
+    return None

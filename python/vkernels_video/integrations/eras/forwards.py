@@ -17,7 +17,7 @@ from torch import Tensor
 import vkernels as vk
 from vkernels_video.integrations.eras import masks
 from vkernels_video.integrations.transformers import host
-from vkernels_video.integrations.transformers.attention import attention_forward, why_stock
+from vkernels_video.integrations.transformers.attention import attention_forward, one_dtype, why_stock
 from vkernels_video.integrations.transformers.fitting import weights_refused
 from vkernels_video.integrations.transformers.known import reads_softmax
 from vkernels_video.integrations.transformers.masks import StructuredMask
@@ -29,7 +29,7 @@ Forward = Callable[..., Any]
 def attend(seam: Seam, q: Tensor, k: Tensor, v: Tensor, mask: StructuredMask | None, scale: float | None) -> Any:
     """softmax(scale q k^T) v of q, k, v (b n s d) as (b s n*d)."""
     seam.called()
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in one_dtype(q, k, v))
     o: Any = vk.attention(q, k, v, mask=None if mask is None else mask.on(q.device), scale=scale)
     return o.flatten(2)
 

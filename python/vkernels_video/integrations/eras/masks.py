@@ -144,11 +144,17 @@ def updated_mask(stock: Any, seam: Seam) -> Any:
     """`_update_causal_mask(attention_mask, input_tensor, cache_position, past_key_values, output_attentions)`."""
 
     def _update_causal_mask(
-        self: Any, attention_mask: Any, input_tensor: Tensor, cache_position: Tensor, past_key_values: Any, *rest: Any
+        self: Any,
+        attention_mask: Any,
+        input_tensor: Tensor,
+        cache_position: Tensor,
+        past_key_values: Any,
+        *rest: Any,
+        **more: Any,
     ) -> Any:
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
             seam.left_to_stock("a dense mask is given")
-            return stock(self, attention_mask, input_tensor, cache_position, past_key_values, *rest)
+            return stock(self, attention_mask, input_tensor, cache_position, past_key_values, *rest, **more)
         seam.called()
         queries, device = input_tensor.shape[1], input_tensor.device
         if any(kind.__name__ == "StaticCache" for kind in type(past_key_values).__mro__):

@@ -80,7 +80,7 @@ def attention_forward(
         return _stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, given), None
     if seam is not None:
         seam.called()
-    query, key, value = _one_dtype(query, key, value)
+    query, key, value = one_dtype(query, key, value)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if q.shape[0] != k.shape[0]:  # learned queries of batch 1 against many samples
         q = q.expand(k.shape[0], -1, -1, -1)
@@ -153,7 +153,7 @@ def _stock(
     return STOCK["sdpa"](module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest)[0]
 
 
-def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as autocast would hand them to SDPA."""
     if q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         return q, k, v
