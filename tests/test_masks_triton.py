@@ -3,7 +3,8 @@ what a hostile direct call can do.
 
 Planted bugs that turned a test red: an interval's `hi + 1` and the dropped tokens' place off by one; the compaction's
 sum of earlier blocks one block too long; a global's second interval; dropped tokens left in their class when sorting;
-a class of `_place` one code narrower than its tokens; the ends of rising ids read from another sample.
+a class of `_place` one code narrower than its tokens; the ends of rising ids read from another sample; two relations
+whose classes are added; any kept queries taken for the kept keys; ids read past their end; a row map of any length.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ not counted, the rows of a second source numbered from 0, a second row axis with
 another sample, a scale dropped forward and backward, the mean of columns past the row, a sign in the norm's gradient,
 rows of the next chunk counted twice, the last row of a chunk left out, NaN of absent rows in the parameters' sums, the
 edge of a turned tile, a repeated axis given a stride, a step one past the end of x. Of rows in parts: the mean of g
-left out, its product not divided by the deviation, the mean of one part for all, the sums of row 0 for every row.
+left out, its product not divided by the deviation, the mean of one part for all, the sums of row 0 for every row, the
+norm's weights left out of them. Of odd runs: steps in elements, an address between two units.
 """
 
 from __future__ import annotations
