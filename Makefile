@@ -53,8 +53,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
 
+# Everything this machine can measure, in a quarter of an hour; without --full, a telling few in a minute.
 bench: build
-	$(PY) -m vkernels bench --out benchmarks/results/cpu.json $(ARGS)
+	$(PY) -m vkernels bench --full --minutes 14 --out benchmarks/results/cpu.json $(ARGS)
 
 # About a minute: kernels that lost their lead over their rivals fail. ARGS=--update measures this machine's bands.
 .PHONY: bench-gate
@@ -64,8 +65,14 @@ bench-gate: build
 # The reference model's stages, plain against vkernels, into the README.
 .PHONY: bench-model
 bench-model: build
-	$(PY) -m vkernels_video.bench.model --out benchmarks/results/model.json $(ARGS)
+	$(PY) -m vkernels bench --stages --out benchmarks/results/model.json $(ARGS)
 	$(PY) -m benchmarks.readme
+
+# The stored runs as a page and PNGs in build/report. IMAGES=1: the documents' pictures of it too, taken in a Chromium.
+.PHONY: report
+report: build
+	$(PY) -m vkernels.bench.report benchmarks/results/cpu.json benchmarks/results/model.json --out build/report
+	$(if $(IMAGES),cp build/report/masks-*.png docs/images && $(PY) tests/browser.py build/report/index.html docs/images)
 
 # On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;
 # OUT=folder: where the JSON goes; TUNE=1: also measure tiles.

@@ -9,10 +9,12 @@ divide the sample, and a cold sample that does not empty the cache each turned a
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +195,10 @@ def test_a_rival_that_is_wrong_or_broken_says_so():
     ]  # fmt: skip
     assert "differs from float64" in session.rows[0].why
     assert session.rows[1].why == "RuntimeError: it has no kernel for 16"
-    assert "not measured: RuntimeError" in line(session.rows[1])
+    printer = Printer()
+    for row in session.rows:
+        printer(row)
+    assert "could not run: attention broken: RuntimeError: it has no kernel for 16" in printer.excuses()
     assert not session.failures
 
 
@@ -370,3 +375,17 @@ def test_rivals_are_told_apart():
     }
     assert {"Hugging Face eager", "liger-kernel"} <= {r.name for r in rivals_of("apply_rope")}
     assert all(isinstance(rival, Rival) and rival.ops for rival in REGISTRY.values())
+
+
+def test_the_examples_of_the_page_work():
+    page = (Path(__file__).parent.parent / "docs" / "benchmarking.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"(?s)```python\n(.*?)```", page):
+        exec(block, names)
+    moved = make.move("toy", (1, 6, 8), lambda: vk.rearrangement.keep(torch.arange(6) % 2 == 0))
+    session = runner.Session([], settings())
+    try:
+        session.run(lanes_of(moved, names=("index_select",))[0])
+    finally:
+        del REGISTRY["index_select"]
+    assert session.rows[0].ratio is not None

@@ -50,7 +50,7 @@ def test_native_code_knows_no_torch(path):
 def test_import_needs_torch_alone():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('triton','transformers','einops','av','scipy'), None));"
-        "import vkernels; print(vkernels.__version__)"
+        "import vkernels; print(vkernels.__version__); assert 'vkernels.bench' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

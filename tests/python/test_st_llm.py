@@ -183,3 +183,23 @@ def test_refusals():
         training_losses(model, None, [Example([1], [2], [])], rows[:1], None)
     with pytest.raises(ValueError, match="kind must be cosine or mse, got 'l1'"):
         mvm_loss(rows, rows, "l1")
+
+
+def test_lora_of_the_peft_library_learns_alike_on_both_implementations():
+    peft = pytest.importorskip("peft", reason="the PEFT library is not installed")
+    model, rows = decoder(), video()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(0, 0.2, generator=generator)
+    keep = random_keep(3, N, 0.5, torch.Generator().manual_seed(3))
+    sides = []
+    for impl in ("eager", "vkernels"):
+        loss = training_losses(model, None, EXAMPLES, rows, keep, impl)["answer"]
+        sides.append((loss, *torch.autograd.grad(loss, list(trained.values()))))
+    for eager, ours in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)

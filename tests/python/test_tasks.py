@@ -6,8 +6,8 @@ Trusted after mutation: 13 planted bugs (the prefix merged with swapped weights,
 labels shifted the wrong way, a norm's scale lost in the folded product, empty slots taught a class) turned red.
 """
 
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -264,15 +264,32 @@ def test_tuning_trains_what_it_says(scheme):
     assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trained) - unused
 
 
-def test_lora_is_the_peft_librarys():
-    model = TaskModel(config("online_action_detection"))
-    if find_spec("peft") is None:
-        with pytest.raises(ImportError, match=r"lora needs the PEFT library \(pip install peft\)"):
-            tune(model, "lora")
-    else:
-        trained = [name for name in tune(model, "lora", rank=2) if name.startswith("reasoner.")]
-        assert len(trained) == 2 * 2 * 2
-        assert all("lora_" in name for name in trained)
+def test_lora_without_the_peft_library_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"lora needs the PEFT library \(pip install peft\)"):
+        tune(TaskModel(config("online_action_detection")), "lora")
+
+
+def test_lora_is_the_peft_librarys_and_trains_alone():
+    pytest.importorskip("peft", reason="lora needs the PEFT library (pip install peft)")
+    model, features, labels = TaskModel(config("online_action_detection")), torch.randn(1, 4, 12), torch.arange(4)[None]
+    before = model(features)
+    trained = tune(model, "lora", rank=2)
+    inside = [name for name in trained if name.startswith("reasoner.")]
+    assert len(inside) == 2 * 2 * 2  # layers, q and v, A and B
+    assert all("lora_" in name for name in inside)
+    torch.testing.assert_close(model(features), before)  # B starts at zero
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name not in trained}
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        losses.append(model.loss(model(features), labels))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[2] < losses[1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(p.detach().abs().max() > 0 for name, p in model.named_parameters() if name in inside)
 
 
 def test_refusals():

@@ -27,7 +27,7 @@ from vkernels.roofline import Ceiling
 from vkernels.spec import Blank, Cost, Maker
 
 FORWARD, BOTH = "forward", "forward + backward"
-LONGEST_S = 0.25  # a forward that takes longer than this at best is not waited for
+LONGEST_S = 0.1  # a forward that takes longer than this at best is not waited for
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     backward: bool = False  # a run of everything also measures its gradients
     visible: Callable[..., Any] | None = None  # FlexAttention's predicate (b, h, q, k), where the mask has none
-    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # beside those every call of the op has
+    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # instead of those every call of the op has
     always: bool = False  # also where it takes long
     targets: Mapping[tuple[str, torch.dtype], float] = field(
         default_factory=dict
@@ -76,9 +76,15 @@ class Opponent:
 class Built(Protocol):
     """A case with its inputs made, found correct."""
 
-    ours: Call
-    backend: str
-    error: float | None
+    @property
+    def ours(self) -> Call: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def error(self) -> float | None:
+        """Against float64, where the call has a definition there."""
 
     def opponent(self, name: str) -> Opponent | None:
         """None where the rival does not speak of this call; raises where it cannot run."""
@@ -87,12 +93,23 @@ class Built(Protocol):
 class Entry(Protocol):
     """One thing to measure, described; nothing of it is built."""
 
-    id: str
-    op: str
-    model: str
-    frames: int | None
-    dtype: torch.dtype
-    direction: str
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def frames(self) -> int | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def direction(self) -> str: ...
 
     @property
     def rivals(self) -> list[Rival]: ...
@@ -139,7 +156,8 @@ class OpEntry:
     @property
     def rivals(self) -> list[Rival]:
         own = [Rival(name, (self.op,), prepare) for name, prepare in self.case.rivals.items()]
-        return own + [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
+        known = [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
+        return own or known  # a case that brings what one would write needs nobody else
 
     @cached_property
     def _size(self) -> tuple[Cost, int]:
@@ -157,8 +175,14 @@ class OpEntry:
         return Cost(forward.flop + back.flop, forward.bytes + back.bytes)
 
     def target(self, rival: str) -> float | None:
-        wanted = [v for (name, dtype), v in self.case.targets.items() if dtype == self.dtype and rival.startswith(name)]
-        return wanted[0] if wanted and self.direction == FORWARD else None
+        if self.direction != FORWARD:
+            return None
+        whole = {known.name for known in self.rivals}  # a name of one rival means that one, and no longer name
+
+        def meant(name: str) -> bool:
+            return rival == name or (name not in whole and rival.startswith(name))
+
+        return next((v for (name, dtype), v in self.case.targets.items() if dtype == self.dtype and meant(name)), None)
 
     def too_much(self, ceiling: Ceiling) -> str | None:
         best = ceiling.time_s(self.cost.flop, self.cost.bytes, self.dtype)
@@ -188,7 +212,7 @@ class OpBuilt:
         self.ours = self._directed(problem.ours())
         self.truth = self._truth(problem)
         result = self.ours()
-        self.error = self.truth and self.truth.error(result)
+        self.error = None if self.truth is None else self.truth.error(result)
         if self.truth is not None and self.error is not None:
             allowed = 0.0 if self.truth.exact else TOLERANCE[entry.dtype]
             assert self.error <= allowed, f"our result differs from float64 by {self.error:.1e} of the largest value"
@@ -208,11 +232,11 @@ class OpBuilt:
 
     def opponent(self, name: str) -> Opponent | None:
         rival = next(r for r in self.entry.rivals if r.name == name)
+        if rival.gpu and torch.device(self.entry.device).type != "cuda":
+            raise Cannot("it needs a CUDA GPU")
         call = rival.prepare(self.entry.made(self.entry.dtype) if self.written else self.problem)
         if call is None:
             return None
-        if rival.gpu and torch.device(self.entry.device).type != "cuda":
-            raise Cannot(f"{name} needs a CUDA GPU")
         theirs = self._directed(call)
         result = theirs()
         if not rival.compare:
@@ -235,21 +259,19 @@ def _chosen(problem: Problem) -> str:
     return choose(spec.name, spec.backends, None, spec.prepare(**problem.kwargs)).name
 
 
-@dataclass(frozen=True)
 class CallEntry:
     """A Bench as an entry."""
 
-    bench: Bench
-    direction: str = FORWARD
+    direction = FORWARD
 
-    def __getattr__(self, name: str) -> Any:  # id, op, model, frames, dtype, cost
-        return getattr(self.bench, name)
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.id, self.op, self.model, self.frames = bench.id, bench.op, bench.model, bench.frames
+        self.dtype, self.cost = bench.dtype, bench.cost
 
     @property
     def rivals(self) -> list[Rival]:
-        return [
-            Rival(name, (self.bench.op,), lambda problem, call=call: call) for name, call in self.bench.rivals.items()
-        ]
+        return [Rival(name, (self.op,), lambda _: None) for name in self.bench.rivals]
 
     def target(self, rival: str) -> float | None:
         return self.bench.targets.get(rival)
@@ -262,7 +284,8 @@ class CallEntry:
 
 
 class CallBuilt:
-    error, backend = None, ""
+    backend = ""
+    error: float | None = None
 
     def __init__(self, bench: Bench):
         self.bench, self.ours = bench, bench.ours

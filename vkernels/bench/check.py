@@ -100,7 +100,7 @@ class Truth:
         pairs = q.shape[0] * group * q.shape[1] * k.shape[1] if self.spec.name == "attention" else 0
         if 5.0 * 8 * pairs > memory_left(device) / 2:
             raise MemoryError("the definition in float64 does not fit the memory")
-        first = {name: kwargs[name][:, :, :1] for name in ("k", "v") if name in kwargs}
+        first: dict[str, Any] = {name: kwargs[name][:, :, :1] for name in ("k", "v") if name in kwargs}
         return {**kwargs, **first, "q": q[:, :, :group]}
 
     def seen(self, result: Any) -> list[torch.Tensor]:

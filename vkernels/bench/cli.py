@@ -67,8 +67,8 @@ def line(row: Row) -> str:
     name = f"{row.id}{frames}" + (", and backward" if row.direction != "forward" else "")
     whose = f" ({row.model})" if row.model else ""
     start = f"{(name + whose)[:62]:62} {row.dtype:9} {row.rival[:36]:36}"
-    if row.rival_ms is None or row.ratio is None:
-        return f"{start} not measured: {row.why}"
+    assert row.rival_ms is not None
+    assert row.ratio is not None
     mark = " *" if row.target and row.ratio < row.target else ""
     return (
         f"{start} {_ms(row.ours_ms):>9} {_ms(row.rival_ms):>9} {row.ratio:6.2f}x  {row.ratio_p20:.2f} to "
@@ -77,16 +77,23 @@ def line(row: Row) -> str:
 
 
 class Printer:
-    """Rows as they come, an op's under its name."""
+    """Rows as they come, an op's under its name; at the end, who could not run and why."""
 
     def __init__(self) -> None:
         self.op = ""
+        self.absent: dict[str, list[str]] = {}
 
     def __call__(self, row: Row) -> None:
+        if row.ratio is None:
+            self.absent.setdefault(row.why or "", []).append(f"{row.op} {row.rival}")
+            return
         if row.op != self.op:
             self.op = row.op
             print(f"\n{row.op}")
         print(line(row), flush=True)
+
+    def excuses(self) -> list[str]:
+        return [f"could not run: {', '.join(dict.fromkeys(names))}: {why}" for why, names in self.absent.items()]
 
 
 def summary(rows: list[Row]) -> str:
@@ -123,9 +130,12 @@ def measure_ops(asked: argparse.Namespace, run: Run, ceiling: Any) -> list[str]:
     )  # fmt: skip
     chosen = quick_lanes(asked.device) if quick else lanes(choice, ceiling)
     print(heading())
-    session = runner.Session(chosen, settings, Printer(), run.rows, left_out=choice.left_out)
+    printer = Printer()
+    session = runner.Session(chosen, settings, printer, run.rows, left_out=choice.left_out)
     options = [f"--benchmark-json={asked.benchmark_json.resolve()}"] if asked.benchmark_json else []
     runner.run(session, options)
+    for excuse in printer.excuses():
+        print(f"\n{excuse}", end="")
     if choice.left_out:
         run.environment["left_out"] = choice.left_out
         print("\nleft out:", *choice.left_out, sep="\n  ")

@@ -121,7 +121,7 @@ class Lane:
             raise
         except Exception as error:
             return self.row(why=reason(error), **common)
-        return opponent and self._timed(built, opponent, settings, pedantic, common)
+        return None if opponent is None else self._timed(built, opponent, settings, pedantic, common)
 
     def _timed(
         self, built: Built, opponent: Opponent, settings: Settings, pedantic: Pedantic, common: dict[str, Any]

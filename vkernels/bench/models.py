@@ -11,7 +11,8 @@ import torch
 import vkernels as vk
 from vkernels.bench import make
 from vkernels.bench.case import Case
-from vkernels.rearrangement import interleave_clips, newline, pixel_unshuffle, pool
+from vkernels.bench.rivals.moves import pooled
+from vkernels.rearrangement import interleave_clips, pixel_unshuffle, pool
 
 CLIP = 8  # frames that LanguageBind's tower sees together
 
@@ -103,10 +104,9 @@ def _st_llm(frames: int) -> list[Case]:
 def _bt_adapter(frames: int) -> list[Case]:
     """The branch beside CLIP ViT-L/14: tokens patch by patch, one CLS that all frames share."""
     grid = vk.Grid(frames, 16, 16)
-    rest = {"cls": 1, "order": "patch"}
     return [
-        make.divided(f"branch, time, {frames} frames, 256 places", 1, grid, 16, 64, "temporal", **rest),
-        make.divided(f"branch, inside {frames} frames of 1 + 256", 1, grid, 16, 64, "spatial", **rest),
+        make.divided(f"branch, time, {frames} frames, 256 places", 1, grid, 16, 64, "temporal", 1, "patch"),
+        make.divided(f"branch, inside {frames} frames of 1 + 256", 1, grid, 16, 64, "spatial", 1, "patch"),
     ]
 
 
@@ -118,11 +118,12 @@ def _intp(frames: int) -> list[Case]:
         make.decode(f"one token after {s:,}, {scheme} cache", scheme, 32, 128, s, dtypes=(torch.bfloat16,))
         for scheme in ("int4", "int2")
     ]
+    interleaved = make.move(
+        f"{clips} clips of 8 interleaved, {s:,} x 4,096", (clips, CLIP * 257, 4096),
+        lambda: interleave_clips(clips, CLIP, 257),
+    )  # fmt: skip
     return [
-        make.move(
-            f"{clips} clips of 8 interleaved, {s:,} x 4,096", (clips, CLIP * 257, 4096),
-            lambda: interleave_clips(clips, CLIP, 257),
-        ),
+        *([interleaved] if clips > 1 else []),
         make.rotation(f"scaled positions of {s:,} tokens", s, 32, spec, lambda: torch.arange(s)),
         *decodes,
         make.append(f"append {s:,} tokens, int2 cache", "int2", 32, 128, s, dtypes=(torch.bfloat16,)),
@@ -145,16 +146,19 @@ def _videollama3(frames: int) -> list[Case]:
 
 
 def _llava_onevision(frames: int) -> list[Case]:
-    """SigLIP at 384 px, 27 x 27 pooled to 14 x 14, one newline behind the video; Qwen2-7B."""
+    """SigLIP at 384 px, 27 x 27 pooled to 14 x 14; Qwen2-7B."""
 
     def plan() -> object:
-        return pool(frames, 27, 27, mode="bilinear").compose(newline(frames, 14, 14, mode="none"))
+        return pool(frames, 27, 27, mode="bilinear")
 
     return [
         make.attention(f"tower, inside {frames} frames of 729, d=72", frames, 729, 16, 72),
-        make.move(f"27x27 -> 14x14 pool, {frames} frames x 3,584", (1, frames * 729, 3584), plan),
+        make.move(
+            f"27x27 -> 14x14 pool, {frames} frames x 3,584", (1, frames * 729, 3584), plan,
+            rivals={"permute + pool + permute": lambda problem: lambda: pooled(problem.kwargs["x"], frames, 27, 14)},
+        ),
         _decoder(196 * frames, (28, 4)),
-    ]
+    ]  # fmt: skip
 
 
 HUB = "config.json of huggingface.co/"

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import vkernels as vk
 from vkernels.bench import make
 from vkernels.bench.case import Case
 from vkernels.bench.problem import Call, Problem
+from vkernels.bench.rivals.moves import pooled
 from vkernels.rearrangement import from_einops, keep, newline, pool, rows_of
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -162,8 +162,7 @@ def _pooled() -> Case:
         text, there = text.clone(), is_video[None, :, None].to(x.device)
 
         def call() -> torch.Tensor:
-            grid = x.view(t, side, side, c).permute(0, 3, 1, 2).contiguous()
-            grid = F.interpolate(grid, size=(out, out), mode="bilinear").permute(0, 2, 3, 1)
+            grid = pooled(x, t, side, out).view(t, out, out, c)
             features = torch.cat([grid, line.expand(t, out, 1, c)], dim=2).reshape(-1, c)
             return text.masked_scatter(there, features)
 
@@ -177,7 +176,7 @@ def _pooled() -> Case:
 
 
 def _caches() -> list[Case]:
-    vicuna = {"model": "Vicuna-7B at 64 frames", "dtypes": (BF16,)}
+    vicuna: dict[str, Any] = {"model": "Vicuna-7B at 64 frames", "dtypes": (BF16,)}
     flash = "SDPA flash, cache at full width"
     return [
         make.decode(

@@ -30,6 +30,10 @@ class Problem:
         """None for mask lowering, which has no backends to choose from."""
         return None if self.op == "lower_mask" else import_module(f"vkernels.ops.{self.op}.spec").SPEC
 
+    def given(self, *names: str) -> list[Any]:
+        """Arguments by name, None where one was not given."""
+        return [self.kwargs.get(name) for name in names]
+
     def ours(self, backend: str | None = None) -> Call:
         """A call that may be repeated: what it appends to a cache is taken back first, on the host."""
         spec, kwargs = self.spec, self.kwargs

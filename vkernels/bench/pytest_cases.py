@@ -26,5 +26,5 @@ def test_case(session: Session, lane, benchmark) -> None:
     benchmark.group = lane.entry.id
     row = session.run(lane, benchmark.pedantic)
     if row is None or row.rival_ms is None:
-        pytest.skip(row.why if row else "this rival does not speak of such a call")
+        pytest.skip(row.why or "" if row else "this rival does not speak of such a call")
     benchmark.extra_info.update(rival=row.rival, ratio=row.ratio, ratio_p20=row.ratio_p20, ratio_p80=row.ratio_p80)

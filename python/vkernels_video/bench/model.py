@@ -1,4 +1,4 @@
-"""The reference model's stages, plain PyTorch against vkernels over the same weights: `python -m vkernels bench --stages`.
+"""The reference model's stages, plain PyTorch against vkernels over the same weights, for `bench --stages`.
 
 Outputs are compared before anything is timed. A round runs each side once; the median of the rounds' ratios stands with
 its 20th and 80th percentile. Memory is the peak of what torch's allocator handed out in one run.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def needs(package: str, name: str) -> None:
         raise Cannot(f"{name} is not installed")
 
 
-def compiled(function: Callable[..., object]) -> Callable[..., object]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()  # or it gives up compiling the same rival after a few cases
     return torch.compile(function, dynamic=False)
 

@@ -38,13 +38,15 @@ class Asked:
 
     @property
     def grouped(self) -> bool:
-        return not self.plain and self.plan.groups > 1 and self.plan.ranges is None  # type: ignore[union-attr]
+        """Many small problems."""
+        return self.plan is not None and not self.causal and self.plan.groups > 1 and self.plan.ranges is None
 
 
 def asked(problem: Problem) -> Asked | None:
     if problem.kwargs.get("rope") is not None:
         return None
-    q, k, v, mask, scale = (problem.kwargs.get(x) for x in ("q", "k", "v", "mask", "scale"))
+    q, k, v = (problem.kwargs[x] for x in "qkv")
+    mask, scale = problem.kwargs.get("mask"), problem.kwargs.get("scale")
     plan = mask.plan(q.device) if isinstance(mask, VideoMask) else mask
     causal = mask == VideoMask.causal(q.shape[1]) if isinstance(mask, VideoMask) else False
     return Asked(q, k, v, mask, plan, scale, causal)
@@ -60,8 +62,8 @@ def _by_groups(q: Any, k: Any, v: Any, plan: MaskPlan, kernel: str, scale: float
             return x.unflatten(1, (length, plan.groups)).transpose(1, 2).flatten(0, 1).contiguous()
         return x.unflatten(1, (plan.groups, length)).flatten(0, 1)
 
-    parts = [grouped(x, n, stride) for x, n, stride in zip((q, k, v), lengths, strides, strict=True)]
-    out = tokens_first(*parts, kernel, scale=scale).unflatten(0, (q.shape[0], plan.groups))
+    q_s, k_s, v_s = (grouped(x, n, stride) for x, n, stride in zip((q, k, v), lengths, strides, strict=True))
+    out = tokens_first(q_s, k_s, v_s, kernel, scale=scale).unflatten(0, (q.shape[0], plan.groups))
     return (out.transpose(1, 2) if plan.q_stride[0] == 1 else out).reshape(q.shape)
 
 
@@ -78,8 +80,8 @@ def _gathered(q: Any, k: Any, v: Any, plan: MaskPlan, scale: float | None) -> Ca
     at, key = live(plan.q_rows, plan.q_count), live(plan.k_rows, plan.k_count)
 
     def call() -> torch.Tensor:
-        kept = [x if i is None else x.index_select(1, i) for x, i in ((q, at), (k, key), (v, key))]
-        out = tokens_first(*kept, None, scale=scale)
+        q_s, k_s, v_s = (x if i is None else x.index_select(1, i) for x, i in ((q, at), (k, key), (v, key)))
+        out = tokens_first(q_s, k_s, v_s, None, scale=scale)
         return out if at is None else torch.zeros_like(q).index_copy(1, at, out)
 
     return call
@@ -110,9 +112,10 @@ def _plain(kernel: str) -> room.Prepare:
 def _permuted(kernel: str) -> room.Prepare:
     def prepared(problem: Problem) -> Call | None:
         a = asked(problem)
-        if a is None or not a.grouped:
+        if a is None or a.plan is None or not a.grouped:
             return None
-        return lambda: _by_groups(a.q, a.k, a.v, a.plan, kernel, a.scale)
+        plan = a.plan
+        return lambda: _by_groups(a.q, a.k, a.v, plan, kernel, a.scale)
 
     return prepared
 
@@ -139,9 +142,9 @@ for kernel in KERNELS:
 @room.rival("SDPA by hand: gather, attend, scatter", "attention")
 def by_hand(problem: Problem) -> Call | None:
     a = asked(problem)
-    if a is None or a.plain or a.grouped or not _drops_only(a.plan):  # type: ignore[arg-type]
+    if a is None or a.plan is None or a.causal or a.grouped or not _drops_only(a.plan):
         return None
-    return _gathered(a.q, a.k, a.v, a.plan, a.scale)  # type: ignore[arg-type]
+    return _gathered(a.q, a.k, a.v, a.plan, a.scale)
 
 
 def _predicate(problem: Problem, mask: Any, device: torch.device) -> Callable[..., Any]:
@@ -168,7 +171,7 @@ def _flex(problem: Problem, each_time: bool) -> Call | None:
     def call() -> torch.Tensor:
         heads = (x.transpose(1, 2) for x in (a.q, a.k, a.v))
         mask = blocks() if kept is None else kept
-        return run(*heads, block_mask=mask, scale=a.scale, enable_gqa=gqa).transpose(1, 2)  # type: ignore[attr-defined]
+        return run(*heads, block_mask=mask, scale=a.scale, enable_gqa=gqa).transpose(1, 2)
 
     return call
 

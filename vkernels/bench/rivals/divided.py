@@ -44,8 +44,8 @@ def _race(kernel: str, axis: str) -> room.Prepare:
             return None
 
         def call() -> torch.Tensor:
-            parts = (_sequences(c, x) for x in (c.q, c.k, c.v))
-            return _back(c, tokens_first(*parts, kernel, scale=c.scale))
+            q, k, v = (_sequences(c, x) for x in (c.q, c.k, c.v))
+            return _back(c, tokens_first(q, k, v, kernel, scale=c.scale))
 
         return call
 

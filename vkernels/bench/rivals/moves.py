@@ -40,6 +40,13 @@ def _gather(problem: Problem) -> Call | None:
     return run
 
 
+def pooled(x: torch.Tensor, t: int, side: int, out: int) -> torch.Tensor:
+    """LLaVA-OneVision's pooling: (1, t side side, c) -> (1, t out out, c)."""
+    grid = x.view(t, side, side, -1).permute(0, 3, 1, 2).contiguous()
+    grid = F.interpolate(grid, size=(out, out), mode="bilinear").permute(0, 2, 3, 1)
+    return grid.reshape(1, t * out * out, -1)
+
+
 def chain(problem: Problem) -> Call | None:
     if not isinstance(problem.kwargs["x"], torch.Tensor):
         return None

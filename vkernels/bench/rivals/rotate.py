@@ -47,19 +47,18 @@ def _plain_call(kwargs: dict[str, Any]) -> bool:
 
 
 def _rotation(problem: Problem) -> Call | None:
-    kwargs = problem.kwargs
-    q, k, spec = kwargs["q"], kwargs.get("k"), kwargs.get("spec")
-    if not _plain_call(kwargs) or not _plain(spec, q.shape[-1]):
+    q, k, spec, pos = problem.given("q", "k", "spec", "pos")
+    if not _plain_call(problem.kwargs) or not _plain(spec, q.shape[-1]):
         return None
-    cos, sin = _tables(spec, kwargs.get("pos"), q.dtype)
+    cos, sin = _tables(spec, pos, q.dtype)
     pair = spec.layout == "pair"
     return lambda: (_rotate(q, cos, sin, pair), _rotate(k, cos, sin, pair))
 
 
 def _prologue(problem: Problem) -> Call | None:
     kwargs = problem.kwargs
-    n, m, qkv, bias, cache = (kwargs.get(name) for name in ("n", "m", "qkv", "bias", "cache"))
-    spec, d = kwargs.get("spec"), qkv.shape[-1] // (n + 2 * m)
+    n, m, qkv, bias, cache, spec, pos = problem.given("n", "m", "qkv", "bias", "cache", "spec", "pos")
+    d = qkv.shape[-1] // (n + 2 * m)
     unusual = {"norm_order", "norm_scope", "norm_offset"} & set(kwargs)
     if (
         unusual
@@ -67,7 +66,7 @@ def _prologue(problem: Problem) -> Call | None:
         or (cache is not None and (cache.bits or cache.paged or cache.length() or cache.page != qkv.shape[1]))
     ):
         return None
-    cos, sin = _tables(spec, kwargs.get("pos"), qkv.dtype)
+    cos, sin = _tables(spec, pos, qkv.dtype)
     weights, eps = (kwargs.get("q_norm"), kwargs.get("k_norm")), kwargs.get("norm_eps", 1e-6)
     b, s = qkv.shape[:2]
     index = torch.arange(s, device=qkv.device)
@@ -106,13 +105,13 @@ def fast(problem: Problem) -> Call | None:
 
 @room.rival("liger-kernel", "apply_rope", gpu=True)
 def liger(problem: Problem) -> Call | None:
-    q, k, spec = (problem.kwargs.get(name) for name in ("q", "k", "spec"))
+    q, k, spec, pos = problem.given("q", "k", "spec", "pos")
     if not _plain_call(problem.kwargs) or not _plain(spec, q.shape[-1]) or spec.layout != "half":
         return None
     room.needs("liger_kernel", "liger-kernel")
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    cos, sin = (table[:, :, 0] for table in _tables(spec, problem.kwargs.get("pos"), q.dtype))
+    cos, sin = (table[:, :, 0] for table in _tables(spec, pos, q.dtype))
 
     def call() -> Any:
         return tuple(x.transpose(1, 2) for x in liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin))

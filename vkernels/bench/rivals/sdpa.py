@@ -32,4 +32,5 @@ def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str |
 
 def tokens_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str | None, **options: Any) -> torch.Tensor:
     """The same on (b s n d), by views."""
-    return heads_first(*(x.transpose(1, 2) for x in (q, k, v)), kernel, **options).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return heads_first(q, k, v, kernel, **options).transpose(1, 2)
