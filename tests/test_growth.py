@@ -2,8 +2,8 @@
 native code, steps of the CUDA kernels), which no other load changes, and processor time with room for noise.
 
 Trusted after mutation: a dense mask built beside a linear one, a pass over all pairs in blocks, a fit of one length, a
-verdict that leaves the confidence out, and one without its tolerance each turned a test red. Processor time is red on the
-native attention as it was before these curves found it: every strip of queries looked at every chunk of keys.
+verdict that leaves the confidence out, and one without its tolerance each turned a test red. Processor time is red on
+the native attention as it was before these curves found it: every strip of queries looked at every chunk of keys.
 """
 
 from __future__ import annotations

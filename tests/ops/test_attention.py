@@ -406,7 +406,7 @@ def test_rope_is_rotation_by_hand_and_then_attention(backend):
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_narrow_mask_over_many_chunks_of_keys(dropped):
     """Frames that see themselves and the one before are calls of their own on two frames each; most strips see nothing
-    of most chunks (5 of them forward, 3 backward), some see nothing at all."""
+    of most chunks (up to 5 of them forward, 3 backward), some see nothing at all."""
     grid, n, d = Grid(72, 4, 8), 4, 256
     length, s = 32, grid.tokens
     mask, keep = VideoMask.frame_causal(grid, window=2), torch.ones(s, dtype=torch.bool)
