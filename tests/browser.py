@@ -32,7 +32,7 @@ def find() -> str | None:
 class Browser:
     """One page. `problems` are console errors, exceptions and policy violations; `requests` all addresses asked for."""
 
-    def __init__(self, program: str, seconds: float = 30.0):
+    def __init__(self, program: str, seconds: float = 60.0):
         self.seconds, self.problems, self.requests = seconds, [], []
         self._left, self._answers, self._events, self._number = b"", {}, [], 0
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

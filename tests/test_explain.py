@@ -66,8 +66,9 @@ def test_tiles_are_the_rows_kernels_are_launched_with(told):
     row = tiles("attention", "_attention_fwd_kernel", "sm90", d=64, bytes=2)
     said = ", ".join(f"{name} {value}" for name, value in row.items())
     assert f"tiles of triton: _attention_fwd_kernel: {said}; {16 * 8192 // row['BLOCK_M']:,} programs" in out
-    old = tiles("attention", "_attention_fwd_kernel", "sm80", d=128, bytes=2)
-    assert f"BLOCK_N {old['BLOCK_N']}," in told("attention --q 1,512,4,128 --on a100")
+    for machine, chip in (("a100", "sm80"), ("h200", "sm90")):
+        row = tiles("attention", "_attention_fwd_kernel", chip, d=128, bytes=2)
+        assert f"BLOCK_N {row['BLOCK_N']}," in told(f"attention --q 1,512,4,128 --on {machine}")
 
 
 @needs_cuda

@@ -400,3 +400,30 @@ def test_rope_is_rotation_by_hand_and_then_attention(backend):
     want = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert (got - attention(q, k, v, backend=backend)).abs().max() > 1e-2
+
+
+@NATIVE
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_narrow_mask_over_many_chunks_of_keys(dropped):
+    """Frames that see themselves and the one before are calls of their own on two frames each; most strips see nothing
+    of most chunks (up to 5 of them forward, 3 backward), some see nothing at all."""
+    grid, n, d = Grid(72, 4, 8), 4, 256
+    length, s = 32, grid.tokens
+    mask, keep = VideoMask.frame_causal(grid, window=2), torch.ones(s, dtype=torch.bool)
+    if dropped:
+        keep[1000:1400] = False
+        mask = mask.keep(keep, queries=True)
+    q, k, v = (torch.randn(1, s, n, d, requires_grad=True) for _ in range(3))
+    pull = torch.randn(1, s, n, d)
+
+    def frame_by_frame():
+        for t in range(grid.t):
+            here, past = slice(t * length, (t + 1) * length), slice(max(t - 1, 0) * length, (t + 1) * length)
+            score = torch.einsum("bqnd,bknd->bnqk", q[:, here], k[:, past]) / d**0.5
+            weight = score.masked_fill(~keep[past], -1e30).softmax(-1) * (keep[here][:, None] & keep[past].any())
+            yield torch.einsum("bnqk,bknd->bqnd", weight, v[:, past])
+
+    got, want = attention(q, k, v, mask=mask, backend="cpu"), torch.cat(list(frame_by_frame()), 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for g, w in zip(*(torch.autograd.grad(x, (q, k, v), pull) for x in (got, want)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)

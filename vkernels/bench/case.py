@@ -27,7 +27,7 @@ from vkernels.roofline import Ceiling
 from vkernels.spec import Blank, Cost, Maker
 
 FORWARD, BOTH = "forward", "forward + backward"
-LONGEST_S = 0.25  # a forward that takes longer than this at best is not waited for
+LONGEST_S = 0.1  # a forward that takes longer than this at best is not waited for
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,11 @@ class OpBuilt:
 
     def opponent(self, name: str) -> Opponent | None:
         rival = next(r for r in self.entry.rivals if r.name == name)
+        if rival.gpu and torch.device(self.entry.device).type != "cuda":
+            raise Cannot("it needs a CUDA GPU")
         call = rival.prepare(self.entry.made(self.entry.dtype) if self.written else self.problem)
         if call is None:
             return None
-        if rival.gpu and torch.device(self.entry.device).type != "cuda":
-            raise Cannot("it needs a CUDA GPU")
         theirs = self._directed(call)
         result = theirs()
         if not rival.compare:

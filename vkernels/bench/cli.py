@@ -134,7 +134,8 @@ def measure_ops(asked: argparse.Namespace, run: Run, ceiling: Any) -> list[str]:
     session = runner.Session(chosen, settings, printer, run.rows, left_out=choice.left_out)
     options = [f"--benchmark-json={asked.benchmark_json.resolve()}"] if asked.benchmark_json else []
     runner.run(session, options)
-    print(*[f"\n{excuse}" for excuse in printer.excuses()], sep="")
+    for excuse in printer.excuses():
+        print(f"\n{excuse}", end="")
     if choice.left_out:
         run.environment["left_out"] = choice.left_out
         print("\nleft out:", *choice.left_out, sep="\n  ")

@@ -195,10 +195,10 @@ def fit(at: Sequence[float], values: Sequence[float]) -> Fit | None:
 
 
 def _next(values: Sequence[float]) -> float:
-    """What the next length will take if it goes on as before: a quadratic one four times as much."""
+    """What twice the length will take if it goes on as before: at most four times as much."""
     if len(values) < 2:
         return 4 * values[-1] if values else 0.0
-    return values[-1] * max(values[-1] / values[-2], 2.0)
+    return values[-1] * min(max(values[-1] / values[-2], 2.0), 4.0)
 
 
 def _timed_ms(call: Call, seconds: float) -> float:

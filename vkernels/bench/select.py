@@ -89,16 +89,17 @@ def _lanes(entries: Iterator[Entry], choice: Choice, compiled: bool) -> Iterator
 def lanes(choice: Choice, ceiling: Ceiling, tell: Callable[[str], None] = print) -> list[Lane]:
     """Everything asked for that this device can measure; the rest is in `choice.left_out`."""
     found: list[Lane] = []
-    if not choice.models and not choice.frames:
+    by_model = bool(choice.models or choice.frames)
+    if not by_model:
         found += _lanes(_entries(own_cases(), choice), choice, compiled=True)
-    named = choice.models or (MODELS if not choice.ops or choice.frames else ())
-    at = [case for name in named for frames in choice.frames or (8, 64) for case in model_cases(name, frames)]
-    found += _lanes(_entries(at, choice, half_only=True), choice, compiled=False)
-    if not choice.models and not choice.frames:
-        found += _lanes(_entries(spec_cases(), choice), choice, compiled=False)
         if choice.device == "cpu" and (not choice.ops or "integrations" in choice.ops):
             benches = [CallEntry(bench) for bench in brought_along(tell) if _wanted(bench, choice)]
             found += _lanes((b for b in benches if b.dtype in (choice.dtypes or [b.dtype])), choice, compiled=True)
+    frames = choice.frames or ((8, 64) if by_model else (8,))
+    at = [case for name in choice.models or MODELS for count in frames for case in model_cases(name, count)]
+    found += _lanes(_entries(at, choice, half_only=True), choice, compiled=False)
+    if not by_model:
+        found += _lanes(_entries(spec_cases(), choice), choice, compiled=False)
     return found if choice.everything else _possible(found, choice, ceiling)
 
 

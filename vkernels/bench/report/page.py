@@ -172,8 +172,8 @@ def _ratios(figures: Figures) -> str:
         return ""
     many = sum(len(group.bars) for chart in figures.ratios for group in chart.groups) > UNFOLDED
     charts = "".join(
-        f"<details{'' if many and not _loses(chart) else ' open'}><summary>{escape(chart.title.split(':')[0])}</summary>"
-        f"{_drawn(chart)}</details>"
+        f"<details{'' if many and not _loses(chart) else ' open'}><summary>{escape(chart.title.split(':')[0])}"
+        f"</summary>{_drawn(chart)}</details>"
         for chart in figures.ratios
     )
     return (

@@ -72,6 +72,7 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
 
   float *k_columns, *v_columns, *k_rows, *dk, *dv, *q_strips, *do_strips, *q_rows, *do_rows, *s, *dp, *probability,
       *dscore, *dscore_row, *dq_all, *lse2, *delta;
+  KeyRange* spans;
   BoxChunk keys;
   const auto take = [&](Arena arena) {
     k_columns = arena.take<float>(chunk * d_words);
@@ -92,12 +93,17 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     lse2 = arena.take<float>(kBlock);
     delta = arena.take<float>(kBlock);
     if (p.box.relations) keys.take(arena, p.box.relations, chunk);
+    spans = arena.take<KeyRange>(blocks);
     return arena.used;
   };
   Arena arena;
   arena.base = static_cast<char*>(scratch(0, take(arena)));
   take(arena);
 
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = q_begin + block * kBlock;
+    spans[block] = key_span(p, row, row + kBlock < q_end ? row + kBlock : q_end);
+  }
   const Scale scale(p.scale);
   const int intervals = p.ranges ? p.intervals : 1;
   StripRanges ranges[kStrips][kMaxIntervals];
@@ -117,7 +123,9 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     if (want_kv) memset(dv, 0, sizeof(float) * static_cast<size_t>(padded * d_pad));
     if (p.box.relations && end > begin) keys.load(p.box, begin, end);
 
+    const bool ends = want_q && (first || last);  // gradients of queries begin, or are complete
     for (int64_t block = 0; block < blocks; ++block) {
+      if (!ends && (spans[block].begin >= end || spans[block].end <= begin)) continue;
       const int64_t row = q_begin + block * kBlock, rows = q_end - row < kBlock ? q_end - row : kBlock;
       const int strips = static_cast<int>((rows + kStrip - 1) / kStrip);
       const int64_t block_rows = round_up(rows, kStrip);
@@ -135,7 +143,7 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
       }
       seen_begin = seen_begin / kPanel * kPanel;
       seen_end = round_up(seen_end, kPanel);
-      if (seen_begin >= seen_end && !want_q) continue;
+      if (seen_begin >= seen_end && !ends) continue;
 
       for (int64_t head = 0; head < p.heads; ++head) {
         float* dq = dq_all + (states > 1 ? block * p.heads + head : 0) * kBlock * d_pad;

@@ -334,6 +334,7 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
   const int64_t states = chunk < whole ? strips * p.heads : 1;  // one chunk: a strip is finished before the next
 
   float *k_panels, *v_panels, *q_strip, *s_strip, *p_strip, *acc_all, *max_all, *sum_all;
+  KeyRange* spans;
   BoxChunk keys;
   const auto take = [&](Arena arena) {
     k_panels = arena.take<float>(chunk * q_words);
@@ -344,6 +345,7 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
     acc_all = arena.take<float>(states * kStrip * d_pad);
     max_all = arena.take<float>(states * kStrip);
     sum_all = arena.take<float>(states * kStrip);
+    spans = arena.take<KeyRange>(strips);
     if (p.box.relations) keys.take(arena, p.box.relations, chunk);
     return arena.used;
   };
@@ -351,6 +353,10 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
   arena.base = static_cast<char*>(scratch(0, take(arena)));
   take(arena);
 
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t row = q_begin + strip * kStrip;
+    spans[strip] = key_span(p, row, row + kStrip < q_end ? row + kStrip : q_end);
+  }
   const Scale scale(p.scale);
   BoxStrip strip_box;
   int64_t begin = span.begin;
@@ -364,6 +370,9 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
     if (p.box.relations && end > begin) keys.load(p.box, begin, end);
 
     for (int64_t strip = 0; strip < strips; ++strip) {
+      // A chunk is not for the strips that see none of it: with a narrow mask, almost all.
+      const bool sees_chunk = spans[strip].begin < end && spans[strip].end > begin;
+      if (!sees_chunk && !first && !last) continue;
       const int64_t row = q_begin + strip * kStrip, rows = q_end - row < kStrip ? q_end - row : kStrip;
       StripRanges ranges[kMaxIntervals];
       const int intervals = p.ranges ? p.intervals : 1;
