@@ -289,6 +289,9 @@ def test_what_is_too_much_is_left_out_in_a_sentence(monkeypatch):
     assert [lane for lane in kept if "time" in lane.entry.id]
     everything = select.Choice(models=["video_llava"], frames=[64], everything=True)
     assert [lane for lane in select.lanes(everything, CEILING) if "prefill" in lane.entry.id]
+    large = select.Choice(ops=["rearrange"], match="st_llm_keep_norm")
+    assert select.lanes(large, CEILING) == []
+    assert "its arguments are 741 MB, a GPU's size" in large.left_out[0]
     monkeypatch.setattr("vkernels.bench.case.memory_left", lambda device: 1e3)
     assert "it needs about 0 GB" in OpEntry(TOY, FP32).too_much(CEILING)
 

@@ -30,6 +30,9 @@ FORWARD, BOTH = "forward", "forward + backward"
 LONGEST_S = 0.1  # a forward that takes longer than this at best is not waited for
 
 
+LARGEST = 512 << 20  # bytes of arguments that a CPU is not asked to check in float64
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of one of our ops. `make` gives the keyword arguments of its public function."""
@@ -42,7 +45,7 @@ class Case:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     backward: bool = False  # a run of everything also measures its gradients
     visible: Callable[..., Any] | None = None  # FlexAttention's predicate (b, h, q, k), where the mask has none
-    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # instead of those every call of the op has
+    rivals: Mapping[str, Prepare] = field(default_factory=dict)  # beside those every call of the op has
     always: bool = False  # also where it takes long
     targets: Mapping[tuple[str, torch.dtype], float] = field(
         default_factory=dict
@@ -157,7 +160,9 @@ class OpEntry:
     def rivals(self) -> list[Rival]:
         own = [Rival(name, (self.op,), prepare) for name, prepare in self.case.rivals.items()]
         known = [r for r in rivals_of(self.op) if self.direction == FORWARD or r.compare]
-        return own or known  # a case that brings what one would write needs nobody else
+        return own + [
+            r for r in known if not own or not r.name.startswith("definition")
+        ]  # it brings what one would write
 
     @cached_property
     def _size(self) -> tuple[Cost, int]:
@@ -188,7 +193,10 @@ class OpEntry:
         best = ceiling.time_s(self.cost.flop, self.cost.bytes, self.dtype)
         if best > LONGEST_S * (1 if self.direction == FORWARD else 3) and not self.case.always:
             return f"a call takes {best:.2g} s at the best"
-        wide = self._size[1] * (1 + 2 * 8 / self.dtype.itemsize)  # beside it the same in float64, and what that becomes
+        held = self._size[1]
+        if held > LARGEST and self.device == "cpu" and not self.case.always:
+            return f"its arguments are {held / 1e6:,.0f} MB, a GPU's size"
+        wide = held * (1 + 2 * 8 / self.dtype.itemsize)  # beside it the same in float64, and what that becomes
         left = memory_left(self.device)
         return f"it needs about {wide / 1e9:.0f} GB and {left / 1e9:.0f} are free" if wide > left / 2 else None
 

@@ -11,7 +11,9 @@ import torch
 import vkernels as vk
 from vkernels.bench import make
 from vkernels.bench.case import Case
+from vkernels.bench.problem import Call, Problem
 from vkernels.bench.rivals.moves import pooled
+from vkernels.bench.rivals.sdpa import tokens_first
 from vkernels.rearrangement import interleave_clips, pixel_unshuffle, pool
 
 CLIP = 8  # frames that LanguageBind's tower sees together
@@ -24,9 +26,22 @@ class Model:
     cases: Callable[[int], list[Case]]  # of so many frames
 
 
-def _every(step: int, s: int) -> Callable[[], vk.VideoMask]:
-    """Sequences of `step` tokens laid end to end: windows, frames."""
-    return lambda: vk.VideoMask.from_cu_seqlens(list(range(0, s + 1, step)))
+def _frames(id: str, step: int, s: int, n: int, d: int) -> Case:
+    """Attention inside sequences of `step` tokens laid end to end; by hand, as long as all are equally long, a batch."""
+
+    def mask() -> vk.VideoMask:
+        return vk.VideoMask.from_cu_seqlens(list(range(0, s + 1, step)))
+
+    def batched(problem: Problem) -> Call:
+        q, k, v = problem.given("q", "k", "v")
+
+        def call() -> torch.Tensor:
+            q_s, k_s, v_s = (x.unflatten(1, (-1, step)).flatten(0, 1) for x in (q, k, v))
+            return tokens_first(q_s, k_s, v_s, None).reshape(q.shape)
+
+        return call
+
+    return make.attention(id, 1, s, n, d, mask, rivals={"SDPA, sequences as a batch": batched})
 
 
 def _decoder(s: int, heads: make.Heads, d: int = 128) -> Case:
@@ -43,8 +58,8 @@ def _qwen2_5_vl(frames: int) -> list[Case]:
     s, text = pairs * 1024, pairs * 256
     mrope = vk.RopeSpec.build(128, 1e6, axes="mrope", sections=(16, 24, 24))
     return [
-        make.attention(f"tower, windows of 64, {s:,} tokens, d=80", 1, s, 16, 80, _every(64, s)),
-        make.attention(f"tower, whole frames of 1,024, {s:,} tokens, d=80", 1, s, 16, 80, _every(1024, s)),
+        _frames(f"tower, windows of 64, {s:,} tokens, d=80", 64, s, 16, 80),
+        _frames(f"tower, whole frames of 1,024, {s:,} tokens, d=80", 1024, s, 16, 80),
         make.rotation(
             f"tower, positions of {s:,} tokens, d=80", s, 16, vk.RopeSpec.grid((40, 40)), _towers_positions(pairs, 32)
         ),
@@ -62,7 +77,7 @@ def _qwen3_vl(frames: int) -> list[Case]:
     s, text = pairs * 784, pairs * 196
     mrope = vk.RopeSpec.build(128, 5e6, axes="mrope_interleaved", sections=(24, 20, 20))
     return [
-        make.attention(f"tower, frames of 784, {s:,} tokens, d=72", 1, s, 16, 72, _every(784, s)),
+        _frames(f"tower, frames of 784, {s:,} tokens, d=72", 784, s, 16, 72),
         make.prologue(
             f"decoder, norm + M-RoPE + cache, {text:,} tokens", text, (32, 8), mrope,
             lambda: vk.rope_positions("qwen3_vl", [(1, 14, 14)] * pairs), norms=True, cache="full",
@@ -134,7 +149,7 @@ def _videollama3(frames: int) -> list[Case]:
     """SigLIP at 392 px: frames of 28 x 28 packed into one sequence, two axes of positions, 2 x 2 to one; Qwen2.5-7B."""
     s = 784 * frames
     return [
-        make.attention(f"tower, {frames} packed frames of 784, d=72", 1, s, 16, 72, _every(784, s)),
+        _frames(f"tower, {frames} packed frames of 784, d=72", 784, s, 16, 72),
         make.rotation(
             f"tower, positions of {s:,} tokens, d=72", s, 16, vk.RopeSpec.grid((36, 36)), _towers_positions(frames, 28)
         ),
