@@ -34,18 +34,29 @@ FOLDER = Path(os.environ.get("VKERNELS_OLD_PACKAGES") or Path.home() / ".cache" 
 def wheel(requirement: str) -> Path:
     """The wheel of a pinned requirement, downloaded where it is not there yet; the test is skipped where it cannot."""
     found = FOLDER / f"{requirement.replace('==', '-')}.whl"
-    if not found.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder]
-            done = subprocess.run([*pip, requirement], capture_output=True, text=True)
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or ["pip said nothing"]
-                pytest.skip(f"{requirement} cannot be downloaded here: {said[-1]}")
-            next(Path(folder).glob("*.whl")).replace(found)
+    if not found.exists() and (why := _downloaded(requirement, found)) is not None:
+        pytest.skip(f"{requirement} cannot be downloaded here: {why}")
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     assert digest == WHEELS[requirement], f"{found} is not the wheel these tests were written for: {digest}"
     return found
+
+
+_failed: list[str] = []  # why the first download failed: the others are not tried
+
+
+def _downloaded(requirement: str, to: Path) -> str | None:
+    """None, or why not."""
+    if _failed:
+        return _failed[0]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        done = subprocess.run([*pip, "-d", folder, requirement], capture_output=True, text=True)
+        if done.returncode == 0:
+            next(Path(folder).glob("*.whl")).replace(to)  # whole or not at all: another worker may be at it
+            return None
+    _failed.append((done.stderr.strip().splitlines() or ["pip said nothing"])[-1])
+    return _failed[0]
 
 
 class PretrainedConfig:

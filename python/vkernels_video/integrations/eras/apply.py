@@ -150,6 +150,6 @@ def _turns(module: torch.nn.Module) -> bool:
 def _why_left(module: Any) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is bound to the instance already (accelerate, another patch)"
-    if "Flash" in type(module).__name__ and getattr(module, "attention_dropout", 0.0):
+    if "Flash" in type(module).__name__ and getattr(module, "attention_dropout", False):
         return "it drops attention weights out, and its flash form takes no mask of ours then"
     return None
