@@ -27,7 +27,7 @@ class Model:
 
 
 def _frames(id: str, step: int, s: int, n: int, d: int) -> Case:
-    """Attention inside sequences of `step` tokens laid end to end; by hand, as long as all are equally long, a batch."""
+    """Attention inside sequences of `step` tokens laid end to end; by hand, as all are equally long, a batch."""
 
     def mask() -> vk.VideoMask:
         return vk.VideoMask.from_cu_seqlens(list(range(0, s + 1, step)))
