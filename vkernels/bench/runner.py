@@ -86,7 +86,8 @@ def session_of(config: Any) -> Session:
     return quick_session()
 
 
-OURS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}  # no plugin, no option of somebody's project
+# No plugin and no option of somebody's project, and not one of somebody's xdist workers, where nothing would be timed.
+OURS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
 
 
 @contextmanager
