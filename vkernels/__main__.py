@@ -78,18 +78,20 @@ def support_table() -> str:
     from vkernels.spec import Maker, all_specs
     from vkernels.triton.launch import recording
 
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
     def runs(spec: OpSpec, backend: Backend, dtype: torch.dtype) -> bool:
         with recording("sm80"):
             calls = [spec.prepare(**case.make(Maker(dtype))) for case in spec.cases]
             return dtype in spec.dtypes and any(backend.why_not(call) is None for call in calls)
 
-    lines = ["| op | backend | float32 | bfloat16 | float16 | gradients |", "|---|---|---|---|---|---|"]
-    for spec in all_specs():
-        for backend in spec.backends:
-            dtypes = (torch.float32, torch.bfloat16, torch.float16)
-            cells = ["yes" if runs(spec, backend, dtype) else "no" for dtype in dtypes]
-            gradients = ", ".join(spec.differentiable) or "none"
-            lines.append(f"| `{spec.name}` | {backend.name} | {' | '.join(cells)} | {gradients} |")
+    specs = all_specs()
+    columns = list(dict.fromkeys(backend.name for spec in specs for backend in spec.backends))
+    lines = [f"| op | {' | '.join(columns)} | gradients |", "|---" * (len(columns) + 2) + "|"]
+    for spec in specs:
+        served = {b.name: " ".join(short[x] for x in short if runs(spec, b, x)) for b in spec.backends}
+        cells = [served.get(name) or "no" for name in columns]
+        lines.append(f"| `{spec.name}` | {' | '.join(cells)} | {', '.join(spec.differentiable) or 'none'} |")
     return "\n".join(lines)
 
 
