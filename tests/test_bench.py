@@ -33,7 +33,7 @@ from vkernels.bench.memory import peak_mb
 from vkernels.bench.models import MODELS, model_cases
 from vkernels.bench.own import own_cases
 from vkernels.bench.problem import Problem
-from vkernels.bench.results import Row, load
+from vkernels.bench.results import Row, Run, load
 from vkernels.bench.rivals import REGISTRY, Rival, rivals_of
 from vkernels.roofline import Ceiling
 from vkernels.spec import OPS, Blank, Cost
@@ -195,7 +195,7 @@ def test_a_rival_that_is_wrong_or_broken_says_so():
     ]  # fmt: skip
     assert "differs from float64" in session.rows[0].why
     assert session.rows[1].why == "RuntimeError: it has no kernel for 16"
-    printer = Printer()
+    printer = Printer(Run({}, session.rows), None)
     for row in session.rows:
         printer(row)
     assert "could not run: attention broken: RuntimeError: it has no kernel for 16" in printer.excuses()
@@ -341,7 +341,7 @@ def test_without_pytest_benchmark_it_says_so(monkeypatch, capsys):
     assert "needs pytest and pytest_benchmark: pip install vkernels[bench]" in capsys.readouterr().err
 
 
-def test_losses_are_named(capsys):
+def test_losses_are_named(capsys, tmp_path):
     win = Row(
         id="a", op="x", dtype="float32", rival="r", ours_ms=1.0, rival_ms=2.0, ratio=2.0, ratio_p20=1.9, ratio_p80=2.1
     )
@@ -350,9 +350,13 @@ def test_losses_are_named(capsys):
         summary([win, loss]) == "1 of 2 faster than what they are against; slower: x b float32; * 1 under their target"
     )
     assert summary([]) == "nothing was measured"
-    printer = Printer()
+    run = Run({}, [win])
+    printer = Printer(run, tmp_path / "run.json")
     printer(win)
+    assert load(tmp_path / "run.json") == run  # what is killed now has been kept
+    run.rows.append(loss)
     printer(loss)
+    assert load(tmp_path / "run.json").rows == [win, loss]
     assert capsys.readouterr().out.count("\nx\n") == 1
     assert line(loss).endswith("*")
 

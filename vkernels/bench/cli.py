@@ -77,13 +77,17 @@ def line(row: Row) -> str:
 
 
 class Printer:
-    """Rows as they come, an op's under its name; at the end, who could not run and why."""
+    """Rows as they come, an op's under its name, and stored: a run that is killed keeps what it found. At the end, who
+    could not run and why."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Run, out: Path | None) -> None:
+        self.run, self.out = run, out
         self.op = ""
         self.absent: dict[str, list[str]] = {}
 
     def __call__(self, row: Row) -> None:
+        if self.out:
+            store(self.run, self.out)
         if row.ratio is None:
             self.absent.setdefault(row.why or "", []).append(f"{row.op} {row.rival}")
             return
@@ -130,7 +134,7 @@ def measure_ops(asked: argparse.Namespace, run: Run, ceiling: Any) -> list[str]:
     )  # fmt: skip
     chosen = quick_lanes(asked.device) if quick else lanes(choice, ceiling)
     print(heading())
-    printer = Printer()
+    printer = Printer(run, asked.out)
     session = runner.Session(chosen, settings, printer, run.rows, left_out=choice.left_out)
     options = [f"--benchmark-json={asked.benchmark_json.resolve()}"] if asked.benchmark_json else []
     runner.run(session, options)
