@@ -76,7 +76,7 @@ bench-model: build
 # The stored runs as a page and PNGs in build/report. IMAGES=1: the documents' pictures of it too, taken in a Chromium.
 .PHONY: report
 report: build
-	$(PY) -m vkernels.bench.report benchmarks/results/cpu.json benchmarks/results/model.json --out build/report
+	$(PY) -m vkernels.bench.report benchmarks/results/cpu.json benchmarks/results/model.json benchmarks/results/growth.json --out build/report
 	$(if $(IMAGES),cp build/report/masks-*.png docs/images && $(PY) tests/browser.py build/report/index.html docs/images)
 
 # On a machine with a CUDA GPU, with the Python that is there; installs nothing. QUICK=1: 3 minutes instead of 9;

@@ -60,7 +60,7 @@ def test_memory_grows_as_the_tokens(curve):
         peaks.append(peak_mb(call))
         scratch.append(native().scratch_bytes() - before)
     assert peaks[1] <= MANY / FEW * SLACK * peaks[0] + 0.01
-    assert scratch[1] < 1 << 20
+    assert scratch[1] < torch.get_num_threads() << 20  # a thread has its own
 
 
 def traffic(problem: Problem) -> int:

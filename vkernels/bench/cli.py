@@ -155,6 +155,7 @@ def command(name: str) -> Callable[[list[str]], int]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which memory is read from, says when it starts
     if argv and argv[0] in COMMANDS:
         return command(argv[0])(argv[1:])
     asked = parse(argv)
@@ -164,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
     if not asked.stages and (why := runner.missing()):
         print(why, file=sys.stderr)
         return 2
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which memory is read from, says when it starts
     ceiling = ceiling_of(asked.device)
     run = Run(environment(ceiling, asked.device))
     print(describe(run.environment))
