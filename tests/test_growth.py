@@ -109,8 +109,8 @@ def processor_s(curve: Curve, frames: int) -> float:
 
 @linear
 def test_processor_time_grows_as_the_tokens(curve):
-    """Half of the way, on a logarithmic scale, from linear to quadratic, where neither length fits a cache and a look at
-    every chunk of keys, cheap as one is, would be most of attention's time."""
+    """Half of the way, on a logarithmic scale, from linear to quadratic, where neither length fits a cache and a look
+    at every chunk of keys, cheap as one is, would be most of attention's time."""
     few, many = 128, 1024
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
