@@ -10,17 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten
 
-import vkernels as vk
 from vkernels.bench.check import TOLERANCE, Truth, memory_left, relative_error, with_gradients
-from vkernels.bench.problem import (
-    Call,
-    DeviceMaker,
-    Problem,
-    backward_cost,
-    fill,
-    filled,
-    without_gradients,
-)
+from vkernels.bench.problem import Call, Problem, backward_cost, problem_of, without_gradients
 from vkernels.bench.rivals import Cannot, Prepare, Rival, rivals_of
 from vkernels.dispatch import choose
 from vkernels.roofline import Ceiling
@@ -129,10 +120,6 @@ class Entry(Protocol):
         """Raises AssertionError, in a sentence, where our result is wrong."""
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @dataclass(frozen=True)
 class OpEntry:
     case: Case
@@ -204,11 +191,7 @@ class OpEntry:
         return OpBuilt(self)
 
     def made(self, dtype: torch.dtype) -> Problem:
-        kwargs = self.case.make(DeviceMaker(dtype, self.device))
-        kwargs.pop("return_lse", None)  # an output nobody else has
-        if isinstance(kwargs.get("cache"), vk.KVCache) and not filled(kwargs["cache"]):
-            fill(kwargs["cache"])
-        return Problem(self.op, kwargs, self.case.visible)
+        return problem_of(self.op, self.case.make, dtype, self.device, self.case.visible)
 
 
 class OpBuilt:

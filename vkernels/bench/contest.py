@@ -8,14 +8,9 @@ from typing import Any
 
 import torch
 
-from vkernels.bench.problem import Call, DeviceMaker, Problem, fill, filled, without_gradients
+from vkernels.bench.problem import Call, Problem, name_of, problem_of, without_gradients
 from vkernels.bench.rivals import Rival, rivals_of
-from vkernels.kv_cache import KVCache
 from vkernels.spec import Maker
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -31,14 +26,10 @@ class Contest:
 
     @property
     def name(self) -> str:
-        return f"{self.op}: {self.id} [{dtype_name(self.dtype)}]"
+        return f"{self.op}: {self.id} [{name_of(self.dtype)}]"
 
     def problem(self) -> Problem:
-        kwargs = self.make(DeviceMaker(self.dtype, "cpu"))
-        cache = kwargs.get("cache")
-        if isinstance(cache, KVCache) and not filled(cache):
-            fill(cache)
-        return Problem(self.op, kwargs, self.visible)
+        return problem_of(self.op, self.make, self.dtype, visible=self.visible)
 
     def opponent(self) -> Rival:
         return next(rival for rival in rivals_of(self.op) if rival.name == self.rival)

@@ -23,10 +23,10 @@ from vkernels import KVCache, RopeSpec, VideoMask
 from vkernels import rearrangement as plans
 from vkernels.bench.check import memory_left
 from vkernels.bench.clock import WallTimer, loops_for
-from vkernels.bench.contest import Contest, dtype_name, ours, theirs
+from vkernels.bench.contest import Contest, ours, theirs
 from vkernels.bench.machine import environment
 from vkernels.bench.memory import peak_mb
-from vkernels.bench.problem import Call
+from vkernels.bench.problem import Call, name_of
 from vkernels.bench.results import Point, Run, load, store
 from vkernels.bench.rivals import reason
 from vkernels.masks import Grid
@@ -215,7 +215,7 @@ def _timed_ms(call: Call, seconds: float) -> float:
 def _side(who: str, curve: Curve, frames: int, before: list[Point], seconds: float) -> Point:
     """One side at one length; `before` are its points at smaller ones, `seconds` what is left for it."""
     grid = Grid(frames, HEIGHT, WIDTH)
-    point = Point(curve.op, curve.id, dtype_name(curve.dtype), who, grid.tokens, float(curve.work(grid)), frames)
+    point = Point(curve.op, curve.id, name_of(curve.dtype), who, grid.tokens, float(curve.work(grid)), frames)
     if before and before[-1].ms is None:
         return replace(point, why=before[-1].why)
     if (needed := _next([p.ms or 0.0 for p in before]) / 1e3) > LARGEST_SHARE * max(seconds, LEAST_S):

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from vkernels.bench.case import Bench, Built, Entry, Opponent, name_of
+from vkernels.bench.case import Bench, Built, Entry, Opponent
 from vkernels.bench.check import TOLERANCE, relative_error
 from vkernels.bench.clock import LEAST, Timer, loops_for, replayed, spread, timer_for
 from vkernels.bench.memory import peak_mb
-from vkernels.bench.problem import Call
+from vkernels.bench.problem import Call, name_of
 from vkernels.bench.results import Row
 from vkernels.bench.rivals import Rival, reason
 from vkernels.roofline import Ceiling

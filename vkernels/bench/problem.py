@@ -66,6 +66,25 @@ class Problem:
         return self.spec.cost(self.spec.prepare(**self.kwargs)) if self.spec else Cost(0.0, 0.0)
 
 
+def problem_of(
+    op: str,
+    make: Callable[[Maker], dict[str, Any]],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    visible: Callable[..., Any] | None = None,
+) -> Problem:
+    """The problem whose arguments `make` gives, its cache holding something in every place."""
+    kwargs = make(DeviceMaker(dtype, device))
+    kwargs.pop("return_lse", None)  # an output nobody else has
+    if isinstance(kwargs.get("cache"), vk.KVCache) and not filled(kwargs["cache"]):
+        fill(kwargs["cache"])
+    return Problem(op, kwargs, visible)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def backward_cost(op: str, forward: Cost) -> Cost:
     """At the least: attention's backward makes 5 products of the forward's 2 and moves twice its bytes; that of a move
     moves the same again."""
