@@ -111,7 +111,7 @@ def replayed(call: Call) -> Call:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             held = call()  # its outputs live as long as the graph that writes them
-    except Exception:  # it asks the device for a value, or allocates in a way that graphs refuse
+    except RuntimeError:  # it asks the device for a value, or allocates in a way that graphs refuse
         torch.cuda.synchronize()
         return call
 
