@@ -145,3 +145,25 @@ def test_the_native_operator_never_trusts_its_arguments(bad):
         ints[4] = 1 << 20
     with pytest.raises(ValueError, match=r"kv_append: \w+ must"):
         torch.ops.vkernels.kv_append.cpu(k, k, count, length, table, *c.tensors(), ints)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_value_is_too_strange_to_be_coded_alike(scheme, dtype):
+    """Beyond float16, infinite, NaN, signed zeros, all alike: the kernel stores the reference's bits."""
+    generator = torch.Generator().manual_seed(5)
+    k, v = (torch.randn(1, 192, 2, 72, generator=generator) for _ in "kv")
+    for x in (k, v):
+        for at, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0, 1e38, 3e-8)):
+            x[torch.rand(x.shape, generator=generator) < (0.0005 if at == 0 else 0.002)] = value
+        x[:, :64] = x[:, :1]
+    stored = []
+    for backend in BACKENDS:
+        cache = vk.KVCache(scheme, b=1, m=2, d=72, capacity=192, group=64, residual=0, dtype=dtype)
+        cache.append(k.to(dtype), v.to(dtype), backend=backend)
+        codes, scales = (cache.k_codes, cache.v_codes), (cache.k_scale, cache.v_scale)
+        stored.append([*codes, *(x.nan_to_num(7.0) for x in scales), *(x.isnan() for x in scales)])
+    for expected, got in zip(*stored, strict=True):
+        assert torch.equal(expected, got)
+    assert stored[0][-1].any()
+    assert not stored[0][-1].all()
