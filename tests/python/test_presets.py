@@ -14,7 +14,7 @@ from vkernels_video.model.sequence import Example
 from vkernels_video.model.st_llm import training_losses
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]
-EXACT = [name for name in TINY if PRESETS[name].kv == "none"]  # quantised caches agree to a code: test_model.py
+EXACT = [name for name in TINY if PRESETS[name].kv == "none"]  # quantised caches agree to a code
 QUESTION = "what moves?"
 
 
@@ -33,6 +33,16 @@ def test_implementations_generate_the_same(name, frames):
     assert fast.prompt == eager.prompt
     assert fast.tokens == eager.tokens
     close(fast.logits, eager.logits)
+
+
+def test_intp_generates_the_same_from_two_bits():
+    """8 frames are two clips; the answer is long enough for two more groups to become codes."""
+    model = VideoLLM.from_preset("tiny_intp_video_llava", seed=2).eval()
+    pixels = torch.randn(8, 3, 42, 42)
+    eager, fast = (model.generate(pixels, QUESTION, 70, impl) for impl in ("eager", "vkernels"))
+    assert fast.tokens == eager.tokens
+    close(fast.logits[:1], eager.logits[:1])
+    assert ((fast.logits - eager.logits).norm(dim=1) <= 0.01 * eager.logits.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("name", ["tiny_st_llm_qa", "tiny_st_llm_conversation"])
