@@ -36,8 +36,9 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def agree(fast, eager) -> None:
-    """The same generation: the same tokens, and logits to rounding until something is quantised. Afterwards rounding may
-    move a key across the edge between two codes, and with it a row of logits by less than 1 % (measured: 0.07 %)."""
+    """The same generation: the same tokens, and logits to rounding until something is quantised. Afterwards rounding
+    may move a key across the edge between two codes, and with it a row of logits by less than 1 % (measured: 0.07 %).
+    """
     assert fast.prompt == eager.prompt
     assert fast.tokens == eager.tokens
     close(fast.logits[:1], eager.logits[:1])
