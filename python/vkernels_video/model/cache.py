@@ -86,8 +86,7 @@ class DequantisingCache:
 
     @torch.compiler.disable
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new tokens in; what this step's queries attend to: those of the prompt to it as it is, later ones to what
-        is stored."""
+        """Take new tokens in; what this step's queries attend to: the prompt as it came, later tokens as stored."""
         if self.recent is None:
             self.recent = self._retire(k, v)
             return k, v
