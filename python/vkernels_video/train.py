@@ -1,8 +1,9 @@
-"""Training in miniature: a small ST-LLM on films of digits (`vkernels_video.digits`), on two cores, in minutes.
+"""Training in miniature, on films of digits (`vkernels_video.digits`), on two cores, in minutes.
 
-python -m vkernels_video.train --out runs/digits [--steps N] [--size N] [--mask] [--mvm] [--resume]
+python -m vkernels_video.train --out runs/digits [--what st_llm|branch|heads] [--steps N] [--size N] [--resume] ...
 
-First the encoder learns to see (`vkernels_video.sight`) and is frozen, then connector and decoder learn to answer.
+What is trained stands in `vkernels_video.jobs`. First the encoder learns to see (`vkernels_video.sight`) and is frozen.
+Under torchrun the ranks share the films of every step: the result is that of one process, whatever their number.
 """
 
 from __future__ import annotations
@@ -13,68 +14,65 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import vkernels as vk
+from vkernels.check import require
 from vkernels_video import sight
-from vkernels_video.digits import QUESTIONS, Film, Studio, batch
-from vkernels_video.model import VideoLLM, VideoLLMConfig, preset
-from vkernels_video.model.masking import dynamic_rate, random_keep
-from vkernels_video.model.sequence import Example
-from vkernels_video.model.st_llm import states, training_losses
-from vkernels_video.model.videollm import BEGIN, END, Impl
+from vkernels_video.digits import Studio
+from vkernels_video.jobs import JOBS, Hits, Part, Recipe, answers, example, hits
+from vkernels_video.model import IMPLS, VideoLLM
+from vkernels_video.model.videollm import Impl
+
+__all__ = ["Recipe", "Run", "accuracy", "answers", "example", "hits", "plot", "ship", "wilson"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a run goes. `mask`: tokens are dropped at ST-LLM's dynamic rate; `mvm`: with its second pass and loss."""
+class Step(nn.Module):
+    """The losses of a step as a module, which DistributedDataParallel wraps."""
 
-    preset: str = "digits"
-    steps: int = 4000
-    size: int = 32  # films per step
-    rate: float = 2e-3
-    warm_up: int = 200
-    decay: float = 0.05
-    frames: int = 8
-    every: int = 1  # frames shot for each that is shown
-    kinds: tuple[str, ...] = ("moves", "first", "first", "first", "count", "count", "when")  # the slow ones more often
-    sight: int = 600  # steps of the encoder alone; 0: it learns with the rest
-    mask: bool = False
-    mvm: bool = False
-    seed: int = 0
-    impl: Impl = "vkernels"
+    def __init__(self, model: nn.Module, recipe: Recipe, part: Part):
+        super().__init__()
+        self.model, self.recipe, self.part = model, recipe, part
 
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        if step < self.warm_up:
-            return self.rate * (step + 1) / self.warm_up
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warm_up) / max(self.steps - self.warm_up, 1)))
-
-
-def example(film: Film) -> Example:
-    return Example([BEGIN], list(film.question.encode()), [*film.answer.encode(), END])
+    def forward(self, step: int) -> dict[str, Tensor]:
+        recipe, seed = self.recipe, self.recipe.seed * 1_000_003 + step
+        studio = Studio(seed, "train", recipe.frames, recipe.kinds, recipe.every)
+        generator = torch.Generator().manual_seed(seed)
+        return JOBS[recipe.what].losses(self.model, recipe, studio, generator, self.part)
 
 
 class Run:
-    """A model under training: steps, checkpoints from which a run goes on bit by bit, and what was measured."""
+    """A model under training: steps, checkpoints from which a run goes on bit by bit, and what was measured.
 
-    def __init__(self, recipe: Recipe, model: VideoLLM | VideoLLMConfig | None = None):
+    Where torch.distributed has been initialised the ranks share each step; rank 0 writes.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module | None = None):
         """A model that is given has its sight already."""
+        require(recipe.what in JOBS, "train", "what", f"be one of {', '.join(JOBS)}", repr(recipe.what))
         self.recipe, self.step = recipe, 0
         self.recognised: float | None = None  # held-out digits the encoder knew when it was frozen
-        if isinstance(model, VideoLLM):
-            self.model = model.train()
-            if recipe.sight:
-                sight.freeze(model)
-        else:
-            self.model = VideoLLM(model or preset(recipe.preset)).init_weights(recipe.seed).train()
-            if recipe.sight:
-                self.recognised = sight.learn(self.model, recipe.sight, recipe.seed, recipe.impl)
-        learning = [p for p in self.model.parameters() if p.requires_grad]
+        if model is None:
+            model, self.recognised = JOBS[recipe.what].build(recipe)
+        elif recipe.sight and isinstance(model, VideoLLM):
+            sight.freeze(model)
+        self.model: Any = model.train()
+        shared = dist.is_available() and dist.is_initialized()
+        self.part = Part(dist.get_rank(), dist.get_world_size()) if shared else Part()
+        rule = f"be a multiple of the {self.part.world} ranks"
+        require(recipe.size % self.part.world == 0, "train", "size", rule, recipe.size)
+        self.losses_of: nn.Module = Step(model, recipe, self.part)
+        if shared:
+            self.losses_of = DistributedDataParallel(self.losses_of, find_unused_parameters=True)
+        learning = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in learning if p.dim() >= 2]
         others = [p for p in learning if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
@@ -83,30 +81,32 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step: everything random in it follows from the seed and its number."""
-        recipe, model = self.recipe, self.model
-        studio = Studio(recipe.seed * 1_000_003 + self.step, "train", recipe.frames, recipe.kinds, recipe.every)
-        pixels, films = batch(studio, recipe.size)
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        rows = model.visual(model.features(pixels, recipe.impl), recipe.impl).flatten(1, 2)
-        keep = None
-        if recipe.mask:
-            keep = random_keep(len(films), rows.shape[1], dynamic_rate(generator), generator)
-        mvm = model.mvm if recipe.mvm else None
-        losses = training_losses(model.decoder, mvm, [example(film) for film in films], rows, keep, recipe.impl)
+        with torch.random.fork_rng():  # what a model drops by itself
+            torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * self.part.world + self.part.rank)
+            losses = self.losses_of(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = recipe.rate_at(self.step)
+            group["lr"] = self.recipe.rate_at(self.step)
         self.optimiser.zero_grad(set_to_none=True)
         losses["total"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.step += 1
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
-        self.losses.append(values["total"])
-        return values
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        if self.part.world > 1:
+            dist.all_reduce(values)
+        found = dict(zip(losses, (values / self.part.world).tolist(), strict=True))
+        self.losses.append(found["total"])
+        return found
 
     def save(self, folder: Path) -> None:
         """Everything a later `resume` needs."""
-        self.model.save_pretrained(folder)
+        if self.part.rank:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, VideoLLM):
+            self.model.save_pretrained(folder)
+        else:
+            save_torch_state_dict(dict(self.model.state_dict()), folder)
         state = {"optimiser": self.optimiser.state_dict(), "step": self.step, "losses": self.losses}
         torch.save(state, folder / "trainer.pt")
         (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
@@ -117,44 +117,12 @@ class Run:
         if not (folder / "recipe.json").is_file():
             raise ValueError(f"train: {folder} must hold a saved run, got none")
         saved = json.loads((folder / "recipe.json").read_text())
-        run = cls(Recipe(**{**saved, "kinds": tuple(saved["kinds"])}), VideoLLM.from_pretrained(folder))
+        recipe = Recipe(**{**saved, "kinds": tuple(saved["kinds"])})
+        run = cls(recipe, JOBS[recipe.what].load(recipe, folder))
         state = torch.load(folder / "trainer.pt", weights_only=True)
         run.optimiser.load_state_dict(state["optimiser"])
         run.step, run.losses = state["step"], state["losses"]
         return run
-
-
-@torch.inference_mode()
-def answers(model: VideoLLM, films: Sequence[Film], impl: Impl = "vkernels") -> list[str]:
-    """The digit the model finds likeliest after each question, films of equal length side by side."""
-    pixels = torch.stack([film.frames for film in films])
-    rows = model.visual(model.features(pixels, impl), impl).flatten(1, 2)
-    examples = [Example([BEGIN], list(film.question.encode()), [0]) for film in films]
-    h, laid = states(model.decoder, examples, rows, None, impl, "compacted")
-    logits = model.decoder.lm_head(model.decoder.rows(h, laid.predicting, laid.lengths, impl))
-    return [chr(ord("0") + int(i)) for i in logits[:, ord("0") : ord("9") + 1].argmax(-1)]
-
-
-def hits(
-    model: VideoLLM,
-    films: int,
-    seed: int,
-    frames: int = 8,
-    impl: Impl = "vkernels",
-    kinds: Sequence[str] = QUESTIONS,
-    every: int = 1,
-) -> dict[str, list[bool]]:
-    """Whether each of so many test films was answered rightly, by kind of question."""
-    training = model.training
-    model.eval()
-    studio = Studio(seed, "test", frames, kinds, every)
-    right: dict[str, list[bool]] = {kind: [] for kind in kinds}
-    for start in range(0, films, 64):
-        _, some = batch(studio, min(64, films - start))
-        for film, answer in zip(some, answers(model, some, impl), strict=True):
-            right[film.kind].append(answer == film.answer)
-    model.train(training)
-    return right
 
 
 def wilson(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
@@ -170,9 +138,13 @@ def wilson(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
 def accuracy(
     model: VideoLLM, films: int = 512, seed: int = 1, frames: int = 8, impl: Impl = "vkernels"
 ) -> dict[str, dict[str, float]]:
-    """Right answers on test films, per kind of question and over all ("all"): share, 95 % interval, films."""
-    right = hits(model, films, seed, frames, impl)
-    right["all"] = [hit for some in right.values() for hit in some]
+    """Right answers of an ST-LLM on test films, per kind of question and over all ("all")."""
+    return shares(hits(model, films, seed, frames, impl))
+
+
+def shares(right: Hits) -> dict[str, dict[str, float]]:
+    """Per kind and over all ("all"): share, 95 % interval, films."""
+    right = right | {"all": [hit for some in right.values() for hit in some]}
     return {
         kind: {
             "share": sum(some) / max(len(some), 1), "low": wilson(some)[0], "high": wilson(some)[1], "films": len(some)
@@ -209,30 +181,54 @@ def plot(losses: Sequence[float], file: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    parser = argparse.ArgumentParser(prog="python -m vkernels_video.train", description=__doc__)
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vkernels_video.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint, curve and results")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--size", type=int, default=Recipe.size, help="films per step")
-    parser.add_argument("--sight", type=int, default=Recipe.sight, help="steps of the encoder before the films")
+    parser.add_argument("--what", choices=tuple(JOBS), default="st_llm", help="what is trained (default: st_llm)")
+    parser.add_argument("--steps", type=int, help="default: 4000, 1000 for the branch, 400 for the heads")
+    parser.add_argument("--size", type=int, help="films per step, of all ranks together (default: 32)")
+    parser.add_argument("--sight", type=int, help="steps of the encoder before the films (default: 600)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--impl", choices=IMPLS)
     parser.add_argument("--films", type=int, default=1024, help="test films at the end")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--impl", choices=("eager", "vkernels"), default=Recipe.impl)
-    parser.add_argument("--mask", action="store_true", help="drop video tokens at ST-LLM's dynamic rate")
-    parser.add_argument("--mvm", action="store_true", help="with the second pass and its loss")
-    parser.add_argument("--ship", type=Path, help="also write the weights in half precision, with their story, here")
+    parser.add_argument("--mask", action="store_true", default=None, help="drop video tokens at ST-LLM's dynamic rate")
+    parser.add_argument("--mvm", action="store_true", default=None, help="with ST-LLM's second pass and its loss")
+    parser.add_argument("--tubes", type=float, help="share of the patches the branch does not see (default: 0.7)")
+    parser.add_argument("--ship", type=Path, help="also write an ST-LLM in half precision, with its story, here")
     parser.add_argument("--resume", action="store_true", help="go on where the folder's checkpoint stopped")
     arguments = parser.parse_args(argv)
+    if arguments.ship and arguments.what != "st_llm":
+        parser.error(f"--ship takes st_llm, got {arguments.what}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = arguments_of(argv)
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return train(arguments)
+    dist.init_process_group("gloo")
+    try:
+        return train(arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     began = time.perf_counter()
     if arguments.resume:
         run = Run.resume(arguments.out)
     else:
-        names = ("steps", "size", "seed", "impl", "mask", "mvm", "sight")
-        run = Run(Recipe(**{name: getattr(arguments, name) for name in names}))
+        recipe = JOBS[arguments.what].recipe
+        names = ("steps", "size", "seed", "impl", "mask", "mvm", "tubes", "sight")
+        said = {name: getattr(arguments, name) for name in names}
+        run = Run(replace(recipe, **{name: value for name, value in said.items() if value is not None}))
     columns = ("step {task.completed:.0f}/{task.total:.0f}", "loss {task.fields[loss]:.3f}")
-    with Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeRemainingColumn()) as progress:
+    shown = (TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeRemainingColumn())
+    with Progress(*shown, disable=run.part.rank > 0) as progress:
         task = progress.add_task("train", total=run.recipe.steps, completed=run.step, loss=float("nan"))
         while run.step < run.recipe.steps:
             losses = run.advance()
@@ -240,20 +236,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run.step % 500 == 0:
                 run.save(arguments.out)
     run.save(arguments.out)
+    if run.part.rank == 0:
+        report(run, arguments, time.perf_counter() - began)
+    return 0
+
+
+def report(run: Run, arguments: argparse.Namespace, seconds: float) -> None:
+    """The curve, and what the model knows of test films."""
     plot(run.losses, arguments.out / "loss.png")
-    found = accuracy(run.model, arguments.films)
-    result = {
-        "accuracy": found,
-        "recognised": run.recognised,
-        "seconds": time.perf_counter() - began,
-        "steps": run.step,
-    }
+    run.model.eval()
+    found = shares(JOBS[run.recipe.what].hits(run.model, run.recipe, arguments.films, 1))
+    result = {"accuracy": found, "recognised": run.recognised, "seconds": seconds, "steps": run.step}
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     if arguments.ship:
         ship(run, arguments.ship, result)
     for kind, of in found.items():
         print(f"{kind:6} {of['share']:6.1%}  ({of['low']:.1%} to {of['high']:.1%} on {of['films']} films)")
-    return 0
 
 
 if __name__ == "__main__":

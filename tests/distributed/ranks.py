@@ -13,7 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # What takes seconds to import; a server has it once and forks before any of it has run.
-IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "vkernels.distributed", "vkernels_video.model"]
+IMPORTED = [
+    "torch._dynamo", "torch.distributed.fsdp", "sklearn.datasets", "rich.progress", "vkernels.distributed",
+    "vkernels_video.train",
+]  # fmt: skip
 
 
 def _serve(rank: int, world: int, store: str, timeout: float, pipe: Connection) -> None:

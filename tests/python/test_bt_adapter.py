@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("einops")
 
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.checkpoint import CheckpointError
 from vkernels_video.model.clip import ROWS
@@ -30,7 +31,7 @@ PATCHES = 9
 
 def adapter(grouping="correct", *, trunk: TrunkConfig = TRUNK, **branch) -> BTAdapter:
     """Small weights everywhere, so that no layer is the identity and no gate is shut."""
-    model = BTAdapter(trunk, BranchConfig(**{"layers": 3, "frames": 6, **branch}), grouping)
+    model = BTAdapter(trunk, BranchConfig(**{"layers": 3, "frames": 6, "grouping": grouping, **branch}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -228,6 +229,24 @@ def test_compat_grouping_reaches_the_layers(impl):
     start = model._start(tap, 6, 1, impl, None)
     expected = model.btadapter_S_layers[0](model.btadapter_T_layers[0](start, 6, 3, impl), 6, 3, impl)
     close(model.run_branch([tap], impl), expected)
+
+
+def test_the_config_chooses_the_grouping(tmp_path):
+    """A whole model in the published grouping: both implementations, other logits than the correct one, kept in files;
+    clips that are averaged in pairs know no such thing."""
+    config = preset("tiny_bt_llava")
+    compat = replace(config, branch=replace(config.branch, grouping="compat"))
+    right, published = (VideoLLM(each).init_weights(0).eval() for each in (config, compat))
+    published.save_pretrained(tmp_path)
+    again = VideoLLM.from_pretrained(tmp_path)
+    assert again.config.branch.grouping == "compat"
+    for frames, differ in ((8, True), (16, False)):
+        pixels = clip(frames, 1)[0]
+        logits = [published.generate(pixels, "what?", 3, impl).logits for impl in ("eager", "vkernels")]
+        close(logits[1], logits[0], 1e-4)
+        assert torch.equal(again.generate(pixels, "what?", 3).logits, logits[1])
+        first = right.generate(pixels, "what?", 3).logits[0]
+        assert bool((first - logits[1][0]).norm() > 1e-3 * first.norm()) == differ
 
 
 def test_video_features_and_teacher_by_hand():
@@ -428,6 +447,10 @@ def test_refusals():
         BTAdapter(replace(TRUNK, select_layer=-2), BranchConfig(layers=1))
     with pytest.raises(ValueError, match="frames must be even for compat grouping, got 5"):
         adapter("compat")(clip(5))
+    with pytest.raises(ValueError, match=r"config: branch\.grouping must be correct or compat, got halves"):
+        BranchConfig(grouping="halves")
+    with pytest.raises(ValueError, match=r"config: branch\.output must be chat or frames, got video"):
+        BranchConfig(output="video")
     with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\), got 1"):
         tube_keep(1, 4, 9, 1.0)
     with pytest.raises(ValueError, match="layout must be one of tube, ref, got 'frame'"):

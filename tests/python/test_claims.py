@@ -81,8 +81,8 @@ def test_concatenated_clips_come_back_in_order(monkeypatch):
 
 def test_seeds_are_kept_and_the_page_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "SIGHT", 2)
-    for name, value in {"STEPS": 2, "SIZE": 2, "FILMS": 4}.items():
-        monkeypatch.setattr(stream, name, value)
+    monkeypatch.setattr(stream, "RECIPE", replace(stream.RECIPE, steps=2, size=2))
+    monkeypatch.setattr(stream, "FILMS", 4)
     experiment.eyes.cache_clear()
     for seed in ("0", "1"):
         assert command.main(["--only", "stream", "--seeds", seed, "--docs", str(tmp_path)]) == 0

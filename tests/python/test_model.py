@@ -35,19 +35,14 @@ def close(a: Tensor, b: Tensor) -> None:
     assert (a - b).norm() <= 1e-4 * b.norm()
 
 
-def agree(fast, eager, tolerance: float = 0.03) -> None:
-    """The same generation. Before anything is quantised, to rounding; afterwards a key that rounding moved across the
-    edge between two codes may move logits by a little, and a choice may differ only where it was that close."""
+def agree(fast, eager) -> None:
+    """The same generation: the same tokens, and logits to rounding until something is quantised. Afterwards rounding
+    may move a key across the edge between two codes, and with it a row of logits by less than 1 % (measured: 0.07 %).
+    """
     assert fast.prompt == eager.prompt
-    same = 0
-    while same < len(eager.tokens) and fast.tokens[same] == eager.tokens[same]:
-        same += 1
+    assert fast.tokens == eager.tokens
     close(fast.logits[:1], eager.logits[:1])
-    rows = min(same + 1, len(eager.tokens))
-    assert (fast.logits[:rows] - eager.logits[:rows]).norm() <= tolerance * eager.logits[:rows].norm()
-    if same < len(eager.tokens):
-        first, second = eager.logits[same].topk(2).values
-        assert first - second < 3 * tolerance, (same, float(first - second))
+    assert ((fast.logits - eager.logits).norm(dim=1) <= 0.01 * eager.logits.norm(dim=1)).all()
 
 
 # --- one model, two implementations
@@ -64,10 +59,11 @@ def test_implementations_generate_the_same(frames, frame_attention):
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "int2"])
 def test_caches_of_every_width_agree(kv):
+    """70 tokens: two groups leave the window while it answers, and are read as codes from that step on."""
     model = tiny(kv=kv)
     eager = model.generate(pixels(8), QUESTION, 70, "eager")
     fast = model.generate(pixels(8), QUESTION, 70, "vkernels")
-    agree(fast, eager, 0.1 if kv == "int2" else 0.03)
+    agree(fast, eager)
 
 
 def test_gradients_agree():
@@ -287,6 +283,18 @@ def test_both_caches_hold_the_same_bits(scheme, group, residual, d):
     held = zip(plain.history(k.dtype), plain.recent, library.dequantised(), strict=True)
     for old, recent, expected in held:
         assert torch.equal(torch.cat([old, recent], dim=2).transpose(1, 2), expected)
+
+
+def test_a_group_is_coded_before_it_is_read():
+    """The prompt is read as it is; the token that fills a group reads the group's codes, itself among them."""
+    k, v = torch.randn(1, 2, 64, 32), torch.randn(1, 2, 64, 32)
+    cache = DequantisingCache("int2", group=32, residual=0)
+    assert torch.equal(cache.update(k[:, :, :40], v[:, :, :40])[0], k[:, :, :40])
+    read = cache.update(k[:, :, 40:63], v[:, :, 40:63])
+    assert torch.equal(read[0][:, :, 32:], k[:, :, 32:63])
+    read = cache.update(k[:, :, 63:], v[:, :, 63:])
+    for got, held in zip(read, cache.history(k.dtype), strict=True):
+        assert torch.equal(got, held)
 
 
 def test_cache_token_by_token_equals_in_bulk():

@@ -14,7 +14,7 @@ from vkernels_video.model.sequence import Example
 from vkernels_video.model.st_llm import training_losses
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]
-EXACT = [name for name in TINY if PRESETS[name].kv == "none"]  # quantised caches agree to a code: test_model.py
+EXACT = [name for name in TINY if PRESETS[name].kv == "none"]  # quantised caches agree to a code
 QUESTION = "what moves?"
 
 
@@ -35,18 +35,40 @@ def test_implementations_generate_the_same(name, frames):
     close(fast.logits, eager.logits)
 
 
-@pytest.mark.parametrize("name", ["tiny_st_llm_qa", "tiny_st_llm_conversation"])
+def test_intp_generates_the_same_from_two_bits():
+    """8 frames are two clips; the answer is long enough for two more groups to become codes."""
+    model = VideoLLM.from_preset("tiny_intp_video_llava", seed=2).eval()
+    pixels = torch.randn(8, 3, 42, 42)
+    eager, fast = (model.generate(pixels, QUESTION, 70, impl) for impl in ("eager", "vkernels"))
+    assert fast.tokens == eager.tokens
+    close(fast.logits[:1], eager.logits[:1])
+    assert ((fast.logits - eager.logits).norm(dim=1) <= 0.01 * eager.logits.norm(dim=1)).all()
+
+
+# Frames, and whether ST-LLM's masks drop tokens: a pooled video and interleaved clips are read whole.
+TRAINED = {
+    "tiny": (4, False),
+    "tiny_bt_llava": (8, False),
+    "tiny_st_llm_qa": (8, True),
+    "tiny_st_llm_conversation": (8, True),
+    "tiny_intp_video_llava": (4, False),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_a_training_step_is_the_same_from_pixels_to_gradients(name):
+    frames, masked = TRAINED[name]
     model = VideoLLM.from_preset(name, seed=3)
-    pixels = torch.randn(2, 8, 3, 42, 42)
+    pixels = torch.randn(2, frames, 3, 42, 42)
     text, shown = torch.randint(0, 259, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    asked = (text, shown) if model.reads else ()
     examples = [Example([1], [5, 6], [7, 8]), Example([1, 2], [9], [10])]
     sides = []
     for impl in ("eager", "vkernels"):
         model.zero_grad()
         torch.manual_seed(0)  # dropped paths
-        rows = model.visual(model.features(pixels, impl), impl, text, shown).flatten(1, 2)
-        keep = random_keep(2, rows.shape[1], 0.5, torch.Generator().manual_seed(0))
+        rows = model.visual(model.features(pixels, impl), impl, *asked).flatten(1, 2)
+        keep = random_keep(2, rows.shape[1], 0.5, torch.Generator().manual_seed(0)) if masked else None
         losses = training_losses(model.decoder, model.mvm, examples, rows, keep, impl)
         losses["total"].backward()
         sides.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -54,6 +76,7 @@ def test_a_training_step_is_the_same_from_pixels_to_gradients(name):
     for key, loss in eager.items():
         torch.testing.assert_close(fast[key], loss, rtol=1e-4, atol=1e-5)
     assert fast_grads.keys() == eager_grads.keys()
+    assert any(name.startswith("encoder") for name in fast_grads)
     largest = max(float(g.norm()) for g in eager_grads.values())
     for key, grad in eager_grads.items():
         assert (fast_grads[key] - grad).norm() <= 3e-4 * grad.norm() + 3e-6 * largest, key

@@ -10,9 +10,12 @@ import torch
 for module in ("transformers", "einops", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(module)
 
-from vkernels_video import sight, train  # noqa: E402
+from vkernels_video import jobs, sight, train  # noqa: E402
 from vkernels_video.digits import CELL, KINDS, QUESTIONS, Studio, pictures  # noqa: E402
+from vkernels_video.jobs import JOBS  # noqa: E402
 from vkernels_video.model import VideoLLM, preset  # noqa: E402
+from vkernels_video.model.st_llm import training_losses  # noqa: E402
+from vkernels_video.model.videollm import END  # noqa: E402
 from vkernels_video.train import Recipe, Run, accuracy, answers, plot  # noqa: E402
 
 SMALL = Recipe(steps=12, size=3, warm_up=2, frames=4, sight=0)
@@ -124,22 +127,125 @@ def test_refusals():
 # --- training
 
 
-def test_a_run_resumes_bit_by_bit(tmp_path):
-    whole, first = Run(SMALL), Run(SMALL)
+QUICK = {
+    "st_llm": SMALL,
+    "branch": replace(JOBS["branch"].recipe, steps=12, size=4, warm_up=2, sight=0),
+    "heads": replace(JOBS["heads"].recipe, steps=12, size=3, warm_up=2, frames=5, sight=0),
+}
+
+
+@pytest.mark.parametrize("what", JOBS)
+def test_a_run_resumes_bit_by_bit(what, tmp_path):
+    whole, first = Run(QUICK[what]), Run(QUICK[what])
     for _ in range(6):
         whole.advance()
     for _ in range(3):
         first.advance()
     first.save(tmp_path)
+    torch.randn(3)  # what came before does not matter
     second = Run.resume(tmp_path)
-    assert second.step == 3
+    assert (second.step, second.recipe) == (3, QUICK[what])
     for _ in range(3):
         second.advance()
     assert second.losses == whole.losses
+    assert len(set(whole.losses)) == 6
     pairs = zip(second.model.parameters(), whole.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(ValueError, match="must hold a saved run, got none"):
         Run.resume(tmp_path / "nowhere")
+
+
+def test_dropped_paths_resume_too(tmp_path, monkeypatch):
+    """What a model draws from torch's own generator follows from the step as well."""
+    monkeypatch.setattr(jobs, "BRANCH", replace(jobs.BRANCH, drop_path=0.5))
+    losses = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        run = Run(QUICK["branch"])
+        losses.append([run.advance()["total"] for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("what", "named"), [("branch", ("btadapter", "extra_proj")), ("heads", ("task",))])
+def test_what_is_frozen_stays(what, named):
+    """The branch learns beside its trunk and text tower, the heads behind their encoder: and all of them do."""
+    run = Run(QUICK[what])
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    for _ in range(2):  # behind a temporal_fc of zeros there is no gradient yet
+        run.advance()
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in run.model.named_parameters() if p.grad is not None}
+    assert all(any(part in name for part in named) for name in moved)
+    modules = {"branch": ("T_layers.1", "S_layers.1", "extra_proj"), "heads": ("translator", "layers.1", "now", "next")}
+    assert all(any(part in name for name in moved) for part in modules[what])
+
+
+@pytest.mark.parametrize("what", JOBS)
+def test_losses_fall(what):
+    """The same step again and again, which is the same films."""
+    run = Run(QUICK[what])
+    for _ in range(20):
+        run.step = 2
+        run.advance()
+    assert run.losses[-1] < 0.6 * run.losses[0], run.losses
+    run.model.eval()
+    right = JOBS[what].hits(run.model, run.recipe, 6, 1)
+    assert sum(map(len, right.values())) == 6
+    assert right == JOBS[what].hits(run.model, replace(run.recipe, impl="eager"), 6, 1)
+
+
+@pytest.mark.parametrize("what", ["branch", "heads"])
+def test_implementations_train_other_models_alike(what):
+    losses = []
+    for impl in ("eager", "vkernels"):
+        run = Run(replace(QUICK[what], impl=impl))
+        losses.append([run.advance()["total"] for _ in range(3)])
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_newest_digit_is_the_label():
+    """Until the first digit comes there is nobody; then every change of the label is a digit more on the board."""
+    pixels, labels = jobs.newest(Studio(3, frames=16))
+    board = pixels[:, 0].unfold(1, CELL, CELL).unfold(2, CELL, CELL)
+    count = (board > -1).flatten(3).any(-1).flatten(1).sum(1)
+    assert int(count[-1]) == 3
+    assert torch.equal(count == 0, labels == jobs.NOBODY)
+    assert torch.equal(count.diff() > 0, labels.diff() != 0)
+
+
+def test_a_unit_alone_knows_no_past():
+    """The same units in another order give the same scores, in that order; with a past they do not."""
+    torch.manual_seed(0)
+    units, order = torch.randn(2, 6, 9, 64), torch.tensor([3, 0, 5, 1, 4, 2])
+    for alone in (True, False):
+        model = jobs.Watcher(preset("digits").encoder, alone)
+        now = model(units)["now"][:, order]
+        assert torch.allclose(model(units[:, order])["now"], now, atol=1e-5) == alone
+
+
+def test_captions_are_told_apart_once_read():
+    tower = jobs.JOBS["branch"].build(QUICK["branch"])[0].text
+    captions = jobs.caption_ids(["which digit goes up 3", "which digit goes up 7", "how many digits 3"])
+    assert captions.shape == (3, 22)
+    assert captions[2, -5:].tolist() == [END] * 5
+
+    def nearest() -> float:
+        one = torch.nn.functional.normalize(tower(captions), dim=-1)
+        return float((one @ one.T - 2 * torch.eye(3)).max())
+
+    before = nearest()
+    jobs.teach_to_read(tower, replace(QUICK["branch"], kinds=("moves", "count")))
+    assert nearest() < 0.9 < 0.99 < before
+    assert not any(p.requires_grad for p in tower.parameters())
+
+
+def test_runs_are_refused():
+    with pytest.raises(ValueError, match="train: what must be one of st_llm, branch, heads, got 'mvm'"):
+        Run(replace(SMALL, what="mvm"))
+    with pytest.raises(ValueError, match="train: preset must have a per-frame encoder for heads, got tiny"):
+        Run(replace(QUICK["heads"], preset="tiny"))
+    with pytest.raises(SystemExit):
+        train.main(["--out", "nowhere", "--what", "heads", "--ship", "nowhere"])
 
 
 @pytest.mark.parametrize("name", ["digits", "tiny_st_llm_qa", "tiny"])
@@ -177,7 +283,7 @@ def test_training_learns_a_batch_by_heart():
     pixels = torch.stack([film.frames for film in films])
     for _ in range(40):
         rows = model.visual(model.features(pixels)).flatten(1, 2)
-        loss = train.training_losses(model.decoder, None, [train.example(film) for film in films], rows, None)["total"]
+        loss = training_losses(model.decoder, None, [train.example(film) for film in films], rows, None)["total"]
         run.optimiser.zero_grad()
         loss.backward()
         run.optimiser.step()
@@ -202,6 +308,17 @@ def test_the_command_trains_and_goes_on(tmp_path, capsys):
     assert VideoLLM.from_pretrained(tmp_path / "ship").config == preset("digits")
     assert json.loads((tmp_path / "ship" / "recipe.json").read_text())["recipe"]["sight"] == 2
     assert re.search(r"all +\d+.\d% .*on 4 films", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("what", ["branch", "heads"])
+def test_the_command_trains_them_all(what, tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--films", "6"]
+    assert train.main([*out, "--what", what, "--steps", "2", "--size", "2", "--sight", "0", "--tubes", "0.5"]) == 0
+    saved = json.loads((tmp_path / "recipe.json").read_text())
+    assert (saved["what"], saved["steps"], saved["tubes"]) == (what, 2, 0.5)
+    assert train.main([*out, "--resume"]) == 0
+    assert {"model.safetensors", "loss.png", "result.json"} <= {file.name for file in tmp_path.iterdir()}
+    assert re.search(r"all +\d+.\d% .*on 6 films", capsys.readouterr().out)
 
 
 def test_the_preset_is_small_enough_to_ship():

@@ -10,8 +10,6 @@ the published checkpoints.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -126,18 +124,18 @@ class BTAdapter(Trunk):
     """A frozen trunk with a temporal branch beside its last blocks.
 
     Frames [b t 3 h w]. Above `branch.frames` of them, adjacent frames of the trunk's tokens are averaged in pairs.
-    `grouping="compat"` repeats what the published chat model does with 64 frames or fewer: it tells the layers half of
-    the frames, so that the halves of the clip attend over time separately, and frames f and f + t / 2 share a softmax.
-    The trunk carries no gradient and no graph.
+    `branch.grouping="compat"` repeats what the published chat model does with 64 frames or fewer: it tells the layers
+    half of the frames, so that the halves of the clip attend over time separately, and frames f and f + t / 2 share a
+    softmax. The trunk carries no gradient and no graph.
     """
 
-    def __init__(self, config: TrunkConfig, branch: BranchConfig, grouping: Literal["correct", "compat"] = "correct"):
+    def __init__(self, config: TrunkConfig, branch: BranchConfig):
         super().__init__(config)
         if not 0 <= config.layers - branch.layers < self.depth:
             raise ValueError(
                 f"BTAdapter: layers must lie in 1..{config.layers} and reach the output, got {branch.layers}"
             )
-        self.branch, self.grouping = branch, grouping
+        self.branch = branch
         width = config.width
         rates = [branch.drop_path * i / max(branch.layers - 1, 1) for i in range(branch.layers)]
         self.btadapter_cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -181,7 +179,7 @@ class BTAdapter(Trunk):
             )
         t //= per
         together = t
-        if self.grouping == "compat" and per == 1:
+        if self.branch.grouping == "compat" and per == 1:
             if t % 2:
                 raise ValueError(f"BTAdapter: frames must be even for compat grouping, got {t}")
             together = t // 2

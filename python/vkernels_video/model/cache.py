@@ -2,7 +2,9 @@
 
 KIVI's scheme (arXiv:2402.02750): keys per channel in groups of tokens, values per token in groups of channels,
 asymmetric, two codes per byte at four bits, the newest tokens in full precision. As transformers' QuantizedCache does,
-every step dequantises the whole history and concatenates the new tokens; unlike it, history is quantised only once.
+every step dequantises the whole history and concatenates the new tokens. Two things are `vkernels.KVCache`'s, not
+theirs: history is quantised only once (as in KIVI, unlike transformers), and a group that leaves the full-precision
+window does so before the step's queries read it, where both attend to it once more in full precision.
 """
 
 from __future__ import annotations
@@ -84,15 +86,16 @@ class DequantisingCache:
 
     @torch.compiler.disable
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new tokens in; what the queries of this step attend to."""
-        if self.recent is not None:
-            k, v = torch.cat([self.recent[0], k], dim=2), torch.cat([self.recent[1], v], dim=2)
-        keys, values = k, v
+        """Take new tokens in; what this step's queries attend to: the prompt as it came, later tokens as stored."""
+        if self.recent is None:
+            self.recent = self._retire(k, v)
+            return k, v
+        k, v = torch.cat([self.recent[0], k], dim=2), torch.cat([self.recent[1], v], dim=2)
+        self.recent = k, v = self._retire(k, v)
         if self.k:
             old_k, old_v = self.history(k.dtype)
-            keys, values = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self.recent = self._retire(k, v)
-        return keys, values
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        return k, v
 
     def copy(self) -> DequantisingCache:
         """Another cache with the same past: every update makes new tensors, so the past itself is shared."""

@@ -91,7 +91,13 @@ class BranchConfig:
     drop_whole: bool = False
     spatial_eps: float | None = None  # None: the trunk's
     output: Literal["chat", "frames"] = "chat"  # one pooled frame (LLaVA), or every frame (ST-LLM)
+    # compat: halves of a clip of up to `frames` frames attend over time separately, as in the published chat model.
+    grouping: Literal["correct", "compat"] = "correct"
     pretraining: bool = False  # with the projection that aligns it with the trunk
+
+    def __post_init__(self):
+        _must(self.output in ("chat", "frames"), "branch.output", "be chat or frames", self.output)
+        _must(self.grouping in ("correct", "compat"), "branch.grouping", "be correct or compat", self.grouping)
 
 
 @dataclass(frozen=True)

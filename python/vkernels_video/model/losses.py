@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The rows of every rank, in order; only this rank's carry a gradient. x itself where nothing is distributed."""
+    """The rows of every rank, in order; x itself where nothing is distributed. Only this rank's carry a gradient, once
+    per rank, so that the mean over the ranks, which DDP makes, is the gradient of one process with all rows. (The
+    published code counts it once: the more ranks, the less its contrasts weigh beside the alignment.)"""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[dist.get_rank()] = x
+    parts[dist.get_rank()] = x.detach() + (x - x.detach()) * len(parts)
     return torch.cat(parts)
 
 
