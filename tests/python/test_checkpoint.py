@@ -94,20 +94,27 @@ def test_instructblip(tmp_path, impl):
 
 @pytest.mark.parametrize("impl", ["eager", "vkernels"])
 def test_video_llava(tmp_path, impl):
-    config = VideoLlavaConfig(vision_config={"model_type": "clip_vision_model", **CLIP}, text_config=LLAMA)
+    """From pixels and ids to logits. Its tower is CLIP's, frame by frame, and every token of it is shown."""
+    config = VideoLlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **CLIP}, text_config=LLAMA, video_token_index=258,
+        image_token_index=257,
+    )  # fmt: skip
     theirs = scrambled(VideoLlavaForConditionalGeneration(config))
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")  # in several files
     ours = preset("tiny_bt_llava")
     ours = replace(ours, encoder=replace(ours.encoder, select_layer=-2), branch=None, connector="mlp2x")
     unused = [r"encoder\.(post_layernorm|visual_projection)"]
     model = VideoLLM.from_pretrained(tmp_path, config=ours, allow_missing=unused)
-    pixels = torch.randn(3, 3, 42, 42)
+    pixels, before, after = torch.randn(8, 3, 42, 42), [1, 2, 3], [4, 5]
     with torch.no_grad():
         tower = theirs.model.video_tower(pixels, output_hidden_states=True).hidden_states[-2]
-        expected = theirs.model.multi_modal_projector(tower)
-        got = model.visual(model.encode(pixels, impl), impl)
-    close(got[0], expected)
-    close(model.decoder.embed_tokens.weight, theirs.get_input_embeddings().weight)
+        features = model.encode(pixels, impl)
+        close(model.visual(features, impl)[0], theirs.model.multi_modal_projector(tower))
+        ids = torch.tensor([before + 8 * 10 * [258] + after])
+        expected = theirs(input_ids=ids, pixel_values_videos=pixels[None]).logits[0]
+        x, prompt = model.connect(features, 8, before, after, impl)
+        positions = torch.arange(prompt.length) if impl == "vkernels" else torch.arange(prompt.length)[None]
+        close(model.decoder.lm_head(model.decoder.hidden(x, positions, [prompt.length], impl))[0], expected)
 
 
 def test_clip_starts_a_branch(tmp_path, caplog):
@@ -222,22 +229,62 @@ def test_bt_adapter_layout_in_three_files(tmp_path, old):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_languagebind_layout():
+def languagebind(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
     """The encoder of clips, in the names of LanguageBind's video tower."""
-    encoder = VideoLLM.from_preset("tiny").encoder
     state = {}
     for name, tensor in encoder.state_dict().items():
         short = name.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.2.", ".mlp.fc2.")
         if short == "position_embedding":
             short = "position_embedding.weight"
         where = "" if short.startswith(("pre_", "layers")) else "embeddings."
-        state[f"vision_model.{where}{'encoder.' if short.startswith('layers') else ''}{short}"] = tensor
-    state |= {"vision_model.post_layernorm.weight": torch.zeros(64), "logit_scale": torch.zeros(())}
+        state[f"{prefix}{where}{'encoder.' if short.startswith('layers') else ''}{short}"] = tensor
+    return state | {f"{prefix}post_layernorm.weight": torch.zeros(64)}
+
+
+def test_languagebind_layout():
+    encoder = VideoLLM.from_preset("tiny").encoder
+    state = languagebind(encoder, "vision_model.") | {"logit_scale": torch.zeros(())}
     source = recognise(state)
     assert source.name == "LanguageBind"
     made, unused = translate(state, source)
     assert sorted(unused) == ["logit_scale", "vision_model.post_layernorm.weight"]
     assert made.keys() == {f"encoder.{name}" for name in encoder.state_dict()}
+
+
+def llama_names(model: VideoLLM) -> dict[str, Tensor]:
+    """The decoder in the names of LLaMA's files."""
+    own = model.decoder.state_dict()
+    return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in own.items()}
+
+
+def test_video_llavas_own_layout_in_one_folder(tmp_path):
+    """Two towers, projector and LLaMA side by side, a config.json of LLaVA's kind: all but the image tower is ours."""
+    model = VideoLLM.from_preset("tiny_intp_video_llava", seed=5).eval()
+    state = languagebind(model.encoder, "model.video_tower.video_tower.") | llama_names(model)
+    state |= {f"model.mm_projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
+    state["model.video_tower.video_tower.embeddings.position_ids"] = torch.arange(10)[None]
+    state["model.image_tower.image_tower.encoder.layers.0.self_attn.q_proj.weight"] = torch.ones(64, 64)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"model_type": "llava"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = VideoLLM.from_pretrained(tmp_path, config="tiny_intp_video_llava")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
+    with pytest.raises(CheckpointError, match=r"decoder\.heads must be 8 for .*, got 4"):
+        VideoLLM.from_pretrained(tmp_path, config="tiny_intp_video_llava")
+    torch.save(state | {"model.audio_tower.weight": torch.ones(1)}, tmp_path / "other.bin")
+    with pytest.raises(CheckpointError, match=r"got 1 unexpected: model\.audio_tower\.weight"):
+        VideoLLM.from_pretrained(tmp_path / "other.bin", config="tiny_intp_video_llava")
+
+
+def test_two_tensors_do_not_share_a_name():
+    state = {"model.embed_tokens.weight": torch.ones(2, 2), "model.layers.0.x": torch.ones(1)}
+    made, _ = translate(state, recognise(state))
+    assert made.keys() == {"decoder.embed_tokens.weight", "decoder.layers.0.x"}
+    state["embed_tokens.weight"] = torch.zeros(2, 2)
+    with pytest.raises(CheckpointError, match=r"got embed_tokens\.weight a second for decoder\.embed_tokens\.weight"):
+        translate(state, recognise(state))
 
 
 # --- our own
@@ -324,11 +371,6 @@ def test_a_decoder_of_another_make_is_refused(tmp_path, name, value):
 
 
 def test_a_key_bias_is_not_dropped():
-    source = next(
-        s
-        for s in __import__("vkernels_video.model.checkpoint", fromlist=["SOURCES"]).SOURCES
-        if s.name == "InstructBLIP"
-    )
     state = {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(6), "qformer.x": torch.ones(1)}
     source = recognise(state)
     with pytest.raises(CheckpointError, match=r"qkv\.bias must be zero for the keys, got 1"):

@@ -106,7 +106,7 @@ class VideoLLM(nn.Module):
         allow_missing: Sequence[str] = (),
         mesh: Any = None,
     ) -> VideoLLM:
-        """A model with the weights of a folder or file: this library's own, or a layout of `checkpoint.SOURCES`.
+        """A model with the weights of a folder or file: this library's own, or a layout of `layouts.SOURCES`.
 
         path, more: what published weights come in, together: BT-Adapter's three files and LLaMA's folder, say. A name
                     that is no path is fetched from the Hugging Face hub
