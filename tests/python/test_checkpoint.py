@@ -1,5 +1,5 @@
-"""Loading: checkpoints that transformers writes give transformers' outputs, published layouts land tensor by tensor,
-and nothing is lost in silence."""
+"""Loading: checkpoints that transformers writes give transformers' outputs, and nothing is lost in silence. The papers'
+own files are in test_layouts."""
 
 import json
 import logging
@@ -52,9 +52,9 @@ def scrambled(module: torch.nn.Module) -> torch.nn.Module:
 # --- what transformers writes
 
 
-@pytest.mark.parametrize("impl", ["eager", "vkernels"])
-def test_instructblip(tmp_path, impl):
-    vision = {**CLIP, "hidden_size": 72, "num_attention_heads": 1, "layer_norm_eps": 1e-6}
+def instructblip(folder, **vision) -> InstructBlipForConditionalGeneration:
+    """One with EVA's tower, saved in a folder."""
+    vision = {**CLIP, "hidden_size": 72, "num_attention_heads": 1, "layer_norm_eps": 1e-6, **vision}
     del vision["projection_dim"]
     qformer = {
         "vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
@@ -68,12 +68,21 @@ def test_instructblip(tmp_path, impl):
         for name, parameter in theirs.named_parameters():
             if name.endswith("qkv.bias"):
                 parameter[72:144] = 0
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def load_instructblip(folder) -> VideoLLM:
     ours = preset("tiny_st_llm_conversation")
     ours = replace(ours, encoder=replace(ours.encoder, eps=1e-6, patch_bias=True), arrange="all", mvm=False)
-    model = VideoLLM.from_pretrained(
-        tmp_path, config=ours, allow_missing=[r"encoder\.(post_layernorm|visual_projection)"]
-    )
+    unused = [r"encoder\.(post_layernorm|visual_projection)"]
+    return VideoLLM.from_pretrained(folder, config=ours, allow_missing=unused)
+
+
+@pytest.mark.parametrize("impl", ["eager", "vkernels"])
+def test_instructblip(tmp_path, impl):
+    theirs = instructblip(tmp_path)
+    model = load_instructblip(tmp_path)
 
     pixels, text = torch.randn(2, 3, 42, 42), torch.randint(0, 250, (1, 6))
     with torch.no_grad():
@@ -90,6 +99,16 @@ def test_instructblip(tmp_path, impl):
         want = theirs.language_model(inputs_embeds=x).logits
         positions = torch.arange(9) if impl == "vkernels" else torch.arange(9)[None]
         close(model.decoder.lm_head(model.decoder.hidden(x, positions, [9], impl)), want)
+
+
+@pytest.mark.parametrize("image", [28, 56, 70])
+def test_positions_of_another_grid_are_resized(tmp_path, image):
+    """Tables of 2 x 2, 4 x 4 and 5 x 5 patches on pictures of 3 x 3, as transformers runs them."""
+    theirs, pixels = instructblip(tmp_path, image_size=image), torch.randn(2, 3, 42, 42)
+    model = load_instructblip(tmp_path)
+    with torch.no_grad():
+        want = theirs.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        close(model.projector.ln_vision(model.encode(pixels))[0], want)
 
 
 @pytest.mark.parametrize("impl", ["eager", "vkernels"])
@@ -132,159 +151,6 @@ def test_clip_starts_a_branch(tmp_path, caplog):
         close(model.encoder(pixels[None], "vkernels")[0][0], expected)
     with pytest.raises(CheckpointError, match=r"a CLIP checkpoint must fit the model, got \d+ missing: decoder"):
         VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava", allow_missing=["btadapter", "balance"])
-
-
-# --- published layouts, by the names their files have
-
-
-def eva_block(name: str, c: int, mlp: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}.norm1.weight": (c,), f"{name}.norm1.bias": (c,), f"{name}.norm2.weight": (c,),
-        f"{name}.norm2.bias": (c,), f"{name}.attn.q_bias": (c,), f"{name}.attn.v_bias": (c,),
-        f"{name}.attn.qkv.weight": (3 * c, c), f"{name}.attn.proj.weight": (c, c), f"{name}.attn.proj.bias": (c,),
-        f"{name}.mlp.fc1.weight": (mlp, c), f"{name}.mlp.fc1.bias": (mlp,), f"{name}.mlp.fc2.weight": (c, mlp),
-        f"{name}.mlp.fc2.bias": (c,),
-    }  # fmt: skip
-
-
-def test_st_llm_layout(tmp_path):
-    """Names as the published QA weights have them; one tensor of each kind is followed to its place."""
-    model = VideoLLM.from_preset("tiny_st_llm_qa", seed=1)
-    own = model.state_dict()
-    p = "model.stllm_model."
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{p}visual_encoder.cls_token": (1, 1, 72), f"{p}visual_encoder.pos_embed": (1, 10, 72),
-        f"{p}visual_encoder.patch_embed.proj.weight": (72, 3, 14, 14),
-        f"{p}visual_encoder.BTAdapter_cls": (1, 1, 72), f"{p}visual_encoder.BTAdapter_position.weight": (8, 72),
-        f"{p}ln_vision.weight": (72,), f"{p}ln_vision.bias": (72,), f"{p}query_tokens": (1, 4, 64),
-        f"{p}llama_proj.weight": (128, 64), f"{p}llama_proj.bias": (128,),
-        f"{p}mvm_decoder.head.weight": (128, 128), f"{p}mvm_decoder.head.bias": (128,),
-        f"{p}mvm_decoder.norm.weight": (128,), f"{p}mvm_decoder.norm.bias": (128,),
-        f"{p}embed_tokens.weight": (259, 128),
-    }  # fmt: skip
-    for i in range(4):
-        shapes |= eva_block(f"{p}visual_encoder.blocks.{i}", 72, 128)
-    for i in range(2):
-        shapes |= eva_block(f"{p}visual_encoder.BTAdapter_S.{i}", 72, 128)
-        temporal = {
-            k: v
-            for k, v in eva_block(f"{p}visual_encoder.BTAdapter_T.{i}", 72, 128).items()
-            if "attn" in k or "norm1" in k
-        }
-        shapes |= temporal | {f"{p}visual_encoder.BTAdapter_T.{i}.temporal_fc.weight": (72, 72)}
-        shapes |= {f"{p}visual_encoder.BTAdapter_T.{i}.temporal_fc.bias": (72,)}
-    for name, tensor in own.items():
-        if name.startswith("projector.qformer.") and "query_tokens" not in name:
-            old = name.replace("projector.qformer.", f"{p}Qformer.bert.").replace(
-                "embeddings.layernorm", "embeddings.LayerNorm"
-            )
-            old = old.replace("attention.attention.", "attention.self.")
-            shapes[old] = tuple(tensor.shape)
-        elif name.startswith("decoder."):
-            short = name.removeprefix("decoder.")
-            shapes[short if short.startswith("lm_head") else f"model.{short}"] = tuple(tensor.shape)
-    generator = torch.Generator().manual_seed(2)
-    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    unused = [r"encoder\.(post_layernorm|visual_projection)"]
-    loaded = VideoLLM.from_pretrained(tmp_path, config="tiny_st_llm_qa", allow_missing=unused).state_dict()
-    v = f"{p}visual_encoder."
-    for new, old in {
-        "encoder.class_embedding": state[f"{v}cls_token"].flatten(),
-        "encoder.position_embedding.weight": state[f"{v}pos_embed"][0],
-        "encoder.layers.3.self_attn.k_proj.weight": state[f"{v}blocks.3.attn.qkv.weight"][72:144],
-        "encoder.layers.3.self_attn.v_proj.bias": state[f"{v}blocks.3.attn.v_bias"],
-        "encoder.layers.0.self_attn.out_proj.weight": state[f"{v}blocks.0.attn.proj.weight"],
-        "encoder.btadapter_cls_token": state[f"{v}BTAdapter_cls"],
-        "encoder.btadapter_time_embed.weight": state[f"{v}BTAdapter_position.weight"],
-        "encoder.btadapter_S_layers.1.layer_norm2.bias": state[f"{v}BTAdapter_S.1.norm2.bias"],
-        "encoder.btadapter_T_layers.1.temporal_fc.weight": state[f"{v}BTAdapter_T.1.temporal_fc.weight"],
-        "projector.qformer.encoder.layer.2.crossattention.attention.key.weight": state[
-            f"{p}Qformer.bert.encoder.layer.2.crossattention.self.key.weight"
-        ],
-        "projector.qformer.embeddings.layernorm.bias": state[f"{p}Qformer.bert.embeddings.LayerNorm.bias"],
-        "projector.ln_vision.weight": state[f"{p}ln_vision.weight"],
-        "mvm.head.bias": state[f"{p}mvm_decoder.head.bias"],
-        "decoder.layers.1.mlp.up_proj.weight": state["model.layers.1.mlp.up_proj.weight"],
-        "decoder.lm_head.weight": state["lm_head.weight"],
-    }.items():
-        assert torch.equal(loaded[new], old), new
-
-
-@pytest.mark.parametrize("old", ["btadapter", "timesFPN"])
-def test_bt_adapter_layout_in_three_files(tmp_path, old):
-    model = VideoLLM.from_preset("tiny_bt_llava", seed=3)
-    parts: dict[str, dict[str, Tensor]] = {"tower": {}, "projector": {}, "llm": {}}
-    for name, tensor in model.state_dict().items():
-        kind, rest = name.split(".", 1)
-        if kind == "encoder":
-            parts["tower"]["model.vision_tower." + rest.replace("btadapter", old)] = tensor
-        elif kind == "projector":
-            parts["projector"][f"model.mm_projector.{rest}"] = tensor
-        else:
-            parts["llm"][rest if rest.startswith("lm_head") else f"model.{rest}"] = tensor
-    torch.save({"state_dict": parts["tower"] | parts["projector"]}, tmp_path / "bt.pth")
-    save_file(parts["llm"], tmp_path / "model.safetensors")
-    loaded = VideoLLM.from_pretrained(tmp_path / "bt.pth", tmp_path / "model.safetensors", config="tiny_bt_llava")
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def languagebind(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
-    """The encoder of clips, in the names of LanguageBind's video tower."""
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        short = name.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.2.", ".mlp.fc2.")
-        if short == "position_embedding":
-            short = "position_embedding.weight"
-        where = "" if short.startswith(("pre_", "layers")) else "embeddings."
-        state[f"{prefix}{where}{'encoder.' if short.startswith('layers') else ''}{short}"] = tensor
-    return state | {f"{prefix}post_layernorm.weight": torch.zeros(64)}
-
-
-def test_languagebind_layout():
-    encoder = VideoLLM.from_preset("tiny").encoder
-    state = languagebind(encoder, "vision_model.") | {"logit_scale": torch.zeros(())}
-    source = recognise(state)
-    assert source.name == "LanguageBind"
-    made, unused = translate(state, source)
-    assert sorted(unused) == ["logit_scale", "vision_model.post_layernorm.weight"]
-    assert made.keys() == {f"encoder.{name}" for name in encoder.state_dict()}
-
-
-def llama_names(model: VideoLLM) -> dict[str, Tensor]:
-    """The decoder in the names of LLaMA's files."""
-    own = model.decoder.state_dict()
-    return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in own.items()}
-
-
-def test_video_llavas_own_layout_in_one_folder(tmp_path):
-    """Two towers, projector and LLaMA side by side, a config.json of LLaVA's kind: all but the image tower is ours."""
-    model = VideoLLM.from_preset("tiny_intp_video_llava", seed=5).eval()
-    state = languagebind(model.encoder, "model.video_tower.video_tower.") | llama_names(model)
-    state |= {f"model.mm_projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
-    state["model.video_tower.video_tower.embeddings.position_ids"] = torch.arange(10)[None]
-    state["model.image_tower.image_tower.encoder.layers.0.self_attn.q_proj.weight"] = torch.ones(64, 64)
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    config = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"model_type": "llava"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = VideoLLM.from_pretrained(tmp_path, config="tiny_intp_video_llava")
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
-    with pytest.raises(CheckpointError, match=r"decoder\.heads must be 8 for .*, got 4"):
-        VideoLLM.from_pretrained(tmp_path, config="tiny_intp_video_llava")
-    torch.save(state | {"model.audio_tower.weight": torch.ones(1)}, tmp_path / "other.bin")
-    with pytest.raises(CheckpointError, match=r"got 1 unexpected: model\.audio_tower\.weight"):
-        VideoLLM.from_pretrained(tmp_path / "other.bin", config="tiny_intp_video_llava")
-
-
-def test_two_tensors_do_not_share_a_name():
-    state = {"model.embed_tokens.weight": torch.ones(2, 2), "model.layers.0.x": torch.ones(1)}
-    made, _ = translate(state, recognise(state))
-    assert made.keys() == {"decoder.embed_tokens.weight", "decoder.layers.0.x"}
-    state["embed_tokens.weight"] = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r"got embed_tokens\.weight a second for decoder\.embed_tokens\.weight"):
-        translate(state, recognise(state))
 
 
 # --- our own

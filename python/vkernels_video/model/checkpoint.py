@@ -9,17 +9,23 @@ Files are untrusted: safetensors, or torch archives read with `weights_only=True
 from __future__ import annotations
 
 import json
+import logging
+import math
 import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vkernels_video.model.layouts import SOURCES, CheckpointError, Source, State
+
+log = logging.getLogger("vkernels_video")
+POSITIONS, TABLE, HEAD = "encoder.position_embedding.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight"
 
 
 def read(path: str | Path) -> State:
@@ -95,6 +101,53 @@ def translate(state: State, source: Source) -> tuple[State, list[str]]:
         else:
             made[new] = tensor
     return source.reshape(made), unused
+
+
+def gather(model: torch.nn.Module, paths: Sequence[Path]) -> tuple[State, str]:
+    """The tensors of several checkpoints under this model's names, and whose they are. Of two that are one, that of the
+    tuned model counts, not its base's."""
+    own, state, givers, names = model.state_dict(), State(), dict[str, Source](), []
+    for path in paths:
+        found = read(path)
+        source = recognise(found)
+        fresh, unused = translate(found, source)
+        log.info("%s: %d tensors of %s have no use here", path, len(unused), source.name)
+        if source.resizes and POSITIONS in fresh and POSITIONS in own:
+            fresh[POSITIONS] = resized(fresh[POSITIONS], len(own[POSITIONS]))
+        twice = sorted(state.keys() & fresh.keys())
+        for name in twice:
+            if source.wins(name) == givers[name].wins(name):
+                raise CheckpointError(f"checkpoint: {path} must not give {name} a second time, got it twice")
+            loser = fresh if givers[name].wins(name) else state
+            del loser[name]
+        if twice:
+            log.info("%s: of tensors given twice the tuned model's count: %s", path, few(twice))
+        state |= fresh
+        givers |= dict.fromkeys(fresh, source)
+        names.append(source.name)
+    if TABLE in state and HEAD in state and givers[TABLE] is not givers[HEAD]:
+        state[HEAD] = _with_rows(state[HEAD], len(state[TABLE]))
+    return state, " + ".join(names)
+
+
+def _with_rows(head: Tensor, rows: int) -> Tensor:
+    """A base's output map beside a tuned table that has more tokens: those are read, never said."""
+    more = rows - len(head)
+    if more <= 0:
+        return head
+    log.warning("checkpoint: %d tokens of the tuned table have no row in the base's lm_head: zeros", more)
+    return F.pad(head, (0, 0, 0, more))
+
+
+def resized(table: Tensor, rows: int) -> Tensor:
+    """Positions [1 + g g c] of a CLS and a grid of patches, for `rows` of them: bicubic, the CLS as it is."""
+    old, new = (math.isqrt(count - 1) for count in (len(table), rows))
+    if old == new or old * old + 1 != len(table) or new * new + 1 != rows:
+        return table
+    log.info("checkpoint: positions of %d x %d patches resized to %d x %d", old, old, new, new)
+    grid = table[1:].float().T.unflatten(1, (old, old))[None]  # 1 c g g
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)[0]
+    return torch.cat([table[:1], grid.flatten(1).T.to(table.dtype)])
 
 
 def load(model: torch.nn.Module, state: State, source: str, allow_missing: Sequence[str] = ()) -> list[str]:

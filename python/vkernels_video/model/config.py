@@ -46,6 +46,7 @@ class TrunkConfig:
     eps: float = 1e-5
     key_bias: bool = True
     patch_bias: bool = False
+    projection_bias: bool = False  # of EVA's own head
     pre_norm: bool = True
     select_layer: int = -1  # -2: features are the state before the last block, which is not run
 

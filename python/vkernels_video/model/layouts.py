@@ -24,6 +24,12 @@ class Source:
     renames: tuple[tuple[str, str], ...]  # applied in order, each anywhere in the name
     unused: tuple[str, ...] = ()
     reshape: Callable[[State], State] = lambda state: state
+    overrides: tuple[str, ...] = ()  # our names that count before those of a base model beside it
+    resizes: bool = False  # positions of another grid are resized, as EVA's code does
+
+    def wins(self, name: str) -> bool:
+        """Whether this file's tensor counts before another's of the same name."""
+        return any(re.search(pattern, name) for pattern in self.overrides)
 
 
 def _fused_qkv(state: State) -> State:
@@ -61,18 +67,32 @@ CLIP = (
     (r"^encoder\.embeddings\.", "encoder."),
     (r"^encoder\.encoder\.layers\.", "encoder.layers."),
 )
-EVA_BLOCK = (
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.([qv])_bias$", r".self_attn.\1_proj.bias"),
-    (r"\.attn\.proj\.", ".self_attn.out_proj."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."),
-)
 QFORMER = (
     (r"^Qformer\.bert\.", "projector.qformer."),
     (r"(attention)\.self\.(query|key|value)\.", r"\1.attention.\2."),
     (r"embeddings\.LayerNorm\.", "embeddings.layernorm."),
 )
 BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$")
+
+TUNED = (r"^decoder\.",)  # a whole language model, or the table with the tokens it was given
+
+
+def eva(tower: str) -> tuple[tuple[str, str], ...]:
+    """EVA's tower, with BT-Adapter's branch, under the prefix `tower`."""
+    return (
+        (rf"^{tower}cls_token$", "encoder.class_embedding"),
+        (rf"^{tower}pos_embed$", "encoder.position_embedding.weight"),
+        (rf"^{tower}patch_embed\.proj\.", "encoder.patch_embedding."),
+        (rf"^{tower}blocks\.", "encoder.layers."),
+        (rf"^{tower}(?i:btadapter)_cls$", "encoder.btadapter_cls_token"),
+        (rf"^{tower}(?i:btadapter)_position\.", "encoder.btadapter_time_embed."),
+        (rf"^{tower}(?i:btadapter)_([ST])\.", r"encoder.btadapter_\1_layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.([qv])_bias$", r".self_attn.\1_proj.bias"),
+        (r"\.attn\.proj\.", ".self_attn.out_proj."),
+        (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    )
+
 
 SOURCES = (
     Source("vkernels_video", (r"^encoder\.class_embedding$", r"^projector\.", r"^decoder\.embed_tokens\."), ()),
@@ -81,14 +101,7 @@ SOURCES = (
         (r"^(model\.stllm_model\.)?visual_encoder\.", r"Qformer\.bert\."),
         (
             (r"^model\.stllm_model\.", ""),
-            (r"^visual_encoder\.cls_token$", "encoder.class_embedding"),
-            (r"^visual_encoder\.pos_embed$", "encoder.position_embedding.weight"),
-            (r"^visual_encoder\.patch_embed\.proj\.", "encoder.patch_embedding."),
-            (r"^visual_encoder\.blocks\.", "encoder.layers."),
-            (r"^visual_encoder\.(?i:btadapter)_cls$", "encoder.btadapter_cls_token"),
-            (r"^visual_encoder\.(?i:btadapter)_position\.", "encoder.btadapter_time_embed."),
-            (r"^visual_encoder\.(?i:btadapter)_([ST])\.", r"encoder.btadapter_\1_layers."),
-            *EVA_BLOCK,
+            *eva(r"visual_encoder\."),
             (r"^ln_vision\.", "projector.ln_vision."),
             (r"^query_tokens$", "projector.qformer.query_tokens"),
             *QFORMER,
@@ -99,6 +112,8 @@ SOURCES = (
         ),
         (*BUFFERS, r"^model\.stllm_model\.embed_tokens\.", r"^projector\.qformer\.cls\."),
         _fused_qkv,
+        TUNED,
+        resizes=True,
     ),
     Source(
         "InstructBLIP",
@@ -116,6 +131,7 @@ SOURCES = (
         ),
         BUFFERS,
         _fused_qkv,
+        resizes=True,
     ),
     Source(
         "Video-LLaVA",
@@ -159,7 +175,21 @@ SOURCES = (
             *LLAVA,
         ),
         (*BUFFERS, r"^text_backbone\."),
+        overrides=TUNED,
     ),
+    Source(
+        "BT-Adapter EVA",
+        (r"^backbone\.btadapter_T\.",),
+        (
+            *eva(r"backbone\."),
+            (r"^backbone\.norm\.", "encoder.post_layernorm."),
+            (r"^backbone\.head\.", "encoder.visual_projection."),
+        ),
+        (*BUFFERS, r"^text_backbone\."),
+        _fused_qkv,
+        resizes=True,
+    ),
+    Source("LLaVA projector", (r"^(model\.)?mm_projector\.",), LLAVA, BUFFERS, overrides=TUNED),
     Source(
         "CLIP",
         (r"^vision_model\.embeddings\.class_embedding$",),

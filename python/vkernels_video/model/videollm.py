@@ -115,26 +115,15 @@ class VideoLLM(nn.Module):
         mesh:       as `VideoLLM` takes it
 
         Every tensor finds its place or is on its source's list of unused ones; CheckpointError names those that do not.
+        Where a tuned model and its base both give a tensor of the decoder, the tuned one counts, and the log says so.
         """
         paths = [_local(each) for each in (path, *more)]
         if config is None:
             config = _own_config(paths[0])
         model = cls(preset(config) if isinstance(config, str) else config, mesh=mesh).init_weights(0)
-        state: checkpoint.State = {}
-        names = []
         for each in paths:
             refuse_other_decoder(model.config.decoder, each)
-            found = checkpoint.read(each)
-            source = checkpoint.recognise(found)
-            fresh, unused = checkpoint.translate(found, source)
-            log.info("%s: %d tensors of %s have no use here", each, len(unused), source.name)
-            if twice := sorted(state.keys() & fresh.keys()):
-                raise checkpoint.CheckpointError(
-                    f"checkpoint: {each} must not give {twice[0]} a second time, got it twice"
-                )
-            state |= fresh
-            names.append(source.name)
-        left = checkpoint.load(model, state, " + ".join(names), allow_missing)
+        left = checkpoint.load(model, *checkpoint.gather(model, paths), allow_missing)
         if left:
             log.warning("from_pretrained: %d tensors stay as initialised: %s", len(left), checkpoint.few(left))
         model.read_tokenizers(paths)
