@@ -15,9 +15,11 @@ import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +27,36 @@ from torch import Tensor
 from vkernels_video.model.layouts import SOURCES, CheckpointError, Source, State
 
 log = logging.getLogger("vkernels_video")
+CONFIG_FILE = "vkernels_video.json"
 POSITIONS, TABLE, HEAD = "encoder.position_embedding.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight"
+
+
+def save(folder: str | Path, config: dict[str, Any], state: State) -> None:
+    """Weights as (sharded) safetensors and the config beside them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    save_torch_state_dict(dict(state), folder)
+
+
+def saved_config(folder: Path, kind: type) -> Any:
+    """The config that `save` put beside the weights, as one of `kind`."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint: {folder} must hold {CONFIG_FILE}, or config must be given, got neither")
+    try:
+        return kind.from_dict(json.loads(file.read_text()))  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {file} cannot be used: {error}") from error
+
+
+def local(path: str | Path) -> Path:
+    """A path as it is; a name that is none is fetched from the Hugging Face hub."""
+    if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return Path(path)
+    return Path(
+        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"])
+    )
 
 
 def read(path: str | Path) -> State:

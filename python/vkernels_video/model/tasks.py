@@ -6,6 +6,7 @@ Eight tasks in four families. Only final states are supervised; no head has more
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels.rearrangement import csr
+from vkernels_video.model import checkpoint
 from vkernels_video.model.config import IMPLS, TaskConfig
 from vkernels_video.model.presets import task_preset
 from vkernels_video.model.reasoner import Reasoner
@@ -127,6 +129,24 @@ class TaskModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return cls(replace(task_preset(name), **changes))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, config: TaskConfig | str | None = None) -> TaskModel:
+        """What `save_pretrained` wrote, from its folder or file, or by its name on the Hugging Face hub.
+
+        config: of the model, or a preset's name; None reads the folder's own
+        Every tensor must fit, or CheckpointError says which do not.
+        """
+        folder = checkpoint.local(path)
+        if config is None:
+            config = checkpoint.saved_config(folder, TaskConfig)
+        model = cls(task_preset(config) if isinstance(config, str) else config)
+        checkpoint.load(model, checkpoint.read(folder), cls.__name__)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights as (sharded) safetensors and the config beside them."""
+        checkpoint.save(folder, self.config.to_dict(), self.state_dict())
 
     def states(self, features: Tensor, text: Tensor | None = None, impl: str = "vkernels") -> Tensor:
         """Final states of the units, of the text after them, and of the query at the end where the task has one."""
