@@ -1,8 +1,8 @@
 """OPT, GPT-2 and T5 from the files transformers writes: its states to 1e-5, one file or shards, safetensors or .bin;
 and what does not fit is refused by name. A TaskModel's own files come back as they went.
 
-Trusted after mutation: 8 planted bugs in writing and reading a TaskModel (loose loading, a kind or a generator that is lost,
-unchecked values) turned red.
+Trusted after mutation: 9 planted bugs in writing and reading a TaskModel (loose loading, a kind or a generator that is
+lost, unchecked values) turned red.
 """
 
 import json
