@@ -18,11 +18,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
 from vkernels_video.model import VideoLLM, VideoLLMConfig, preset
 from vkernels_video.model.checkpoint import CheckpointError, read, recognise, translate
+from vkernels_video.model.decoder import Prompt
+from vkernels_video.model.generation import Session
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
@@ -134,6 +138,59 @@ def test_video_llava(tmp_path, impl):
         x, prompt = model.connect(features, 8, before, after, impl)
         positions = torch.arange(prompt.length) if impl == "vkernels" else torch.arange(prompt.length)[None]
         close(model.decoder.lm_head(model.decoder.hidden(x, positions, [prompt.length], impl))[0], expected)
+
+
+def write(model: torch.nn.Module, folder, kind: str) -> None:
+    """A model of transformers' in one file or several, safetensors or .bin."""
+    model.save_pretrained(folder, max_shard_size="200KB" if kind == "shards" else "5GB")
+    if "bin" in kind:
+        state = read(folder)
+        (folder / "model.safetensors").unlink()
+        count = 3 if kind == "sharded bin" else 1
+        files = {f"pytorch_model-{i}-of-{count}.bin": sorted(state)[i::count] for i in range(count)}
+        for file, names in files.items():
+            torch.save({name: state[name].clone() for name in names}, folder / file)
+        if count > 1:
+            index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin", "sharded bin"])
+def test_llama(tmp_path, kind):
+    """The decoder alone: a prompt's logits, and eight greedy tokens against a cache."""
+    theirs = scrambled(LlamaForCausalLM(LlamaConfig(**LLAMA, max_position_embeddings=256)))
+    write(theirs, tmp_path, kind)
+    files = [file for file in tmp_path.iterdir() if file.suffix == (".bin" if "bin" in kind else ".safetensors")]
+    assert (len(files) > 1) == ("shard" in kind)
+    model = VideoLLM.from_pretrained(tmp_path, config="tiny_bt_llava", allow_missing=["^encoder", "^projector"])
+    ids = torch.randint(0, 259, (1, 17))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        said = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)[
+            0, 17:
+        ].tolist()
+        assert len(set(said)) > 3
+        x = model.decoder.embed_tokens(ids)
+        for impl, positions in (("eager", torch.arange(17)[None]), ("vkernels", torch.arange(17))):
+            close(model.decoder.lm_head(model.decoder.hidden(x, positions, [17], impl)), expected)
+            session = Session(model, [(x, Prompt(17, 0, 0, 0))], 8, impl)
+            token, tokens = session.start().argmax(-1), []
+            while len(tokens) < 7:
+                tokens.append(int(token))
+                token = session.step(token).argmax(-1)
+            assert [*tokens, int(token)] == said
+
+
+def test_a_shard_more_is_refused(tmp_path):
+    """Without an index every shard counts, and none may repeat another's tensors."""
+    write(LlamaForCausalLM(LlamaConfig(**LLAMA)), tmp_path, "sharded bin")
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    torch.save({"steps": torch.zeros(1)}, tmp_path / "training_args.bin")  # what a trainer leaves there
+    again = {"config": "tiny_bt_llava", "allow_missing": ["^encoder", "^projector"]}
+    VideoLLM.from_pretrained(tmp_path, **again)
+    (tmp_path / "pytorch_model-4.bin").write_bytes((tmp_path / "pytorch_model-0-of-3.bin").read_bytes())
+    with pytest.raises(CheckpointError, match=r"pytorch_model-4\.bin must not repeat tensors of other shards"):
+        VideoLLM.from_pretrained(tmp_path, **again)
 
 
 def test_clip_starts_a_branch(tmp_path, caplog):
