@@ -115,15 +115,15 @@ def test_more_frames_than_positions_without_scaling():
 def test_one_unit_is_enough_for_every_task():
     for task in ("online_action_detection", "action_anticipation", "action_segmentation", "highlight_detection"):
         for impl in ("eager", "vkernels"):
-            model = TaskModel.from_preset("tiny_videollm", task=task)
+            model = TaskModel.from_preset("tiny_videollm_opt", task=task)
             target = torch.rand(2, 1) if task == "highlight_detection" else torch.tensor([[1], [2]])
             loss = model.loss(model(torch.randn(2, 1, 32), impl=impl), target)
             assert bool(loss.isfinite())
             loss.backward()
     with pytest.raises(ValueError, match=r"features must have shape \(b N d\) or \(b N u d\), got \(2, 0, 32\)"):
-        from_preset("tiny_videollm")(torch.randn(2, 0, 32))
+        from_preset("tiny_videollm_opt")(torch.randn(2, 0, 32))
     with pytest.raises(ValueError, match="Reasoner: tokens must fit the 256 positions, got 257"):
-        from_preset("tiny_videollm")(torch.randn(1, 257, 32))
+        from_preset("tiny_videollm_opt")(torch.randn(1, 257, 32))
 
 
 # --- text, names
@@ -144,10 +144,10 @@ def test_text_longer_than_the_context(name):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"TaskModel: task must be one of online_action_detection, .*, got 'chess'"):
-        TaskModel.from_preset("tiny_videollm", task="chess")
+        TaskModel.from_preset("tiny_videollm_opt", task="chess")
     with pytest.raises(ValueError, match=r"config: size must be one of bt_llava_7b, .*, got huge"):
         from_preset("huge")
     with pytest.raises(ValueError, match="VideoLLM: impl must be one of eager, vkernels, got 'fast'"):
         VideoLLM.from_preset("tiny").generate(pixels(1), QUESTION, 1, "fast")
     with pytest.raises(ValueError, match="TaskModel: impl must be one of eager, vkernels, got 'fast'"):
-        from_preset("tiny_videollm")(torch.randn(1, 2, 32), impl="fast")
+        from_preset("tiny_videollm_opt")(torch.randn(1, 2, 32), impl="fast")

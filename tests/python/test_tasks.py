@@ -2,8 +2,9 @@
 
 The witnesses are transformers' OPT and GPT-2, recomputation without a cache, a dense reading of prefix and window, and
 numbers worked by hand.
-Trusted after mutation: 13 planted bugs (the prefix merged with swapped weights, windows and positions off by one,
-labels shifted the wrong way, a norm's scale lost in the folded product, empty slots taught a class) turned red.
+Trusted after mutation: 20 planted bugs (the prefix merged with swapped weights, windows and positions off by one,
+labels shifted the wrong way, a norm's scale lost in the folded product, empty slots taught a class, captions of other
+units, with forgotten words, past their end) turned red.
 """
 
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -239,6 +241,63 @@ def test_matching_finds_the_slot_whatever_its_place():
     assert float(retrieval_loss(classes, spans, target)) < 1e-5
     with pytest.raises(ValueError, match="targets must fit the 1 slots, got 2"):
         retrieval_loss(classes[:, :1], spans[:, :1], target)
+
+
+# --- captions
+
+
+def captioner(**virtual) -> TaskModel:
+    """Weights of a size that makes captions differ from unit to unit and word to word."""
+    torch.manual_seed(5)
+    task = config("online_captioning")
+    model = TaskModel(replace(task, generator=replace(CONFIG, **virtual))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = 0.1 if name.endswith("bias") else 1.0 if "embed" in name else 0.4
+            parameter.copy_(size * torch.randn(parameter.shape) + ("norm.weight" in name))
+    return model
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("virtual", [{}, {"prompt": 3}, {"prefix": 2}])
+def test_captions_are_the_argmax_of_full_recomputation(impl, virtual):
+    """Word by word, each time from the features on; and unit by unit as a stream brings them."""
+    model, x, tokens = captioner(**virtual), torch.randn(2, 4, 3, 12), 7
+    got = model.caption(model.states(x, impl=impl), tokens, impl=impl)
+    said = torch.zeros(2, 4, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits = model(x, captions=F.pad(said, (0, 1)), impl="eager")["caption"]
+            said = torch.cat([said, logits[:, :, -1:].argmax(-1)], dim=2)
+    assert torch.equal(got, said)
+    assert len(got.unique()) > 10
+    stream, units = Stream(model.reasoner, b=2, impl=impl), model.translator(x, impl)
+    live = [model.caption(stream.step(units[:, i : i + 1]), tokens, impl=impl) for i in range(4)]
+    assert torch.equal(torch.cat(live, dim=1), got)
+
+
+def test_captions_end():
+    model, tokens = captioner(), 7
+    states = model.states(torch.randn(2, 4, 12))
+    free = model.caption(states, tokens)
+    end = int(free[0, 1, 2])
+    for caption, row in zip(model.caption(states, tokens, end).flatten(0, 1), free.flatten(0, 1).tolist(), strict=True):
+        stop = row.index(end) if end in row else tokens
+        assert caption.tolist() == row[:stop] + [end] * (tokens - stop)
+
+
+def test_captions_that_cannot_be():
+    model = captioner(prompt=3)
+    states = torch.randn(1, 2, 32)
+    assert model.caption(states, 21).shape == (1, 2, 21)
+    with pytest.raises(ValueError, match="Reasoner: tokens must fit the 24 positions, got 25"):
+        model.caption(states, 22)
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        model.caption(states, 0)
+    with pytest.raises(ValueError, match=r"states must have shape \(b N 32\), got \(2, 32\)"):
+        model.caption(states[0], 3)
+    with pytest.raises(ValueError, match="task must be online_captioning for captions, got 'moment_query'"):
+        TaskModel(config("moment_query")).caption(states, 3)
 
 
 # --- tuning

@@ -9,242 +9,54 @@ Files are untrusted: safetensors, or torch archives read with `weights_only=True
 from __future__ import annotations
 
 import json
+import logging
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-State = dict[str, Tensor]
+from vkernels_video.model.layouts import SOURCES, CheckpointError, Source, State
+
+log = logging.getLogger("vkernels_video")
+CONFIG_FILE = "vkernels_video.json"
+POSITIONS, TABLE, HEAD = "encoder.position_embedding.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why."""
+def save(folder: str | Path, config: dict[str, Any], state: State) -> None:
+    """Weights as (sharded) safetensors and the config beside them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    save_torch_state_dict(dict(state), folder)
 
 
-@dataclass(frozen=True)
-class Source:
-    """One published layout: how to recognise it, new names for its tensors, and which of them have no use here."""
-
-    name: str
-    signs: tuple[str, ...]  # every pattern matches some key
-    renames: tuple[tuple[str, str], ...]  # applied in order, each anywhere in the name
-    unused: tuple[str, ...] = ()
-    reshape: Callable[[State], State] = lambda state: state
-
-
-def _fused_qkv(state: State) -> State:
-    """EVA's packed projection as three, and its two biases; a key bias must be zero, for EVA's keys have none."""
-    made: State = {}
-    for name, tensor in state.items():
-        if match := re.fullmatch(r"(.*self_attn)\.qkv\.(weight|bias)", name):
-            parts = tensor.chunk(3)
-            if match[2] == "bias" and bool((parts[1] != 0).any()):
-                raise CheckpointError(
-                    f"checkpoint: {name} must be zero for the keys, got {float(parts[1].abs().max())}"
-                )
-            for part, letter in zip(parts, "qkv", strict=True):
-                if (match[2], letter) != ("bias", "k"):
-                    made[f"{match[1]}.{letter}_proj.{match[2]}"] = part
-        else:
-            made[name] = tensor
-    return _flat_embeddings(made)
+def saved_config(folder: Path, kind: type) -> Any:
+    """The config that `save` put beside the weights, as one of `kind`."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint: {folder} must hold {CONFIG_FILE}, or config must be given, got neither")
+    try:
+        return kind.from_dict(json.loads(file.read_text()))  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {file} cannot be used: {error}") from error
 
 
-def _flat_embeddings(state: State) -> State:
-    """Class and position embeddings without the axes of a batch."""
-    for name in ("encoder.class_embedding", "encoder.position_embedding.weight"):
-        if name in state:
-            state[name] = state[name].flatten(0, -2).squeeze(0) if name.endswith("weight") else state[name].flatten()
-    return state
-
-
-LLAMA = (
-    (r"^(?:language_model\.)?(?:model\.)?(embed_tokens|layers|norm)\.", r"decoder.\1."),
-    (r"^(?:language_model\.)?lm_head\.", r"decoder.lm_head."),
-)
-CLIP = (
-    (r"^encoder\.embeddings\.", "encoder."),
-    (r"^encoder\.encoder\.layers\.", "encoder.layers."),
-)
-EVA_BLOCK = (
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.([qv])_bias$", r".self_attn.\1_proj.bias"),
-    (r"\.attn\.proj\.", ".self_attn.out_proj."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."),
-)
-QFORMER = (
-    (r"^Qformer\.bert\.", "projector.qformer."),
-    (r"(attention)\.self\.(query|key|value)\.", r"\1.attention.\2."),
-    (r"embeddings\.LayerNorm\.", "embeddings.layernorm."),
-)
-BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$")
-
-SOURCES = (
-    Source("vkernels_video", (r"^encoder\.class_embedding$", r"^projector\.", r"^decoder\.embed_tokens\."), ()),
-    Source(
-        "ST-LLM",
-        (r"^(model\.stllm_model\.)?visual_encoder\.", r"Qformer\.bert\."),
-        (
-            (r"^model\.stllm_model\.", ""),
-            (r"^visual_encoder\.cls_token$", "encoder.class_embedding"),
-            (r"^visual_encoder\.pos_embed$", "encoder.position_embedding.weight"),
-            (r"^visual_encoder\.patch_embed\.proj\.", "encoder.patch_embedding."),
-            (r"^visual_encoder\.blocks\.", "encoder.layers."),
-            (r"^visual_encoder\.(?i:btadapter)_cls$", "encoder.btadapter_cls_token"),
-            (r"^visual_encoder\.(?i:btadapter)_position\.", "encoder.btadapter_time_embed."),
-            (r"^visual_encoder\.(?i:btadapter)_([ST])\.", r"encoder.btadapter_\1_layers."),
-            *EVA_BLOCK,
-            (r"^ln_vision\.", "projector.ln_vision."),
-            (r"^query_tokens$", "projector.qformer.query_tokens"),
-            *QFORMER,
-            (r"^(?:llama|llm)_proj\.", "projector.llama_proj."),
-            (r"^(down|up)_proj\.", r"global_local.\1_proj."),
-            (r"^mvm_decoder\.", "mvm."),
-            *LLAMA,
-        ),
-        (*BUFFERS, r"^embed_tokens\.weight$", r"^projector\.qformer\.cls\."),
-        _fused_qkv,
-    ),
-    Source(
-        "InstructBLIP",
-        (r"^vision_model\.", r"^qformer\."),
-        (
-            (r"^vision_model\.post_layernorm\.", "projector.ln_vision."),
-            (r"^vision_model\.", "encoder."),
-            *CLIP,
-            (r"self_attn\.projection\.", "self_attn.out_proj."),
-            (r"encoder\.position_embedding$", "encoder.position_embedding.weight"),
-            (r"^(qformer\.|query_tokens$)", r"projector.\1"),
-            (r"^projector\.query_tokens$", "projector.qformer.query_tokens"),
-            (r"^language_projection\.", "projector.llama_proj."),
-            *LLAMA,
-        ),
-        BUFFERS,
-        _fused_qkv,
-    ),
-    Source(
-        "Video-LLaVA",
-        (r"^(model\.)?video_tower\.", r"^(model\.)?multi_modal_projector\."),
-        (
-            (r"^model\.(video_tower|image_tower|multi_modal_projector|language_model)\.", r"\1."),
-            (r"^video_tower\.(?:vision_model\.)?", "encoder."),
-            *CLIP,
-            (r"^multi_modal_projector\.linear_1\.", "projector.0."),
-            (r"^multi_modal_projector\.linear_2\.", "projector.2."),
-            *LLAMA,
-        ),
-        (*BUFFERS, r"^image_tower\.", r"^encoder\.post_layernorm\."),
-    ),
-    Source(
-        "LanguageBind",
-        (r"temporal_attn\.q_proj\.",),
-        (
-            (r"^(?:vision_model|model\.video_tower\.video_tower)\.", "encoder."),
-            *CLIP,
-            (r"\.mlp\.fc1\.", ".mlp.0."),
-            (r"\.mlp\.fc2\.", ".mlp.2."),
-            (r"^encoder\.position_embedding\.weight$", "encoder.position_embedding"),
-        ),
-        (*BUFFERS, r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$", r"^encoder\.post_layernorm\."),
-    ),
-    Source(
-        "BT-Adapter",
-        (r"(btadapter|timesFPN)_T_layers\.",),
-        (
-            (r"timesFPN", "btadapter"),
-            (r"^(?:backbone|model\.vision_tower)\.", "encoder."),
-            (r"^model\.mm_projector\.", "projector."),
-            *LLAMA,
-        ),
-        (*BUFFERS, r"^text_backbone\."),
-    ),
-    Source(
-        "CLIP",
-        (r"^vision_model\.embeddings\.class_embedding$",),
-        ((r"^vision_model\.", "encoder."), *CLIP, (r"^visual_projection\.", "encoder.visual_projection.")),
-        (*BUFFERS, r"^text_model\.", r"^text_projection\.", r"^logit_scale$"),
-    ),
-    Source("LLaMA", (r"^model\.embed_tokens\.weight$", r"^model\.layers\.0\."), LLAMA, BUFFERS),
-)
-
-
-def _gpt2(state: State) -> State:
-    """GPT-2 keeps its maps transposed and its three projections in one."""
-    made: State = {}
-    for name, tensor in state.items():
-        if match := re.fullmatch(r"(.*self_attn)\.c_attn\.(weight|bias)", name):
-            for part, letter in zip(tensor.T.chunk(3) if tensor.dim() == 2 else tensor.chunk(3), "qkv", strict=True):
-                made[f"{match[1]}.{letter}_proj.{match[2]}"] = part
-        else:
-            transposed = re.search(r"(out_proj|fc[12])\.weight$", name) and tensor.dim() == 2
-            made[name] = tensor.T if transposed else tensor
-    return made
-
-
-def t5(decoder: bool) -> Source:
-    """One of T5's stacks. What belongs to the other, and the attention from one to the other, has no use here."""
-    mine, other = ("decoder", "encoder") if decoder else ("encoder", "decoder")
-    mlp = rf"^{mine}\.block\.(\d+)\.layer\.{2 if decoder else 1}\."
-    return Source(
-        f"T5 {mine}",
-        (r"relative_attention_bias\.weight$",),
-        (
-            (rf"^{mine}\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.", "relative_attention_bias."),
-            (rf"^{mine}\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkv])\.", r"layers.\1.self_attn.\2_proj."),
-            (rf"^{mine}\.block\.(\d+)\.layer\.0\.SelfAttention\.o\.", r"layers.\1.self_attn.out_proj."),
-            (rf"^{mine}\.block\.(\d+)\.layer\.0\.layer_norm\.", r"layers.\1.self_attn_layer_norm."),
-            (rf"{mlp}DenseReluDense\.wi(?:_0)?\.", r"layers.\1.wi."),
-            (rf"{mlp}DenseReluDense\.wi_1\.", r"layers.\1.wg."),
-            (rf"{mlp}DenseReluDense\.wo\.", r"layers.\1.wo."),
-            (rf"{mlp}layer_norm\.", r"layers.\1.final_layer_norm."),
-            (rf"^{mine}\.final_layer_norm\.", "final_layer_norm."),
-            (r"^shared\.", "embed_tokens."),
-        ),
-        (rf"^{other}\.", rf"^{mine}\.embed_tokens\.", r"^lm_head\.", r"^decoder\.block\.\d+\.layer\.1\."),
-    )  # fmt: skip
-
-
-REASONERS = (
-    Source(
-        "OPT",
-        (r"decoder\.embed_positions\.weight$",),
-        ((r"^(?:model\.)?decoder\.", ""),),
-        (r"^lm_head\.",),
-    ),
-    Source(
-        "GPT-2",
-        (r"^(?:transformer\.)?wpe\.weight$", r"\.c_attn\.weight$"),
-        (
-            (r"^transformer\.", ""),
-            (r"^wte\.", "embed_tokens."),
-            (r"^wpe\.", "embed_positions."),
-            (r"^ln_f\.", "final_layer_norm."),
-            (r"^h\.(\d+)\.ln_1\.", r"layers.\1.self_attn_layer_norm."),
-            (r"^h\.(\d+)\.ln_2\.", r"layers.\1.final_layer_norm."),
-            (r"^h\.(\d+)\.attn\.c_attn\.", r"layers.\1.self_attn.c_attn."),
-            (r"^h\.(\d+)\.attn\.c_proj\.", r"layers.\1.self_attn.out_proj."),
-            (r"^h\.(\d+)\.mlp\.c_fc\.", r"layers.\1.fc1."),
-            (r"^h\.(\d+)\.mlp\.c_proj\.", r"layers.\1.fc2."),
-        ),
-        (r"^lm_head\.", r"\.attn\.(masked_)?bias$"),
-        _gpt2,
-    ),
-    Source("T5", (r"^shared\.weight$", r"relative_attention_bias\.weight$"), ()),
-)
-
-
-CLIP_TEXT = Source(
-    "CLIP text",
-    (r"^text_model\.",),
-    ((r"^text_model\.", ""),),
-    (*BUFFERS, r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"),
-)
+def local(path: str | Path) -> Path:
+    """A path as it is; a name that is none is fetched from the Hugging Face hub."""
+    if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return Path(path)
+    return Path(
+        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"])
+    )
 
 
 def read(path: str | Path) -> State:
@@ -315,9 +127,58 @@ def translate(state: State, source: Source) -> tuple[State, list[str]]:
             new = re.sub(pattern, replacement, new)
         if any(re.search(pattern, each) for pattern in source.unused for each in (name, new)):
             unused.append(name)
+        elif new in made:
+            raise CheckpointError(f"checkpoint: every name must have a place of its own, got {name} a second for {new}")
         else:
             made[new] = tensor
     return source.reshape(made), unused
+
+
+def gather(model: torch.nn.Module, paths: Sequence[Path]) -> tuple[State, str]:
+    """The tensors of several checkpoints under this model's names, and whose they are. Of two that are one, that of the
+    tuned model counts, not its base's."""
+    own, state, givers, names = model.state_dict(), State(), dict[str, Source](), []
+    for path in paths:
+        found = read(path)
+        source = recognise(found)
+        fresh, unused = translate(found, source)
+        log.info("%s: %d tensors of %s have no use here", path, len(unused), source.name)
+        if source.resizes and POSITIONS in fresh and POSITIONS in own:
+            fresh[POSITIONS] = resized(fresh[POSITIONS], len(own[POSITIONS]))
+        twice = sorted(state.keys() & fresh.keys())
+        for name in twice:
+            if source.wins(name) == givers[name].wins(name):
+                raise CheckpointError(f"checkpoint: {path} must not give {name} a second time, got it twice")
+            loser = fresh if givers[name].wins(name) else state
+            del loser[name]
+        if twice:
+            log.info("%s: of tensors given twice the tuned model's count: %s", path, few(twice))
+        state |= fresh
+        givers |= dict.fromkeys(fresh, source)
+        names.append(source.name)
+    if TABLE in state and HEAD in state and givers[TABLE] is not givers[HEAD]:
+        state[HEAD] = _with_rows(state[HEAD], len(state[TABLE]))
+    return state, " + ".join(names)
+
+
+def _with_rows(head: Tensor, rows: int) -> Tensor:
+    """A base's output map beside a tuned table that has more tokens: those are read, never said."""
+    more = rows - len(head)
+    if more <= 0:
+        return head
+    log.warning("checkpoint: %d tokens of the tuned table have no row in the base's lm_head: zeros", more)
+    return F.pad(head, (0, 0, 0, more))
+
+
+def resized(table: Tensor, rows: int) -> Tensor:
+    """Positions [1 + g g c] of a CLS and a grid of patches, for `rows` of them: bicubic, the CLS as it is."""
+    old, new = (math.isqrt(count - 1) for count in (len(table), rows))
+    if old == new or old * old + 1 != len(table) or new * new + 1 != rows:
+        return table
+    log.info("checkpoint: positions of %d x %d patches resized to %d x %d", old, old, new, new)
+    grid = table[1:].float().T.unflatten(1, (old, old))[None]  # 1 c g g
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)[0]
+    return torch.cat([table[:1], grid.flatten(1).T.to(table.dtype)])
 
 
 def load(model: torch.nn.Module, state: State, source: str, allow_missing: Sequence[str] = ()) -> list[str]:

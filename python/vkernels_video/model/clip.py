@@ -148,7 +148,7 @@ class Trunk(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.post_layernorm = nn.LayerNorm(width, config.eps)
-        self.visual_projection = nn.Linear(width, config.projection, bias=False)
+        self.visual_projection = nn.Linear(width, config.projection, bias=config.projection_bias)
 
     @property
     def depth(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 IMPLS = ("eager", "vkernels")
 ROPE_SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn")
@@ -46,6 +46,7 @@ class TrunkConfig:
     eps: float = 1e-5
     key_bias: bool = True
     patch_bias: bool = False
+    projection_bias: bool = False  # of EVA's own head
     pre_norm: bool = True
     select_layer: int = -1  # -2: features are the state before the last block, which is not run
 
@@ -156,6 +157,9 @@ class ReasonerConfig:
     prefix: int = 0  # learned keys and values in front, in every layer
     eps: float = 1e-5
 
+    def __post_init__(self):
+        _must(self.width % self.heads == 0, "reasoner.heads", "divide reasoner.width", self.heads)
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -188,6 +192,15 @@ class TaskConfig:
     pool: Literal["mean", "max"] = "mean"
     generator: ReasonerConfig | None = None  # of captions
     name: str = field(default="custom", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes: plain values, for JSON."""
+        return asdict(self) | {"reasoner_kind": type(self.reasoner).__name__}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TaskConfig:
+        """A config from a file, which may hold anything: fields are checked by name and type."""
+        return _from_file(cls, data, "reasoner", (ReasonerConfig, T5Config), {"generator": ReasonerConfig})
 
 
 @dataclass(frozen=True)
@@ -251,18 +264,10 @@ class VideoLLMConfig:
         return asdict(self) | {"encoder_kind": type(self.encoder).__name__}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> VideoLLMConfig:
+    def from_dict(cls, data: Any) -> VideoLLMConfig:
         """A config from a file, which may hold anything: fields are checked by name and type."""
-        kinds = {"EncoderConfig": EncoderConfig, "TrunkConfig": TrunkConfig}
-        _must(isinstance(data, dict), "file", "hold a config", type(data).__name__)
-        data = dict(data)
-        kind = data.pop("encoder_kind", None)
-        _must(kind in kinds, "encoder_kind", f"be one of {', '.join(kinds)}", kind)
-        parts = {"encoder": kinds[kind], "decoder": DecoderConfig, "branch": BranchConfig, "qformer": QFormerConfig}
-        for name, part in parts.items():
-            if data.get(name) is not None or name in ("encoder", "decoder"):
-                data[name] = _from_dict(part, data.get(name))
-        return _from_dict(cls, data)
+        parts = {"decoder": DecoderConfig, "branch": BranchConfig, "qformer": QFormerConfig}
+        return _from_file(cls, data, "encoder", (EncoderConfig, TrunkConfig), parts)
 
     def with_options(self, **changes: Any) -> VideoLLMConfig:
         """A copy with decoder or top-level fields changed."""
@@ -270,15 +275,30 @@ class VideoLLMConfig:
         return replace(self, decoder=replace(self.decoder, **decoder), **changes)
 
 
+def _from_file(cls: type, data: Any, main: str, kinds: tuple[type, ...], parts: dict[str, type]) -> Any:
+    """A config with configs in it; `main` is of one of `kinds`, which the file names."""
+    _must(isinstance(data, dict), "file", "hold a config", type(data).__name__)
+    data, named = dict(data), {kind.__name__: kind for kind in kinds}
+    kind = str(data.pop(f"{main}_kind", None))
+    _must(kind in named, f"{main}_kind", f"be one of {', '.join(named)}", kind)
+    needed = {each.name for each in fields(cls) if each.default is MISSING}
+    for name, part in ({main: named[kind]} | parts).items():
+        if data.get(name) is not None or name in needed:
+            data[name] = _from_dict(part, data.get(name))
+    return _from_dict(cls, data)
+
+
 def _from_dict(kind: type, data: Any) -> Any:
     _must(isinstance(data, dict), kind.__name__, "be a dictionary", type(data).__name__)
-    known = {f.name: f for f in fields(kind)}
+    known, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)
     _must(data.keys() <= known.keys(), kind.__name__, "have known fields", sorted(data.keys() - known.keys()))
     for name, value in data.items():
         wanted = known[name].type.split("[")[0].split(" |")[0]
-        good = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "Literal": (str,)}.get(wanted)
+        good = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(wanted)
         optional = value is None and known[name].default is None
         right = good is None or (isinstance(value, good) and (wanted == "bool" or not isinstance(value, bool)))
+        if wanted == "Literal":
+            right = value in get_args(hints[name])
         _must(optional or right, f"{kind.__name__}.{name}", f"be of type {known[name].type}", repr(value))
     try:
         return kind(**data)

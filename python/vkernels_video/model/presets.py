@@ -140,17 +140,15 @@ OPT = {"125m": (768, 12, 12), "1.3b": (2048, 32, 24), "2.7b": (2560, 32, 32), "6
 GPT2 = {"small": (768, 12, 12), "medium": (1024, 16, 24), "large": (1280, 20, 36), "xl": (1600, 25, 48)}
 T5 = {"small": (512, 8, 6), "base": (768, 12, 12), "large": (1024, 16, 24)}
 
+TINY_OPT = ReasonerConfig(width=64, heads=4, layers=2, mlp=128, vocab=300, context=256)
+TINY_TASK = TaskConfig("online_action_detection", features=32, classes=7, reasoner=TINY_OPT)
 # VideoLLM's: EPIC-KITCHENS' 3806 actions online, Breakfast's 48 with every unit seeing every other.
 TASK_PRESETS = {
     "videollm_opt": TaskConfig("online_action_detection", features=2048, classes=3806, reasoner=opt("1.3b")),
     "videollm_gpt2": TaskConfig("online_action_detection", features=2048, classes=3806, reasoner=gpt2("medium")),
     "videollm_t5": TaskConfig("action_segmentation", features=2048, classes=48, reasoner=t5("large", causal=False)),
-    "tiny_videollm": TaskConfig(
-        "online_action_detection",
-        features=32,
-        classes=7,
-        reasoner=ReasonerConfig(width=64, heads=4, layers=2, mlp=128, vocab=300, context=256),
-    ),
+    "tiny_videollm_opt": TINY_TASK,
+    "tiny_videollm_gpt2": replace(TINY_TASK, reasoner=replace(TINY_OPT, activation="gelu_tanh", position_offset=0)),
     "tiny_videollm_t5": TaskConfig(
         "action_segmentation",
         features=32,

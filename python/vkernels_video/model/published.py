@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vkernels_video.model.checkpoint import CheckpointError
 from vkernels_video.model.config import DecoderConfig, ReasonerConfig, T5Config
+from vkernels_video.model.layouts import CheckpointError
 
 FREE = ("context", "causal", "prompt", "prefix")  # ours to choose
 
@@ -103,10 +103,11 @@ def refuse_other_reasoner(config: ReasonerConfig | T5Config, folder: Path) -> No
 
 
 def refuse_other_decoder(config: DecoderConfig, folder: Path) -> None:
-    """Raise where a folder's config.json describes another LLaMA than `config`."""
+    """Raise where a folder's config.json describes another LLaMA than `config`. The papers' repositories call theirs
+    something else: that of LLaVA's kind is known by its fields."""
     data = own_config(folder) or {}
     data = data.get("text_config", data)
-    if not isinstance(data, dict) or data.get("model_type") != "llama":
+    if not isinstance(data, dict) or (data.get("model_type") != "llama" and "rms_norm_eps" not in data):
         return
     rope = data.get("rope_parameters") or {}
     heads = data.get("num_attention_heads", config.heads)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vkernels as vk
-from vkernels_video.model import checkpoint
+from vkernels_video.model import checkpoint, layouts
 from vkernels_video.model.cache import FULL_PRECISION
 from vkernels_video.model.config import ReasonerConfig, T5Config
 from vkernels_video.model.published import refuse_other_reasoner
@@ -134,14 +134,14 @@ class Reasoner(nn.Module):
         for path in map(Path, paths):
             refuse_other_reasoner(config, path)
             state |= checkpoint.read(path)
-        source = checkpoint.recognise(state, checkpoint.REASONERS)
+        source = checkpoint.recognise(state, layouts.REASONERS)
         own = "T5" if isinstance(config, T5Config) else "OPT" if config.position_offset else "GPT-2"
         if source.name != own:
             raise checkpoint.CheckpointError(
                 f"checkpoint: this reasoner's weights must be {own}'s, got {source.name}'s"
             )
         if isinstance(config, T5Config):
-            source = checkpoint.t5(decoder=config.causal)
+            source = layouts.t5(decoder=config.causal)
         made, _ = checkpoint.translate(state, source)
         return checkpoint.load(self, made, source.name, (r"^prompt$", r"\.prefix$"))
 

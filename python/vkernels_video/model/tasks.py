@@ -6,6 +6,7 @@ Eight tasks in four families. Only final states are supervised; no head has more
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 import vkernels as vk
 from vkernels.rearrangement import csr
+from vkernels_video.model import checkpoint
 from vkernels_video.model.config import IMPLS, TaskConfig
 from vkernels_video.model.presets import task_preset
-from vkernels_video.model.reasoner import Reasoner
+from vkernels_video.model.reasoner import Reasoner, Stream
 
 FAMILIES = {
     "online_action_detection": "online",
@@ -128,6 +130,24 @@ class TaskModel(nn.Module):
             torch.manual_seed(seed)
             return cls(replace(task_preset(name), **changes))
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, config: TaskConfig | str | None = None) -> TaskModel:
+        """What `save_pretrained` wrote, from its folder or file, or by its name on the Hugging Face hub.
+
+        config: of the model, or a preset's name; None reads the folder's own
+        Every tensor must fit, or CheckpointError says which do not.
+        """
+        folder = checkpoint.local(path)
+        if config is None:
+            config = checkpoint.saved_config(folder, TaskConfig)
+        model = cls(task_preset(config) if isinstance(config, str) else config)
+        checkpoint.load(model, checkpoint.read(folder), cls.__name__)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights as (sharded) safetensors and the config beside them."""
+        checkpoint.save(folder, self.config.to_dict(), self.state_dict())
+
     def states(self, features: Tensor, text: Tensor | None = None, impl: str = "vkernels") -> Tensor:
         """Final states of the units, of the text after them, and of the query at the end where the task has one."""
         if impl not in IMPLS:
@@ -167,6 +187,33 @@ class TaskModel(nn.Module):
         words = self.generator.embed_tokens(captions[..., :-1].flatten(0, 1))
         x = torch.cat([self.condition(h).flatten(0, 1)[:, None], words], dim=1)
         return self.vocabulary(self.generator(x, impl)).unflatten(0, captions.shape[:2])
+
+    @torch.inference_mode()
+    def caption(self, states: Tensor, tokens: int, end: int | None = None, impl: str = "vkernels") -> Tensor:
+        """Greedy captions [b N tokens] of units by their states [b N c]: those of `states` for a video, or what a
+        `Stream` over the reasoner gives for one unit as it comes. Behind the token `end` a caption repeats it.
+
+        A word costs one step against the generator's cache; it is the one that recomputation of the caption so far
+        gives, and no caption depends on another.
+        """
+        if self.family != "caption":
+            raise ValueError(f"TaskModel: task must be online_captioning for captions, got {self.config.task!r}")
+        if states.dim() != 3 or states.shape[-1] != self.config.reasoner.width:
+            shape = f"(b N {self.config.reasoner.width})"
+            raise ValueError(f"TaskModel: states must have shape {shape}, got {tuple(states.shape)}")
+        if tokens < 1:
+            raise ValueError(f"TaskModel: tokens must be at least 1, got {tokens}")
+        length = self.generator.config.prompt + tokens
+        stream = Stream(self.generator, states[..., 0].numel(), length, impl)
+        x = self.condition(states).flatten(0, 1)[:, None]
+        words: list[Tensor] = []
+        for _ in range(tokens):
+            word = self.vocabulary(stream.step(x)).argmax(-1)
+            if end is not None and words:
+                word = torch.where(words[-1] == end, end, word)
+            words.append(word)
+            x = self.generator.embed_tokens(word)
+        return torch.cat(words, dim=1).unflatten(0, states.shape[:2])
 
     def loss(self, outputs: dict[str, Tensor], targets: Tensor | list[Segments]) -> Tensor:
         """What the family is trained with. targets: labels [b N] (-100: none), captions [b N s], saliencies [b N], or

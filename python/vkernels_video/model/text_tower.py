@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vkernels_video.model import checkpoint
+from vkernels_video.model import checkpoint, layouts
 from vkernels_video.model.bt_adapter import BTAdapter
 from vkernels_video.model.clip import Block
 from vkernels_video.model.config import BranchConfig, TextTowerConfig, TrunkConfig
@@ -57,8 +57,8 @@ class TextTower(nn.Module):
 
     def load(self, path: str | Path) -> None:
         """The text side of a CLIP checkpoint; every tensor of it is found, or CheckpointError says which is not."""
-        state, _ = checkpoint.translate(checkpoint.read(path), checkpoint.CLIP_TEXT)
-        checkpoint.load(self, state, checkpoint.CLIP_TEXT.name)
+        state, _ = checkpoint.translate(checkpoint.read(path), layouts.CLIP_TEXT)
+        checkpoint.load(self, state, layouts.CLIP_TEXT.name)
 
 
 class Pretraining(nn.Module):

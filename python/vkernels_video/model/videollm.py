@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
-from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import Tensor, nn
 
 import vkernels as vk
@@ -44,7 +42,6 @@ from vkernels_video.model.text import (
 )
 
 log = logging.getLogger("vkernels_video")
-CONFIG_FILE = "vkernels_video.json"
 Impl = Literal["eager", "vkernels"]
 __all__ = ["BEGIN", "END", "IMPLS", "Answer", "Generated", "Impl", "VideoLLM"]
 IMPLS: tuple[Impl, ...] = ("eager", "vkernels")
@@ -106,7 +103,7 @@ class VideoLLM(nn.Module):
         allow_missing: Sequence[str] = (),
         mesh: Any = None,
     ) -> VideoLLM:
-        """A model with the weights of a folder or file: this library's own, or a layout of `checkpoint.SOURCES`.
+        """A model with the weights of a folder or file: this library's own, or a layout of `layouts.SOURCES`.
 
         path, more: what published weights come in, together: BT-Adapter's three files and LLaMA's folder, say. A name
                     that is no path is fetched from the Hugging Face hub
@@ -115,26 +112,15 @@ class VideoLLM(nn.Module):
         mesh:       as `VideoLLM` takes it
 
         Every tensor finds its place or is on its source's list of unused ones; CheckpointError names those that do not.
+        Where a tuned model and its base both give a tensor of the decoder, the tuned one counts, and the log says so.
         """
-        paths = [_local(each) for each in (path, *more)]
+        paths = [checkpoint.local(each) for each in (path, *more)]
         if config is None:
-            config = _own_config(paths[0])
+            config = checkpoint.saved_config(paths[0], VideoLLMConfig)
         model = cls(preset(config) if isinstance(config, str) else config, mesh=mesh).init_weights(0)
-        state: checkpoint.State = {}
-        names = []
         for each in paths:
             refuse_other_decoder(model.config.decoder, each)
-            found = checkpoint.read(each)
-            source = checkpoint.recognise(found)
-            fresh, unused = checkpoint.translate(found, source)
-            log.info("%s: %d tensors of %s have no use here", each, len(unused), source.name)
-            if twice := sorted(state.keys() & fresh.keys()):
-                raise checkpoint.CheckpointError(
-                    f"checkpoint: {each} must not give {twice[0]} a second time, got it twice"
-                )
-            state |= fresh
-            names.append(source.name)
-        left = checkpoint.load(model, state, " + ".join(names), allow_missing)
+        left = checkpoint.load(model, *checkpoint.gather(model, paths), allow_missing)
         if left:
             log.warning("from_pretrained: %d tensors stay as initialised: %s", len(left), checkpoint.few(left))
         model.read_tokenizers(paths)
@@ -142,13 +128,10 @@ class VideoLLM(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights as (sharded) safetensors and the config beside them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        save_torch_state_dict(dict(self.state_dict()), folder)
+        checkpoint.save(folder, self.config.to_dict(), self.state_dict())
         for text, place in ((self.text, "."), (self.question_text, QUESTION_FOLDERS[0])):
             if isinstance(text, Tokenizer):
-                text.save(folder / place)
+                text.save(Path(folder) / place)
 
     def read_tokenizers(self, folders: Sequence[Path]) -> None:
         """The tokenizers of a checkpoint, where the config takes them from there."""
@@ -372,23 +355,3 @@ class VideoLLM(nn.Module):
         with torch.no_grad():
             inputs = self.prepare(pixels, question, impl)
         return generation.stream(self, inputs, tokens, impl, **options)
-
-
-def _local(path: str | Path) -> Path:
-    if Path(path).exists() or not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        return Path(path)
-    return Path(
-        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.pth", "*.json", "*.model", "*.txt"])
-    )
-
-
-def _own_config(folder: Path) -> VideoLLMConfig:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise checkpoint.CheckpointError(
-            f"checkpoint: {folder} must hold {CONFIG_FILE}, or config must be given, got neither"
-        )
-    try:
-        return VideoLLMConfig.from_dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"checkpoint: {file} cannot be used: {error}") from error
