@@ -62,9 +62,9 @@ def tell(records: list[Record]) -> list[str]:
         *page.shares(records, ARMS, KINDS),
         "",
         f"- Global-local keeps accuracy (margin 3 points): {page.points(gain)}: **{statistics.as_much(gain, 0.03)}**.",
-        f"- It does so at the cost of {LOCAL} frames (at most 1.1x): a step takes {page.ratio(cost)} the time of one of "
-        f"{LOCAL} frames: **{statistics.at_most(cost, 1.1)}**. The decoder sees {LOCAL} frames' tokens, the encoder all "
-        f"{SHOT} frames.",
+        f"- It does so at the cost of {LOCAL} frames (at most 1.1x): a step takes {page.ratio(cost)} the time of one "
+        f"of {LOCAL} frames: **{statistics.at_most(cost, 1.1)}**. The decoder sees {LOCAL} frames' tokens, the encoder "
+        f"all {SHOT} frames.",
         f"- It is cheaper than all {SHOT} frames' tokens, a step of which takes {page.ratio(dearer)} its time: "
         f"**{statistics.at_least(dearer, 1.0)}** ({len(seconds[BOTH])} alternating rounds, {records[0]['threads']} "
         "thread(s)).",
