@@ -346,7 +346,7 @@ JOBS = {
         ),
     ),
     "branch": Job(
-        Recipe("branch", steps=1000, rate=1e-3, warm_up=100),
+        Recipe("branch", steps=1000, warm_up=100),
         pretraining,
         loaded(_pretraining),
         branch_losses,

@@ -53,6 +53,12 @@ def test_verdicts():
     assert statistics.as_much(Estimate(0.0, -0.02, 0.02), 0.03) == "holds"
     assert statistics.as_much(Estimate(-0.1, -0.12, -0.05), 0.03) == "does not hold"
     assert "undecided" in statistics.as_much(Estimate(-0.01, -0.05, 0.03), 0.03)
+    for of, most, least in (
+        (Estimate(0.9, 0.8, 1.0), "holds", "does not hold"),
+        (Estimate(1.4, 1.3, 1.5), "does not hold", "holds"),
+        (Estimate(1.1, 0.9, 1.3), "undecided: the interval contains 1.1", "undecided: the interval contains 1.1"),
+    ):
+        assert (statistics.at_most(of, 1.1), statistics.at_least(of, 1.1)) == (most, least)
 
 
 def test_what_was_not_run_is_said():

@@ -203,6 +203,18 @@ def test_implementations_train_other_models_alike(what):
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-3)
 
 
+def test_models_begin_with_the_encoder_that_was_taught():
+    """The branch's spatial layers are the trunk's last blocks, its temporal ones the identity."""
+    seer, _ = jobs.seen(SMALL)
+    taught = seer.encoder.state_dict()
+    video = JOBS["branch"].build(QUICK["branch"])[0].video
+    for encoder in (video, JOBS["heads"].build(QUICK["heads"])[0].encoder):
+        assert all(torch.equal(encoder.state_dict()[name], weight) for name, weight in taught.items())
+    for spatial, temporal, block in zip(video.btadapter_S_layers, video.btadapter_T_layers, video.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(spatial.parameters(), block.parameters(), strict=True))
+        assert not temporal.temporal_fc.weight.any()
+
+
 def test_the_newest_digit_is_the_label():
     """Until the first digit comes there is nobody; then every change of the label is a digit more on the board."""
     pixels, labels = jobs.newest(Studio(3, frames=16))

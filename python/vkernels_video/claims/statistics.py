@@ -51,3 +51,17 @@ def as_much(of: Estimate, margin: float) -> str:
     if of.low > -margin:
         return "holds"
     return "does not hold" if of.high < -margin else f"undecided: the interval reaches below -{margin:.0%}"
+
+
+def at_most(of: Estimate, limit: float) -> str:
+    """Is a ratio no larger than this?"""
+    if of.high <= limit:
+        return "holds"
+    return "does not hold" if of.low > limit else f"undecided: the interval contains {limit:g}"
+
+
+def at_least(of: Estimate, limit: float) -> str:
+    """Is a ratio no smaller than this?"""
+    if of.low >= limit:
+        return "holds"
+    return "does not hold" if of.high < limit else f"undecided: the interval contains {limit:g}"
