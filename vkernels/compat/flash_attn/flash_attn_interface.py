@@ -103,7 +103,8 @@ def flash_attn_qkvpacked_func(
     op = "flash_attn_qkvpacked_func"
     bind(op, ("qkv", qkv, "b s 3 n d"))
     refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
-    return _dense(op, *qkv.unbind(2), softmax_scale, causal, window_size, return_attn_probs)
+    q, k, v = qkv.unbind(2)
+    return _dense(op, q, k, v, softmax_scale, causal, window_size, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -122,7 +123,8 @@ def flash_attn_kvpacked_func(
     op = "flash_attn_kvpacked_func"
     bind(op, ("q", q, "b s_q n d"), ("kv", kv, "b s_k 2 m d"))
     refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
-    return _dense(op, q, *kv.unbind(2), softmax_scale, causal, window_size, return_attn_probs)
+    k, v = kv.unbind(2)
+    return _dense(op, q, k, v, softmax_scale, causal, window_size, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -236,8 +238,9 @@ def flash_attn_varlen_qkvpacked_func(
     bind(op, ("qkv", qkv, "tokens 3 n d"))
     check_starts(op, "cu_seqlens", cu_seqlens, qkv.shape[0])
     refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
+    q, k, v = qkv.unbind(1)
     limits = band(op, causal, window_size)
-    return _varlen(op, *qkv.unbind(1), cu_seqlens, cu_seqlens, limits, softmax_scale, return_attn_probs)
+    return _varlen(op, q, k, v, cu_seqlens, cu_seqlens, limits, softmax_scale, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -260,5 +263,6 @@ def flash_attn_varlen_kvpacked_func(
     op = "flash_attn_varlen_kvpacked_func"
     bind(op, ("q", q, "tokens_q n d"), ("kv", kv, "tokens_k 2 m d"))
     refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
+    k, v = kv.unbind(1)
     limits = band(op, causal, window_size)
-    return _varlen(op, q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, limits, softmax_scale, return_attn_probs)
+    return _varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k, limits, softmax_scale, return_attn_probs)
