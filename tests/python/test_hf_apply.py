@@ -327,6 +327,27 @@ def test_timesformer_under_autocast_takes_sums_and_norms_apart():
 # ---- misuse
 
 
+class Unknown(transformers.PreTrainedModel):
+    """A model of transformers with a config, whose attention is nobody's."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.proj, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"vision": False}, {"cache": "int4"}])
+def test_an_unsupported_model_is_refused_and_left_as_it_was(options):
+    """By then its config is copied and a hook refuses weights: all of it has to go."""
+    for model in (torch.nn.Linear(2, 2), Unknown(transformers.LlamaConfig(**zoo.TEXT))):
+        before, keys = state(model), model.config.to_dict() if hasattr(model, "config") else None
+        with pytest.raises((ValueError, TypeError), match="apply: model must have"):
+            vkt.apply(model, **options)
+        assert state(model) == before
+        assert keys is None or model.config.to_dict() == keys
+
+
 def test_unsupported_models_are_refused():
     with pytest.raises(ValueError, match=r"apply: model must have a module vkernels can replace.*got Linear"):
         vkt.apply(torch.nn.Linear(2, 2))
@@ -384,20 +405,37 @@ def test_mixed_dtypes_are_refused(llama):
         attend.attention_forward(torch.nn.Module(), q, q.bfloat16(), q, None)
 
 
-def test_attention_weights_are_refused(llama):
-    vkt.apply(llama.model)
+def test_attention_weights_are_refused_and_the_model_left_as_it_was(llama):
+    """Asked for in a call, the patched model stays patched and usable; in the config, the stock one stays stock."""
+    stock = state(llama.model)
+    report = vkt.apply(llama.model)
+    patched, calls = state(llama.model), report.calls
     for model in (llama.model, llama.model.model):
         with pytest.raises(ValueError, match="output_attentions must be False, the weights are never formed"):
             model(**llama.inputs, output_attentions=True)
+    assert state(llama.model) == patched
+    assert report.calls == calls
+    assert report.verify(llama.inputs).ok
     vkt.restore(llama.model)
+    assert state(llama.model) == stock
     llama.model.set_attn_implementation("eager")
+    weights = llama.model(**llama.inputs, output_attentions=True).attentions
+    assert len(weights) == llama.model.config.num_hidden_layers
     llama.model.config.output_attentions = True
+    stock, keys = state(llama.model), llama.model.config.to_dict()
     with pytest.raises(ValueError, match="output_attentions must be False"):
         vkt.apply(llama.model)
+    assert state(llama.model) == stock
+    assert llama.model.config.to_dict() == keys
     sample = zoo.build("TimeSformer")
+    stock = state(sample.model)
     vkt.apply(sample.model)
+    patched = state(sample.model)
     with pytest.raises(ValueError, match="output_attentions must be False"):
         sample.model(**sample.inputs, output_attentions=True)
+    assert state(sample.model) == patched
+    vkt.restore(sample.model)
+    assert state(sample.model) == stock
 
 
 def test_a_lost_seam_raises_with_the_version_or_is_reported(llama, monkeypatch):

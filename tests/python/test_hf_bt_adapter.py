@@ -305,7 +305,8 @@ def bare(layer):
 def test_another_structure_of_the_same_name_is_refused_and_left_as_it_was(library, make, sentence):
     layer = nn.Sequential(make(), BTAdapterLayer_Spatial(CLIPAttention())).train()
     if hasattr(layer[0], "temporal_fc"):
-        nn.init.zeros_(layer[0].temporal_fc.weight)  # as training starts: it must not hide the difference
+        for parameter in layer[0].temporal_fc.parameters():  # as training starts: it must not hide the difference
+            nn.init.zeros_(parameter)
     before, random = state(layer), torch.get_rng_state()
     with pytest.raises(vkt.MissingSeam, match=sentence):
         library.apply(layer)
