@@ -324,6 +324,33 @@ def test_timesformer_under_autocast_takes_sums_and_norms_apart():
         assert report.verify(sample.inputs, tolerance=4e-2).idle == ()
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL", "VideoLLaMA3"])
+def test_a_patch_embedding_is_a_product_where_it_neither_overlaps_nor_is_wrapped(name):
+    from vkernels_video.integrations.transformers.methods import METHODS
+
+    sample = zoo.build(name)
+    names = {n for n, methods in METHODS.items() if methods[0].kind == "patch"}
+    embed = next(m for m in sample.model.modules() if type(m).__name__ in names)
+    where, conv = next((n, m) for n, m in embed.named_children() if hasattr(m, "kernel_size"))
+    rows = torch.randn(6, conv.weight[0].numel(), requires_grad=True)
+    want = embed(rows)
+    theirs = torch.autograd.grad(want.square().sum(), (rows, *embed.parameters()))
+    with vkt.accelerated(sample.model) as report:
+        got = embed(rows.double())  # rows take the dtype of the weights
+        assert report.calls["patch"] == 1
+        ours = torch.autograd.grad(embed(rows).square().sum(), (rows, *embed.parameters()))
+    torch.testing.assert_close((got, *ours), (want, *theirs), rtol=1e-4, atol=1e-4)
+
+    class Wrapped(type(conv)):
+        pass
+
+    conv.stride = tuple(s + 1 for s in conv.stride)
+    assert f"its {where} overlaps or pads" in str(vkt.apply(sample.model))
+    vkt.restore(sample.model)
+    conv.__class__ = Wrapped
+    assert f"its {where} is a Wrapped" in str(vkt.apply(sample.model))
+
+
 # ---- misuse
 
 
