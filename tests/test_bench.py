@@ -22,7 +22,7 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 import vkernels as vk
-from vkernels.bench import clock, make, runner, select
+from vkernels.bench import clock, make, measure, runner, select
 from vkernels.bench.case import BOTH, Bench, CallEntry, Case, OpEntry
 from vkernels.bench.check import Truth, relative_error
 from vkernels.bench.cli import Printer, line, summary
@@ -207,6 +207,17 @@ def test_sides_take_turns():
     ours, theirs = duel(lambda: order.append("o"), lambda: order.append("r"), settings(cold=True))
     assert order == ["r", "o"] * (len(order) // 2)
     assert len(ours) == len(theirs) >= 5
+
+
+def test_slow_sides_are_run_no_oftener_than_it_takes(monkeypatch):
+    """Once to warm up and to see that one call fills a sample, then three rounds."""
+    monkeypatch.setattr(clock, "SLOW_CALL_S", 0.0)
+    monkeypatch.setattr(measure, "SLOW_S", 0.0)
+    order: list[str] = []
+    monkeypatch.setattr(clock, "MIN_SAMPLE_S", 0.0)
+    ours, theirs = duel(lambda: order.append("o"), lambda: order.append("r"), settings())
+    assert order == ["r", "o"] * 4
+    assert len(ours) == len(theirs) == 3
 
 
 class Scripted:

@@ -2,7 +2,8 @@
 
 Planted bugs that turn these red: top-left alignment; a window one key too wide; a causal window that keeps its right
 side; sequences that see the next one's keys; cached keys read past their length; new keys written one place late;
-queries of a non-causal call rotated by their own place; pairs the other way round; an ignored softcap.
+queries of a non-causal call rotated by their own place; pairs the other way round; an ignored softcap; a packed form
+that takes **kwargs, or whose default is another.
 """
 
 import inspect
@@ -303,6 +304,10 @@ CU = torch.tensor([0, 4], dtype=torch.int32)
         (lambda: fa.flash_attn_varlen_func(x[0], x[0], x[0], CU + 1, CU, 4, 4), "cu_seqlens_q must start at 0"),
         (lambda: fa.flash_attn_varlen_func(x[0], x[0], x[0], CU, CU * 2, 4, 4), "cu_seqlens_k must start at 0"),
         (lambda: fa.flash_attn_varlen_func(x[0], x[0], x[0], CU.float(), CU, 4, 4), "cu_seqlens_q must be int32"),
+        (
+            lambda: fa.flash_attn_varlen_qkvpacked_func(torch.stack([x[0]] * 3, 1), CU * 2, 4),
+            "flash_attn_varlen_qkvpacked_func: cu_seqlens must start at 0",
+        ),
         (lambda: fa.flash_attn_with_kvcache(x, x, x, x, x), "cache_seqlens must be given with k"),
         (lambda: fa.flash_attn_with_kvcache(x, x, x, x, x, cache_seqlens=1), "leave room for 4 new tokens in 4"),
         (lambda: fa.flash_attn_with_kvcache(x, x, x, rotary_cos=x[0, :, 0]), "rotary_cos must come with rotary_sin"),
@@ -317,16 +322,72 @@ def test_what_has_no_kernel_is_refused_by_name(call, sentence):
         call()
 
 
-def test_arguments_are_those_of_flash_attn():
-    """Names and order as in flash-attn 2.8."""
-    tail = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
-    expected = {
-        fa.flash_attn_func: f"q k v {tail}",
-        fa.flash_attn_varlen_func: f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {tail} block_table",
-        fa.flash_attn_with_kvcache: "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
-        "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
-        "return_softmax_lse",
-        rotary.apply_rotary_emb: "x cos sin interleaved inplace seqlen_offsets cu_seqlens max_seqlen",
-    }
-    for function, names in expected.items():
-        assert list(inspect.signature(function).parameters) == names.split()
+# flash-attn 2.8.3, written down by hand; the three index functions are an autograd function's `apply` there
+OPTIONS = """dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False"""
+LENGTHS_OF = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+SIGNATURES = {
+    fa.flash_attn_func: f"q, k, v, {OPTIONS}",
+    fa.flash_attn_qkvpacked_func: f"qkv, {OPTIONS}",
+    fa.flash_attn_kvpacked_func: f"q, kv, {OPTIONS}",
+    fa.flash_attn_varlen_func: f"q, k, v, {LENGTHS_OF}, {OPTIONS}, block_table=None",
+    fa.flash_attn_varlen_qkvpacked_func: f"qkv, cu_seqlens, max_seqlen, {OPTIONS}",
+    fa.flash_attn_varlen_kvpacked_func: f"q, kv, {LENGTHS_OF}, {OPTIONS}",
+    fa.flash_attn_with_kvcache: """q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,
+        cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+        return_softmax_lse=False""",
+    bert_padding.index_first_axis: "input, indices",
+    bert_padding.index_put_first_axis: "values, indices, first_axis_dim",
+    bert_padding.unpad_input: "hidden_states, attention_mask, unused_mask=None",
+    bert_padding.unpad_input_for_concatenated_sequences: "hidden_states, attention_mask_in_length",
+    bert_padding.pad_input: "hidden_states, indices, batch, seqlen",
+    rotary.apply_rotary_emb: """x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,
+        max_seqlen=None""",
+    rotary.apply_rotary_emb_qkv_: """qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0,
+        num_heads_q=None""",
+    rotary.apply_rotary_emb_kv_: "kv, cos, sin, interleaved=False, seqlen_offsets=0",
+    rotary.RotaryEmbedding.__init__: "self, dim, base=10000.0, interleaved=False, scale_base=None, device=None",
+    rotary.RotaryEmbedding.forward: "self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_arguments_and_defaults_are_those_of_flash_attn(function):
+    expected = inspect.signature(eval(f"lambda {' '.join(SIGNATURES[function].split())}: None"))
+    got, want = (
+        [(p.name, repr(p.default), p.kind) for p in signature.parameters.values()]
+        for signature in (inspect.signature(function), expected)
+    )
+    assert got == want
+
+
+def test_no_public_function_lacks_a_signature_above():
+    modules = {fa.flash_attn_interface: "flash_attn", bert_padding: "", rotary: "apply_rotary"}
+    for module, start in modules.items():
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith(start) and function.__module__ == module.__name__ and not name.startswith("_"):
+                assert function in SIGNATURES
+    assert {getattr(fa, name) for name in fa.__all__} <= set(SIGNATURES)
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (fa.flash_attn_qkvpacked_func, (torch.zeros(1, 4, 3, 2, 8),)),
+        (fa.flash_attn_kvpacked_func, (x, torch.zeros(1, 4, 2, 2, 8))),
+        (fa.flash_attn_varlen_qkvpacked_func, (torch.zeros(4, 3, 2, 8), CU, 4)),
+        (fa.flash_attn_varlen_kvpacked_func, (x[0], torch.zeros(4, 2, 2, 8), CU, CU, 4, 4)),
+    ],
+)
+def test_a_packed_form_refuses_in_its_own_name(function, tensors):
+    name = function.__name__
+    with pytest.raises(TypeError, match=f"^{name}\\(\\) got an unexpected keyword argument 'scale'"):
+        function(*tensors, scale=1.0)
+    for wrong in ({"dropout_p": 0.1}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(2)}):
+        with pytest.raises(NotImplementedError, match=f"^{name}: {next(iter(wrong))} must be"):
+            function(*tensors, **wrong)
+    with pytest.raises(ValueError, match=f"^{name}: window_size must be two integers"):
+        function(*tensors, window_size=(-2, 0))
+    with pytest.raises(ValueError, match=f"^{name}: (qkv|q) must have shape"):
+        function(*(t[0] if isinstance(t, torch.Tensor) and t.dim() > 2 else t for t in tensors))

@@ -1,7 +1,8 @@
 """vkernels.compat.xformers against xformers' own objects: its biases, materialised by itself, say who sees whom.
 
 Planted bugs that turn these red: a causal block counted from the wrong corner; a window one key too wide; padded keys
-read to the block's end; gappy blocks that run into each other; a part without keys that poisons a merge.
+read to the block's end; gappy blocks that run into each other; the end of
+gappy pages taken for their length, or their start for none; a part without keys that poisons a merge.
 """
 
 import logging
@@ -62,6 +63,46 @@ def test_pages(kind):
         law = getattr(peer, kind).from_seqlens([2, 3], [6, 7], table, 4).materialize((5, 16))
         want = dense.attention(q, k, v, law == 0)[0]
         torch.testing.assert_close(xf.memory_efficient_attention(q, k, v, bias).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["PagedBlockDiagonalGappyKeysMask", "PagedBlockDiagonalCausalWithOffsetGappyKeysMask"])
+def test_gappy_pages(kind):
+    """Rows of 8 places, blocks of 12 as the gappy mask counts them."""
+    table = torch.tensor([[2, 0], [3, 5]], dtype=torch.int32)
+    made = {}
+    for module in (peer, ours):
+        gappy = module.BlockDiagonalGappyKeysMask.from_seqlens([2, 3], [1, 15, 24], [6, 4])
+        made[module] = gappy.make_paged(table, 4, 12, getattr(module, kind))
+    law = made[peer].materialize((5, 16)) == 0  # 5 queries, 24 keys in 6 pages
+    assert law.any(0).nonzero().flatten().tolist() == [0, 1, 2, 9, 10, 11, 15, 20, 21, 22]
+    q, k, v = torch.randn(1, 5, 2, 8), *torch.randn(2, 1, 24, 2, 8)
+    want = dense.attention(q, k, v, law)[0]
+    direct = getattr(ours, kind).from_seqlens([2, 3], [1, 3], [6, 4], table, 4)
+    for bias in (*made.values(), direct):
+        torch.testing.assert_close(xf.memory_efficient_attention(q, k, v, bias).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_keys_become_pages_of_another_length():
+    """As in xformers, rows of pages need not be as long as the blocks that were padded."""
+    table, q = torch.tensor([[1], [0]], dtype=torch.int32), torch.randn(1, 5, 2, 8)
+    k, v = torch.randn(2, 1, 8, 2, 8)
+    for module in (peer, ours):
+        padded = module.BlockDiagonalPaddedKeysMask.from_seqlens([2, 3], 7, [3, 4])
+        paged = padded.make_paged(table, 4, module.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask)
+        for rows, keys, n in ((slice(0, 2), slice(4, 7), 3), (slice(2, 5), slice(0, 4), 4)):
+            seen = dense.band(rows.stop - rows.start, n, True)
+            want = dense.attention(q[:, rows], k[:, keys], v[:, keys], seen)[0]
+            out = xf.memory_efficient_attention(q, k, v, paged)[:, rows]
+            torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_every_bias_of_xformers_is_served_or_refused_by_sentence():
+    names = {n for n, c in vars(peer).items() if isinstance(c, type) and issubclass(c, peer.AttentionBias)}
+    assert names - set(ours.SERVED) == {"AttentionBias", "LowerTriangularMaskWithTensorBias"}
+    assert not isinstance(ours.LowerTriangularMask(), ours.LowerTriangularMaskWithTensorBias)
+    with pytest.raises(ImportError, match=r"a bias must be one of LowerTriangularMask.*VideoMask, got TreeMask"):
+        from vkernels.compat.xformers.ops.fmha.attn_bias import TreeMask  # noqa: F401
+    assert not hasattr(ours, "anything_else")
 
 
 def test_layouts_share_one_answer():
@@ -148,7 +189,8 @@ def test_indexing():
     assert torch.equal(xf.index_select_cat(sources, indices), want)
 
 
-x = torch.randn(1, 4, 2, 8)
+x, TABLE = torch.randn(1, 4, 2, 8), torch.tensor([[2, 0], [3, 5]], dtype=torch.int32)
+GAPPY_MASK = ours.BlockDiagonalGappyKeysMask.from_seqlens([2, 3], [1, 14, 24], [6, 4])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +199,17 @@ x = torch.randn(1, 4, 2, 8)
         (lambda: xf.memory_efficient_attention(x, x, x, p=0.1), "p must be 0"),
         (lambda: xf.memory_efficient_attention(x, x, x, torch.zeros(1, 2, 4, 4)), "no kernel for additive biases"),
         (lambda: xf.memory_efficient_attention(x, x, x, peer.LowerTriangularMask().add_bias(x)), "additive biases"),
+        (
+            lambda: ours.LowerTriangularMask().add_bias(x),
+            "bias must be left out, there is no kernel for additive biases",
+        ),
+        (lambda: ours.LowerTriangularMaskWithTensorBias(x), "scaled_dot_product_attention has one.*got a bias of"),
+        (lambda: GAPPY_MASK.make_paged(TABLE, 4, 6, None), "notional_padding must be pages of 4, got 6"),
+        (lambda: GAPPY_MASK.make_paged(TABLE, 4, 4, None), "lie within the 8 places of their sequence's pages"),
+        (
+            lambda: ours.PagedBlockDiagonalGappyKeysMask.from_seqlens([1], [0, 1], [1], TABLE, 4),
+            "seqstarts must have 1",
+        ),
         (lambda: xf.memory_efficient_attention(x, x, x, ours.BlockDiagonalMask.from_seqlens([3])), "have the 3 tokens"),
         (lambda: xf.memory_efficient_attention(x, x, x, object()), "attn_bias must be one of LowerTriangularMask"),
         (lambda: xf.memory_efficient_attention(x, x[0], x), "have one rank"),

@@ -324,7 +324,55 @@ def test_timesformer_under_autocast_takes_sums_and_norms_apart():
         assert report.verify(sample.inputs, tolerance=4e-2).idle == ()
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "Qwen3-VL", "VideoLLaMA3"])
+def test_a_patch_embedding_is_a_product_where_it_neither_overlaps_nor_is_wrapped(name):
+    from vkernels_video.integrations.transformers.methods import METHODS
+
+    sample = zoo.build(name)
+    names = {n for n, methods in METHODS.items() if methods[0].kind == "patch"}
+    embed = next(m for m in sample.model.modules() if type(m).__name__ in names)
+    where, conv = next((n, m) for n, m in embed.named_children() if hasattr(m, "kernel_size"))
+    rows = torch.randn(6, conv.weight[0].numel(), requires_grad=True)
+    want = embed(rows)
+    theirs = torch.autograd.grad(want.square().sum(), (rows, *embed.parameters()))
+    with vkt.accelerated(sample.model) as report:
+        got = embed(rows.double())  # rows take the dtype of the weights
+        assert report.calls["patch"] == 1
+        ours = torch.autograd.grad(embed(rows).square().sum(), (rows, *embed.parameters()))
+    torch.testing.assert_close((got, *ours), (want, *theirs), rtol=1e-4, atol=1e-4)
+
+    class Wrapped(type(conv)):
+        pass
+
+    conv.stride = tuple(s + 1 for s in conv.stride)
+    assert f"its {where} overlaps or pads" in str(vkt.apply(sample.model))
+    vkt.restore(sample.model)
+    conv.__class__ = Wrapped
+    assert f"its {where} is a Wrapped" in str(vkt.apply(sample.model))
+
+
 # ---- misuse
+
+
+class Unknown(transformers.PreTrainedModel):
+    """A model of transformers with a config, whose attention is nobody's."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.proj, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"vision": False}, {"cache": "int4"}])
+def test_an_unsupported_model_is_refused_and_left_as_it_was(options):
+    """By then its config is copied and a hook refuses weights: all of it has to go."""
+    for model in (torch.nn.Linear(2, 2), Unknown(transformers.LlamaConfig(**zoo.TEXT))):
+        before, keys = state(model), model.config.to_dict() if hasattr(model, "config") else None
+        with pytest.raises((ValueError, TypeError), match="apply: model must have"):
+            vkt.apply(model, **options)
+        assert state(model) == before
+        assert keys is None or model.config.to_dict() == keys
 
 
 def test_unsupported_models_are_refused():
@@ -384,20 +432,37 @@ def test_mixed_dtypes_are_refused(llama):
         attend.attention_forward(torch.nn.Module(), q, q.bfloat16(), q, None)
 
 
-def test_attention_weights_are_refused(llama):
-    vkt.apply(llama.model)
+def test_attention_weights_are_refused_and_the_model_left_as_it_was(llama):
+    """Asked for in a call, the patched model stays patched and usable; in the config, the stock one stays stock."""
+    stock = state(llama.model)
+    report = vkt.apply(llama.model)
+    patched, calls = state(llama.model), report.calls
     for model in (llama.model, llama.model.model):
         with pytest.raises(ValueError, match="output_attentions must be False, the weights are never formed"):
             model(**llama.inputs, output_attentions=True)
+    assert state(llama.model) == patched
+    assert report.calls == calls
+    assert report.verify(llama.inputs).ok
     vkt.restore(llama.model)
+    assert state(llama.model) == stock
     llama.model.set_attn_implementation("eager")
+    weights = llama.model(**llama.inputs, output_attentions=True).attentions
+    assert len(weights) == llama.model.config.num_hidden_layers
     llama.model.config.output_attentions = True
+    stock, keys = state(llama.model), llama.model.config.to_dict()
     with pytest.raises(ValueError, match="output_attentions must be False"):
         vkt.apply(llama.model)
+    assert state(llama.model) == stock
+    assert llama.model.config.to_dict() == keys
     sample = zoo.build("TimeSformer")
+    stock = state(sample.model)
     vkt.apply(sample.model)
+    patched = state(sample.model)
     with pytest.raises(ValueError, match="output_attentions must be False"):
         sample.model(**sample.inputs, output_attentions=True)
+    assert state(sample.model) == patched
+    vkt.restore(sample.model)
+    assert state(sample.model) == stock
 
 
 def test_a_lost_seam_raises_with_the_version_or_is_reported(llama, monkeypatch):

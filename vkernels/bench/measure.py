@@ -23,7 +23,7 @@ from vkernels.roofline import Ceiling
 __all__ = ["TOLERANCE", "Bench", "Lane", "Settings", "relative_error", "rounds_of"]
 
 MOST = 60  # rounds of one ratio
-SLOW_S, FEWEST = 2.0, 3  # a pair that takes longer than this is run so often
+SLOW_S, FEWEST = 2.0, 3  # a pair that takes longer than this is run so often, its warm-up included
 
 
 class Meter:
@@ -88,10 +88,12 @@ def duel(
         start = time.perf_counter()
         rounds_of(our_sample, rival_sample, 1)
         pair = max(time.perf_counter() - start, 1e-6)
-        for side in times:
-            side.clear()  # that was the warm-up
-        least = FEWEST if pair > SLOW_S else LEAST
-        pedantic(our_sample, setup=rival_sample, rounds=max(least, min(MOST, int(settings.seconds / pair))))
+        slow = pair > SLOW_S
+        if not slow:
+            for side in times:
+                side.clear()  # that was the warm-up; slow calls were made before, and count from here
+        rounds = max(FEWEST if slow else LEAST, min(MOST, int(settings.seconds / pair)))
+        pedantic(our_sample, setup=rival_sample, rounds=rounds - slow)
     finally:
         gc.enable()
     return times

@@ -8,9 +8,9 @@ from torch import Tensor
 from vkernels.check import ShapeError, refusal, require
 
 
-def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows `indices` of x, of rank 2 or more. Gradient: x, summed over rows taken twice."""
-    return x.index_select(0, indices)
+def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` of input, of rank 2 or more. Gradient: input, summed over rows taken twice."""
+    return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:

@@ -64,10 +64,23 @@ def flash_attn_func(
     Source: flash-attn 2.8.
     """
     op = "flash_attn_func"
-    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     bind(op, ("q", q, "b s_q n d"), ("k", k, "b s_k m d"), ("v", v, "b s_k m d"))
+    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
+    return _dense(op, q, k, v, softmax_scale, causal, window_size, return_attn_probs)
+
+
+def _dense(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    with_lse: bool,
+) -> Any:
     mask = intervals.uniform(q.shape[1], k.shape[1], band(op, causal, window_size), q.device)
-    return _answer(q, k, v, mask, softmax_scale, return_attn_probs)
+    return _answer(q, k, v, mask, scale, with_lse)
 
 
 def _answer(q: Tensor, k: Tensor, v: Tensor, mask: MaskPlan | None, scale: float | None, with_lse: bool) -> Any:
@@ -75,18 +88,43 @@ def _answer(q: Tensor, k: Tensor, v: Tensor, mask: MaskPlan | None, scale: float
     return (*out, None) if with_lse else out
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """`flash_attn_func` of qkv (b s 3 n d): views, nothing is copied."""
-    bind("flash_attn_qkvpacked_func", ("qkv", qkv, "b s 3 n d"))
+    op = "flash_attn_qkvpacked_func"
+    bind(op, ("qkv", qkv, "b s 3 n d"))
+    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     q, k, v = qkv.unbind(2)
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    return _dense(op, q, k, v, softmax_scale, causal, window_size, return_attn_probs)
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
     """`flash_attn_func` of q (b s_q n d) and kv (b s_k 2 m d): views, nothing is copied."""
-    bind("flash_attn_kvpacked_func", ("q", q, "b s_q n d"), ("kv", kv, "b s_k 2 m d"))
+    op = "flash_attn_kvpacked_func"
+    bind(op, ("q", q, "b s_q n d"), ("kv", kv, "b s_k 2 m d"))
+    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     k, v = kv.unbind(2)
-    return flash_attn_func(q, k, v, *args, **kwargs)
+    return _dense(op, q, k, v, softmax_scale, causal, window_size, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -128,20 +166,41 @@ def flash_attn_varlen_func(
     op = "flash_attn_varlen_func"
     refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     limits = band(op, causal, window_size)
+    if block_table is None:
+        bind(op, ("q", q, "tokens_q n d"), ("k", k, "tokens_k m d"), ("v", v, "tokens_k m d"))
+        return _varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k, limits, softmax_scale, return_attn_probs)
     bind(op, ("q", q, "tokens_q n d"))
-    check_starts(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    same = cu_seqlens_q.shape == cu_seqlens_k.shape
-    require(same, op, "cu_seqlens_k", f"have {len(cu_seqlens_q)} entries like cu_seqlens_q", len(cu_seqlens_k))
-    if block_table is not None:
-        k, v = (paged_rows(op, x, block_table, max_seqlen_k).flatten(0, 1) for x in (k, v))
-        start_k = torch.arange(len(block_table), device=k.device) * (k.shape[0] // max(len(block_table), 1))
-        mask = intervals.packed(cu_seqlens_q, start_k, cu_seqlens_k.diff(), q.shape[0], k.shape[0], limits)
-    else:
-        bind(op, ("k", k, "tokens_k m d"), ("v", v, "tokens_k m d"))
-        check_starts(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        mask = _varlen_plan(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], limits)
-    out = _answer(q[None], k[None], v[None], mask, softmax_scale, return_attn_probs)
-    return (out[0][0], out[1][0], None) if return_attn_probs else out[0]
+    _check_queries(op, q, cu_seqlens_q, cu_seqlens_k)
+    k, v = (paged_rows(op, x, block_table, max_seqlen_k).flatten(0, 1) for x in (k, v))
+    start_k = torch.arange(len(block_table), device=k.device) * (k.shape[0] // max(len(block_table), 1))
+    mask = intervals.packed(cu_seqlens_q, start_k, cu_seqlens_k.diff(), q.shape[0], k.shape[0], limits)
+    return _flat_answer(q, k, v, mask, softmax_scale, return_attn_probs)
+
+
+def _check_queries(op: str, q: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    check_starts(op, "cu_seqlens_q", cu_q, q.shape[0])
+    require(cu_q.shape == cu_k.shape, op, "cu_seqlens_k", f"have {len(cu_q)} entries like cu_seqlens_q", len(cu_k))
+
+
+def _varlen(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    limits: Band,
+    scale: float | None,
+    with_lse: bool,
+) -> Any:
+    _check_queries(op, q, cu_q, cu_k)
+    check_starts(op, "cu_seqlens_k", cu_k, k.shape[0])
+    return _flat_answer(q, k, v, _varlen_plan(cu_q, cu_k, q.shape[0], k.shape[0], limits), scale, with_lse)
+
+
+def _flat_answer(q: Tensor, k: Tensor, v: Tensor, mask: MaskPlan, scale: float | None, with_lse: bool) -> Any:
+    out = _answer(q[None], k[None], v[None], mask, scale, with_lse)
+    return (out[0][0], out[1][0], None) if with_lse else out[0]
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the layers of a model share their cu_seqlens, and so their plan
@@ -162,12 +221,26 @@ def _varlen_plan(cu_q: Tensor, cu_k: Tensor, s_q: int, s_k: int, limits: Band) -
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of qkv (tokens 3 n d): views, nothing is copied."""
-    bind("flash_attn_varlen_qkvpacked_func", ("qkv", qkv, "tokens 3 n d"))
+    op = "flash_attn_varlen_qkvpacked_func"
+    bind(op, ("qkv", qkv, "tokens 3 n d"))
+    check_starts(op, "cu_seqlens", cu_seqlens, qkv.shape[0])
+    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     q, k, v = qkv.unbind(1)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    limits = band(op, causal, window_size)
+    return _varlen(op, q, k, v, cu_seqlens, cu_seqlens, limits, softmax_scale, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -177,10 +250,19 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *args: Any,
-    **kwargs: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of q (tokens_q n d) and kv (tokens_k 2 m d): views, nothing is copied."""
-    bind("flash_attn_varlen_kvpacked_func", ("q", q, "tokens_q n d"), ("kv", kv, "tokens_k 2 m d"))
+    op = "flash_attn_varlen_kvpacked_func"
+    bind(op, ("q", q, "tokens_q n d"), ("kv", kv, "tokens_k 2 m d"))
+    refuse_unsupported(op, dropout_p, softcap, alibi_slopes)
     k, v = kv.unbind(1)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
+    limits = band(op, causal, window_size)
+    return _varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k, limits, softmax_scale, return_attn_probs)

@@ -15,6 +15,7 @@ import torch
 from vkernels_video.integrations.eras import known, masks
 from vkernels_video.integrations.eras import rope as ropes
 from vkernels_video.integrations.eras.known import Kind
+from vkernels_video.integrations.transformers import bt_adapter
 from vkernels_video.integrations.transformers.fitting import Fitter, restore, usable
 from vkernels_video.integrations.transformers.patches import Patches, reads, with_names
 from vkernels_video.integrations.transformers.report import Report
@@ -31,8 +32,8 @@ def apply(model: torch.nn.Module, *, attention: bool = True, rope: bool = True, 
 
     Args:
         model:     a model, or a part of one; on a real device, not yet compiled
-        attention: LLaMA's, CLIP's, BLIP-2's EVA ViT's and Q-Former's, and every module that reads the dictionary of
-                   attention functions of 4.48 and later
+        attention: LLaMA's, CLIP's, BLIP-2's EVA ViT's and Q-Former's, every module that reads the dictionary of
+                   attention functions of 4.48 and later, and BT-Adapter's layers whole
         rope:      LLaMA's `apply_rotary_pos_emb`, whichever arguments its year gave it
         strict:    raise where a class this adapter knows has another form; False leaves it and says so in the report
     Returns:
@@ -48,7 +49,8 @@ def apply(model: torch.nn.Module, *, attention: bool = True, rope: bool = True, 
     if (report := usable(model, options)) is not None:
         return report
     report = Report(weakref.ref(model), Patches(), options, origin(model), counted_forwards)
-    rule = "have attention of transformers 4 (LLaMA, CLIP, BLIP-2's towers, or one that reads ALL_ATTENTION_FUNCTIONS)"
+    rule = "have attention of transformers 4 (LLaMA, CLIP, BLIP-2's towers, one that reads ALL_ATTENTION_FUNCTIONS)"
+    rule += " or layers of BT-Adapter"
     return _Fitter(model, report).run(rule)
 
 
@@ -88,6 +90,9 @@ class _Fitter(Fitter):
     """Replaces what it finds in a model of transformers 4."""
 
     def fit(self) -> None:
+        if self.options["attention"]:
+            for module in self.model.modules():
+                bt_adapter.replace(self, module)
         for name, module in self.model.named_modules():
             if (kind := known.kind_of(type(module))) is not None:
                 self.refuse_mixed(name, module)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vkernels.check import require
+from vkernels_video.integrations.transformers import bt_adapter, host, known
 from vkernels_video.integrations.transformers import cache as caches
-from vkernels_video.integrations.transformers import host, known
 from vkernels_video.integrations.transformers import rope as ropes
 from vkernels_video.integrations.transformers.attention import PLAIN, VARLEN, register
 from vkernels_video.integrations.transformers.fitting import Fitter, restore, usable, weights_refused
@@ -46,7 +46,7 @@ def apply(
         attention: every module that reads transformers' attention registry; masks stay structured, vision towers with
                    packed windows make one call per layer
         rope:      rotary positions of text and vision attention
-        vision:    window gathers, pooling, pixel shuffles, residual + norm, divided space-time blocks
+        vision:    patch embeddings, window gathers, pooling, pixel shuffles, residual + norm, divided space-time blocks
         cache:     "int8", "int4" or "int2": `generate` keeps keys and values as codes and attends on them
         strict:    raise where a class this adapter knows has lost a seam; False leaves it and says so in the report
     Returns:
@@ -101,6 +101,8 @@ class _Fitter(Fitter):
             for method in METHODS.get(type(module).__name__, ()):
                 if self.options["vision"]:
                     self._method(module, method)
+            if self.options["vision"]:
+                bt_adapter.replace(self, module)
         if self.options["attention"]:
             self._keys()
         if self.options["cache"] is not None:
@@ -206,7 +208,8 @@ class _Fitter(Fitter):
                 self.leave("attention", module, "its forward computes attention itself and reads no registry")
 
     def _inside_block(self, module: torch.nn.Module) -> bool:
-        blocks = (m for m in self.model.modules() if "block" in m.__dict__.get(MARK, {}))
+        whole = {"block", bt_adapter.KIND}
+        blocks = (m for m in self.model.modules() if whole & m.__dict__.get(MARK, {}).keys())
         return any(module is part for block in blocks for part in block.modules())
 
     def _refuse_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Methods of known classes that are replaced whole, by class name: windows, pooling, shuffles, divided blocks.
+"""Methods of known classes replaced whole, by class name: patches, windows, pooling, shuffles, divided blocks.
 
 While torch.compile traces, what only moves rows stays as it was: sizes may be symbols, which a plan cannot hold, and
 the compiler fuses such code itself.
@@ -35,6 +35,32 @@ class Method:
     ours: str
     make: Callable[[Any, Seam], Made]
     why_not: Callable[[Any], str | None] = lambda module: None
+
+
+# ---- Qwen2.5-VL, Qwen3-VL, VideoLLaMA3: patches that come cut out
+
+
+def _patches(name: str) -> tuple[Method, ...]:
+    """A convolution whose steps are as wide as its kernel, over one patch per row, is a matrix product; torch's
+    convolutions are several times slower at it."""
+
+    def make(module: Any, seam: Seam) -> Made:
+        def forward(self: Any, hidden_states: Tensor) -> Tensor:
+            seam.called()
+            conv = getattr(self, name)
+            rows = hidden_states.view(-1, conv.weight[0].numel()).to(conv.weight.dtype)
+            return torch.nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)
+
+        return forward
+
+    def why_not(module: Any) -> str | None:
+        conv: Any = getattr(module, name, None)
+        if type(conv) not in (torch.nn.Conv2d, torch.nn.Conv3d):
+            return f"its {name} is a {type(conv).__name__}"
+        steps = conv.stride == conv.kernel_size and conv.groups == 1
+        return None if steps and conv.padding in ("valid", (0,) * len(conv.stride)) else f"its {name} overlaps or pads"
+
+    return (Method("patch", "forward", ("hidden_states",), "one matrix product", make, why_not),)
 
 
 # ---- Qwen2.5-VL: tokens in the order of windows
@@ -191,6 +217,9 @@ def _smolvlm_shuffle(module: Any, seam: Seam) -> Made:
 _REARRANGE = "one pass of vkernels.rearrange"
 
 METHODS: dict[str, tuple[Method, ...]] = {
+    "Qwen2_5_VisionPatchEmbed": _patches("proj"),
+    "Qwen3VLVisionPatchEmbed": _patches("proj"),
+    "VideoLlama3VisionEmbeddings": _patches("patch_embedding"),
     "Qwen2_5_VisionTransformerPretrainedModel": (
         Method(
             "window",

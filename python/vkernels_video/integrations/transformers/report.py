@@ -20,7 +20,7 @@ from vkernels_video.integrations.transformers.seams import Left, Seam
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 
-_ATTENTIONS = {"attention": 1, "block": 2}  # attention calls in one use of a seam
+_ATTENTIONS = {"attention": 1, "block": 2, "divided": 1}  # attention calls in one use of a seam
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ MARK = "_vkernels_seams"  # in a module's __dict__: {kind: Seam}
 class Seam:
     """One replacement, shared by all modules of a class: what was there, what is there now, and how often it ran."""
 
-    kind: str  # attention, rope, window, pool, block, cache
+    kind: str  # attention, rope, patch, window, norm, pool, merge, block, divided, mask, cache
     where: str  # the class whose method or function it is
     stock: str  # what was there
     ours: str  # what is there now

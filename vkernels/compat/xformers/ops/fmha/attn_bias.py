@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vkernels.check import require
+from vkernels.check import refusal, require
 from vkernels.compat.intervals import NO_LIMIT, Band
 
 Device = torch.device | str | None
@@ -84,7 +84,10 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
 @dataclass
 class _GappySeqInfo(_SeqLenInfo):
-    """Sequences anywhere: a start and a length each; the last start is the size of the dimension."""
+    """Sequences anywhere: a start and a length each; the last start is the size of the dimension.
+
+    Of paged keys: starts within each sequence's own pages, `seqlen` is where it ends there, the last start is unused.
+    """
 
     seqlen: Tensor
     seqlen_py: list[int]
@@ -94,10 +97,14 @@ class _GappySeqInfo(_SeqLenInfo):
         cls, seqstarts: Sequence[int], seqlens: Sequence[int], paged: bool = False, *, device: Device = None
     ) -> _GappySeqInfo:
         op = "from_seqlens_gappy"
-        require(not paged, op, "paged", "be False, gappy pages are not served", paged, NotImplementedError)
         starts, lengths = _lengths(op, "seqstarts", seqstarts), _lengths(op, "seqlens", seqlens)
-        require(len(starts) == len(lengths) + 1, op, "seqstarts", f"have {len(lengths) + 1} entries", len(starts))
-        info = _SeqLenInfo(_int32(starts, device), max(lengths, default=-1), min(lengths, default=-1), starts)
+        entries = len(lengths) + (not paged)
+        require(len(starts) == entries, op, "seqstarts", f"have {entries} entries", len(starts))
+        longest, shortest = max(lengths, default=-1), min(lengths, default=-1)
+        if paged:
+            lengths = [start + length for start, length in zip(starts, lengths, strict=True)]
+            starts.append(-1)
+        info = _SeqLenInfo(_int32(starts, device), longest, shortest, starts)
         return cls(**vars(info), seqlen=_int32(lengths, device), seqlen_py=lengths)
 
 
@@ -136,6 +143,19 @@ class LowerTriangularMask(AttentionBias):
     @staticmethod
     def band(bias: Any) -> Band:
         return Band(right=0, bottom_right=False)
+
+    def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
+        """Refused: there is no kernel for additive biases."""
+        return LowerTriangularMaskWithTensorBias(bias)
+
+
+class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
+    """A name to import and to ask `isinstance` of; making one is refused, there is no kernel for additive biases."""
+
+    def __init__(self, bias: Tensor) -> None:
+        rule = "be left out, there is no kernel for additive biases (torch's scaled_dot_product_attention has one)"
+        got = f"a bias of {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+        raise NotImplementedError(refusal("LowerTriangularMaskWithTensorBias", "bias", rule, got))
 
 
 class LowerTriangularFromBottomRightMask(AttentionBias):
@@ -460,6 +480,28 @@ class BlockDiagonalGappyKeysMask(AttentionBias):
         keys = _GappySeqInfo.from_seqlens_gappy(kv_seqstarts, kv_seqlen, device=device)
         return cls(_SeqLenInfo.from_seqlens(q_seqlen, device=device), keys)
 
+    def make_paged(
+        self, block_tables: Tensor, page_size: int, notional_padding: int, paged_type: type
+    ) -> PagedBlockDiagonalGappyKeysMask:
+        """These keys, were each sequence's in a block of notional_padding places, as pages."""
+        op, starts = "make_paged", self.k_seqinfo.seqstart_py[:-1]
+        require(notional_padding % page_size == 0, op, "notional_padding", f"be pages of {page_size}", notional_padding)
+        within = [start - i * notional_padding for i, start in enumerate(starts)]
+        ends = [start + length for start, length in zip(within, self.k_seqinfo.seqlen_py, strict=True)]
+        room = block_tables.shape[1] * page_size
+        good = all(start >= 0 and end <= room for start, end in zip(within, ends, strict=True))
+        require(good, op, "keys", f"lie within the {room} places of their sequence's pages", f"{within} to {ends}")
+        shift = notional_padding * torch.arange(len(starts) + 1, dtype=torch.int32, device=block_tables.device)
+        begin = self.k_seqinfo.seqstart - shift
+        keys = replace(
+            self.k_seqinfo,
+            seqstart=begin,
+            seqstart_py=[*within, -1],
+            seqlen=self.k_seqinfo.seqlen + begin[:-1],
+            seqlen_py=ends,
+        )
+        return paged_type(self.q_seqinfo, keys, block_tables, page_size)
+
 
 @dataclass
 class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
@@ -470,9 +512,59 @@ class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
         return Band(right=0)
 
 
+@dataclass
+class PagedBlockDiagonalGappyKeysMask(AttentionBias):
+    """Keys of each sequence anywhere in its row of pages, which are gathered first."""
+
+    q_seqinfo: _SeqLenInfo
+    k_seqinfo: _GappySeqInfo
+    block_tables: Tensor  # int32 (b pages)
+    page_size: int
+
+    @staticmethod
+    def band(bias: Any) -> Band:
+        return Band()
+
+    @classmethod
+    def from_seqlens(
+        cls,
+        q_seqlen: Sequence[int],
+        kv_seqstarts: Sequence[int],
+        kv_seqlen: Sequence[int],
+        block_tables: Tensor,
+        page_size: int,
+        *,
+        device: Device = None,
+    ) -> Any:
+        """Of the queries' lengths, the keys' starts within their own pages and their lengths."""
+        _as_many(q_seqlen, kv_seqlen)
+        device = block_tables.device if device is None else device
+        keys = _GappySeqInfo.from_seqlens_gappy(kv_seqstarts, kv_seqlen, paged=True, device=device)
+        return cls(_SeqLenInfo.from_seqlens(q_seqlen, device=device), keys, block_tables, page_size)
+
+
+@dataclass
+class PagedBlockDiagonalCausalWithOffsetGappyKeysMask(PagedBlockDiagonalGappyKeysMask):
+    """... causal, the last query at the last key."""
+
+    @staticmethod
+    def band(bias: Any) -> Band:
+        return Band(right=0)
+
+
 SERVED: dict[str, type[AttentionBias]] = {
     name: value
     for name, value in list(globals().items())
-    if isinstance(value, type) and issubclass(value, AttentionBias) and value is not AttentionBias
+    if isinstance(value, type)
+    and issubclass(value, AttentionBias)
+    and value not in (AttentionBias, LowerTriangularMaskWithTensorBias)
 }
-__all__ = ["NO_LIMIT", "SERVED", "AttentionBias", *SERVED]
+__all__ = ["NO_LIMIT", "SERVED", "AttentionBias", "LowerTriangularMaskWithTensorBias", *SERVED]
+
+
+def __getattr__(name: str) -> Any:
+    """A bias of another release of xformers is refused in a sentence, also by `from ... import`."""
+    if name.endswith(("Mask", "Bias")):
+        rule = f"be one of {', '.join(SERVED)}; vkernels.attention takes any other structure as a VideoMask"
+        raise ImportError(refusal("attn_bias", "a bias", rule, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

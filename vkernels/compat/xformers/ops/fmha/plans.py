@@ -36,16 +36,32 @@ def plan_of(bias: Any, s_q: int, s_k: int, device: torch.device) -> MaskPlan | N
     band = served(bias).band(bias)  # type: ignore[attr-defined]
     if not hasattr(bias, "q_seqinfo"):
         return intervals.uniform(s_q, s_k, band, device)
-    q, k = bias.q_seqinfo, bias.k_seqinfo
-    for argument, info, tokens in (("query", q, s_q), ("key", k, s_k)):
-        given = info.seqstart_py[-1]
+    q = bias.q_seqinfo
+    start_k, length, last_k = _key_blocks(bias, device)
+    for argument, given, tokens in (("query", q.seqstart_py[-1], s_q), ("key", last_k, s_k)):
         require(given == tokens, OP, argument, f"have the {given} tokens that attn_bias speaks of", tokens)
-    start_q, start_k = q.seqstart.to(device), k.seqstart.to(device)
-    length = k.seqlen.to(device) if hasattr(k, "seqlen") else start_k.diff()
+    start_q = q.seqstart.to(device)
     if len(start_q) < 2:
         nothing = torch.zeros((1, s_q), dtype=torch.int32, device=device)
         return intervals.plan(nothing, nothing, s_k)
     return intervals.packed(start_q, start_k, length, s_q, s_k, band)
+
+
+def _key_blocks(bias: Any, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Where each sequence's keys start, how many there are, and the tokens of the dimension (pages gathered)."""
+    k = bias.k_seqinfo
+    start = k.seqstart.to(device)
+    if not hasattr(k, "seqlen"):
+        return start, start.diff(), k.seqstart_py[-1]
+    length = k.seqlen.to(device)
+    table = getattr(bias, "block_tables", None)
+    if table is None:
+        return start, length, k.seqstart_py[-1]
+    row = torch.arange(len(table), device=device) * (table.shape[1] * bias.page_size)
+    tokens = table.numel() * bias.page_size
+    if hasattr(k, "padding"):
+        return row, length, tokens
+    return row + start[:-1], length - start[:-1], tokens  # a gappy length is where the sequence ends in its pages
 
 
 def unpaged(bias: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
