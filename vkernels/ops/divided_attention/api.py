@@ -12,7 +12,7 @@ from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.apply_rope.api import canonical_positions
-from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.ops.divided_attention import reference, torch_op
 from vkernels.remember import remembered
 from vkernels.rope import RopeSpec
 
@@ -174,9 +174,34 @@ def _turned(c: Call, backend: str) -> Call:
     return c._replace(q=q, k=k, rope=None)
 
 
+def composed_because(c: Call) -> str | None:
+    """None where the CUDA kernels rotate q and k themselves, else the sentence that says why they do not."""
+    spec, _ = c.rope
+    d, frames = c.q.shape[3], c.frames_per_group
+    if c.axis != "temporal":
+        return "the axis is spatial, they rotate along time"
+    if frames > torch_op.PACKED:
+        return f"{frames} frames attend together, they rotate up to {torch_op.PACKED}"
+    if c.q.shape[2] != c.k.shape[2]:
+        return "heads of q share one of k"
+    if 2 * spec.pairs != d or len(spec.axis_rows) > 1:
+        return "they rotate whole heads, all alike"
+    if spec.layout != "pair" and (spec.layout != "half" or d not in (64, 128)):
+        return f"pairs lie as {spec.layout!r} in heads of {d}, they rotate halves of 64 and 128, and neighbours"
+    return None
+
+
 def _run(c: Call, backend: str) -> torch.Tensor:
     c = _turned(c, backend)
     return op("divided_attention_fwd", backend, c.doors)(c.q, c.k, c.v, c.scale, c.layout)
+
+
+def _run_cuda(c: Call) -> torch.Tensor:
+    if c.rope is None or composed_because(c) is not None:
+        return _run(c, "cuda")
+    spec = c.rope[0]
+    turn = torch_op.angles_of(spec, _positions(c)), spec.layout == "pair"
+    return op("divided_attention_fwd", "cuda", c.doors)(c.q, c.k, c.v, c.scale, c.layout, *turn)
 
 
 def _run_reference(c: Call) -> torch.Tensor:
@@ -216,7 +241,7 @@ def _kind(c: Call) -> tuple[torch.device, str]:
 
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _run(c, "cpu")),
-    Backend("cuda", _cuda_why_not, lambda c: _run(c, "cuda"), _kind),
+    Backend("cuda", _cuda_why_not, _run_cuda, _kind),
     Backend("triton", _triton_why_not, lambda c: _run(c, "triton")),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -8,7 +8,7 @@ import torch
 
 from vkernels.check import ShapeError
 from vkernels.masks.grid import Grid
-from vkernels.ops.divided_attention.api import BACKENDS, Call, divided_attention, prepare
+from vkernels.ops.divided_attention.api import BACKENDS, Call, composed_because, divided_attention, prepare
 from vkernels.rope import RopeSpec
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
@@ -50,6 +50,14 @@ def _cost(call: Call) -> Cost:
     else:
         pairs = groups * (call.cls + call.frames_per_group * call.l) ** 2
     return Cost(flop=4.0 * b * n * d * pairs, bytes=2.0 * b * s * (n + m) * d * call.q.element_size())
+
+
+def _notes(call: Call) -> list[str]:
+    if call.rope is None:
+        return []
+    reason = composed_because(call)
+    inside = "the CUDA kernels turn q and k inside" if reason is None else f"not inside the CUDA kernels: {reason}"
+    return [f"rope: {inside}; other backends run apply_rope first"]
 
 
 SPEC = OpSpec(
@@ -126,4 +134,5 @@ SPEC = OpSpec(
     cost=_cost,
     source="TimeSformer, arXiv:2102.05095; BT-Adapter, arXiv:2309.15785",
     differentiable=("q", "k", "v"),
+    notes=_notes,
 )
