@@ -18,7 +18,7 @@ struct Angles {
   float cos[kPairs], sin[kPairs];
 };
 
-// Those of pairs first .. first + kPairs - 1, turned back by direction -1.
+// Those of pairs first .. first + kPairs - 1; direction -1 turns back.
 template <int kPairs>
 VK_DEVICE Angles<kPairs> load_angles(const float* row, int pairs, int first, float direction) {
   Angles<kPairs> by;
@@ -29,11 +29,11 @@ VK_DEVICE Angles<kPairs> load_angles(const float* row, int pairs, int first, flo
   return by;
 }
 
-// Of a lane, for the vectors at in chunk c, with whom vectors of chunk c + kChunks / 2 pair.
+// For a lane's vector in chunk c, whose pairs end in the one kChunks / 2 chunks on.
 VK_DEVICE Angles<8> angles_of_halves(const float* row, int vectors, int c, float direction = 1) {
   return load_angles<8>(row, 4 * vectors, 8 * (lane() % 4 + 4 * c), direction);
 }
-// For neighbours in vector `at`.
+// For the neighbours in vector `at`.
 VK_DEVICE Angles<4> angles_of_neighbours(const float* row, int vectors, int at, float direction = 1) {
   return load_angles<4>(row, 4 * vectors, 4 * at, direction);
 }

@@ -2,6 +2,9 @@
 
 Expected values are worked by hand, or groups taken by hand (test_divided_attention.py) of q and k turned as complex
 numbers in float64.
+
+Seen red: the CLS at position 1, or behind the others; patch-major tokens by the order of frames; frames taken for
+patches; k not turned.
 """
 
 from __future__ import annotations

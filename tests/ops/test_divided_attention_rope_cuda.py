@@ -1,6 +1,13 @@
 """divided_attention(rope=) on the CUDA kernels, emulated: where they rotate inside, and where apply_rope does it first.
 
 Expected values come from q and k turned as complex numbers (test_divided_attention_rope.py), never from the reference.
+
+Planted one at a time in csrc/divided_attention/, each seen red here. Angles: turned the other way (halves; neighbours),
+sines read where cosines lie, those of the first chunk or of the first row for all, the rows of a lane exchanged, groups
+of frames that share the first one's, the frame not counted, all samples by the first one's, an absent row's read, a
+vector behind the head. Turning: k left out (halves; neighbours), halves taken for neighbours, the other half of 128 one
+chunk on. Gradients: dq or dk not turned back, dv turned back, turned on instead of back (halves; neighbours). In
+vkernels/ops/divided_attention/: the spec's scale left out, the kind of pairs exchanged, angles lost for the backward.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def divided_attention(
     Source: TimeSformer, arXiv:2102.05095 (divided space-time attention); BT-Adapter, arXiv:2309.15785 (shared CLS).
     """
     chosen, rest = _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, rope, backend)
-    return chosen.run(Call(q, k, v, *rest, rope))
+    return chosen.run(Call(q, k, v, *(*rest, rope)))
 
 
 def _positions(c: Call) -> torch.Tensor:
