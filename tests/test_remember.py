@@ -31,7 +31,12 @@ from vkernels.spec import Maker, all_specs
 
 SPECS = {spec.name: spec for spec in all_specs()}
 MOST_CALLS = 85  # of functions, Python's and C's, for one call of an op
-MORE_CALLS = {("attention", "rope"): 115, ("kv_append", "int4-paged"): 135}  # two ops; pages of two sequences
+MORE_CALLS = {  # two ops; two ops, and positions of tokens; pages of two sequences
+    ("attention", "rope"): 115,
+    ("divided_attention", "temporal-rope"): 130,
+    ("divided_attention", "temporal-rope-pairs"): 130,
+    ("kv_append", "int4-paged"): 135,
+}
 
 
 @pytest.fixture(autouse=True)

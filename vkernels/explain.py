@@ -93,7 +93,7 @@ def explain(
             reasons["cpu"] = "the tensors are on cuda, this backend runs on the CPU"
         backends = [b for b in spec.backends if chip is None or b.name != "cpu"]
         chosen = choose(spec.name, backends, backend, call)
-        notes = [*_timed(spec, call), *_seen(kwargs.get("mask"))]
+        notes = [*_timed(spec, call), *_seen(kwargs.get("mask")), *spec.notes(call)]
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     floats = [x for x in tensors if x.is_floating_point()]
     here = chip or (arch(tensors[0].device) if tensors and tensors[0].is_cuda else "interpreter")

@@ -104,6 +104,7 @@ class OpSpec:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     shapes: Sequence[Shape] = ()  # real sizes, for the kernels of a GPU
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
+    notes: Callable[[Any], Sequence[str]] = lambda call: ()  # what `explain` adds about a Call
 
 
 OPS = (

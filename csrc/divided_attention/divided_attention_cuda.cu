@@ -30,7 +30,12 @@ Sequences sequences_of(const ShortAttention& a) {
   return s;
 }
 
-Packed pack(const DividedAttention& d, int64_t heads) {
+template <class T, int kChunks>
+using PlainTraits = PackedTraits<T, kChunks, false>;
+template <class T, int kChunks>
+using TurnedTraits = PackedTraits<T, kChunks, true>;
+
+Packed pack(const DividedAttention& d, const Turn& turn, int64_t heads) {
   const ShortAttention& a = d.groups;
   Packed p{};
   p.q = heads_of(a.q), p.k = heads_of(a.k), p.v = heads_of(a.v);
@@ -44,6 +49,11 @@ Packed pack(const DividedAttention& d, int64_t heads) {
   p.scale = a.scale;
   p.scale_log2 = a.scale * kLog2e;
   p.cls = d.zero_first;
+  if (turn.angles.given) {
+    p.angles = turn.angles.ptr<const float>();
+    p.angles_b = turn.angles.size(0) == 1 ? 0 : int(turn.angles.size(1));
+    p.neighbours = turn.neighbours;
+  }
   return p;
 }
 
@@ -108,16 +118,17 @@ void finish_cls(const DividedAttention& d, std::initializer_list<ClsOf> tensors,
 }
 
 template <class T>
-void run_forward(const DividedAttention& d, const Stream& stream) {
+void run_forward(const DividedAttention& d, const Turn& turn, const Stream& stream) {
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), columns = a.q.size(3);
   if (has_no_tokens(a)) return finish_cls<T>(d, {{a.o, nullptr}}, stream);
   if (is_packed(a)) {
-    Packed p = pack(d, n);
+    Packed p = pack(d, turn, n);
     p.o = heads_of(a.o);
-    return for_columns<PackedTraits, T>(columns, [&](auto traits) {
+    const auto run = [&](auto traits) {
       launch("divided_attention, packed_forward", packed_forward<decltype(traits)>, warps(p), stream, p);
-    });
+    };
+    return p.angles ? for_columns<TurnedTraits, T>(columns, run) : for_columns<PlainTraits, T>(columns, run);
   }
   Tiled p = tile(d);
   p.o = heads_of(a.o);
@@ -131,7 +142,7 @@ void run_forward(const DividedAttention& d, const Stream& stream) {
 }
 
 template <class T>
-void run_backward(const DividedAttention& d, float* stats, const Stream& stream) {
+void run_backward(const DividedAttention& d, const Turn& turn, float* stats, const Stream& stream) {
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), m = a.k.size(2), columns = a.q.size(3);
   const auto finish = [&] { finish_cls<T>(d, {{a.dq, a.shared_q}, {a.dk, a.shared_k}, {a.dv, a.shared_v}}, stream); };
@@ -141,13 +152,12 @@ void run_backward(const DividedAttention& d, float* stats, const Stream& stream)
     p.dq = heads_of(a.dq), p.dk = heads_of(a.dk), p.dv = heads_of(a.dv);
   };
   if (is_packed(a)) {
-    Packed p = pack(d, m);
+    Packed p = pack(d, turn, m);
     name_gradients(p);
-    return for_columns<PackedTraits, T>(columns, [&](auto traits) {
-      using Traits = decltype(traits);
-      const auto kernel = n > m ? packed_backward_grouped<Traits> : packed_backward<Traits>;
-      launch("divided_attention, packed_backward", kernel, warps(p), stream, p);
-    });
+    const auto run = [&](auto kernel) { launch("divided_attention, packed_backward", kernel, warps(p), stream, p); };
+    if (n > m) return for_columns<PlainTraits, T>(columns, [&](auto t) { run(packed_backward_grouped<decltype(t)>); });
+    if (p.angles) return for_columns<TurnedTraits, T>(columns, [&](auto t) { run(packed_backward<decltype(t)>); });
+    return for_columns<PlainTraits, T>(columns, [&](auto t) { run(packed_backward<decltype(t)>); });
   }
   Tiled p = tile(d);
   name_gradients(p);
@@ -168,12 +178,13 @@ void run_backward(const DividedAttention& d, float* stats, const Stream& stream)
 
 }  // namespace
 
-void divided_attention_forward_cuda(const DividedAttention& p, const Stream& stream) {
-  p.groups.q.dtype == Dtype::bf16 ? run_forward<bf16>(p, stream) : run_forward<f16>(p, stream);
+void divided_attention_forward_cuda(const DividedAttention& p, const Turn& turn, const Stream& stream) {
+  p.groups.q.dtype == Dtype::bf16 ? run_forward<bf16>(p, turn, stream) : run_forward<f16>(p, turn, stream);
 }
 
-void divided_attention_backward_cuda(const DividedAttention& p, float* stats, const Stream& stream) {
-  p.groups.q.dtype == Dtype::bf16 ? run_backward<bf16>(p, stats, stream) : run_backward<f16>(p, stats, stream);
+void divided_attention_backward_cuda(const DividedAttention& p, const Turn& turn, float* stats, const Stream& stream) {
+  p.groups.q.dtype == Dtype::bf16 ? run_backward<bf16>(p, turn, stats, stream)
+                                  : run_backward<f16>(p, turn, stats, stream);
 }
 
 }  // namespace vk

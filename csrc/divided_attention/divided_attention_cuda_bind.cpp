@@ -27,6 +27,24 @@ void check_for_gpu(const DividedAttention& p) {
   for (const auto& [name, x] : {std::pair{"q", a.q}, std::pair{"k", a.k}, std::pair{"v", a.v}}) check_vectors(name, x);
 }
 
+void check_turn(const DividedAttention& p, const Turn& turn, int64_t t, bool spatial) {
+  const TensorRef &x = turn.angles, &q = p.groups.q;
+  if (!x.given) return;
+  const bool packed = !spatial && p.groups.len_q <= kPackedLength && q.size(2) == p.groups.k.size(2);
+  VK_CHECK(packed, kOp, "angles", "be given in time only, for at most 16 frames and as many heads of k as of q",
+           shape_text(q));
+  const int64_t d = q.size(3);
+  VK_CHECK(turn.neighbours || d == 64 || d == 128, kOp, "angles", "be of neighbours unless heads are of 64 or 128", d);
+  check_rank(kOp, "angles", x, 3);
+  check_dtype(kOp, "angles", x, Dtype::f32);
+  VK_CHECK(x.size(0) == 1 || x.size(0) == q.size(0), kOp, "angles", "have b or 1 samples", shape_text(x));
+  check_size(kOp, "angles", x, 1, t);
+  check_size(kOp, "angles", x, 2, d);
+  const bool rows = x.stride(2) == 1 && (x.size(1) == 1 || x.stride(1) == d) &&
+                    (x.size(0) == 1 || x.stride(0) == t * d) && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  VK_CHECK(rows, kOp, "angles", "be contiguous at a multiple of 16 bytes", shape_text(x));
+}
+
 // Float memory of `count` elements, where the kernels of this call use some.
 float* scratch(const char* name, const TensorRef& x, bool used, int64_t count) {
   if (!used) return nullptr;
@@ -36,22 +54,24 @@ float* scratch(const char* name, const TensorRef& x, bool used, int64_t count) {
   return x.ptr<float>();
 }
 
-void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef part, float scale,
-             std::vector<int64_t> layout, int device, uintptr_t stream) {
+void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef part, TensorRef angles, float scale,
+             std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
   DividedAttention p = lay_out(kOp, q, k, v, scale, layout);
   check_like(kOp, "o", o, q);
   if (q.numel() == 0) return;
   check_for_gpu(p);
   check_vectors("o", o);
+  const Turn turn{angles, neighbours};
+  check_turn(p, turn, layout[0], layout[3] != 0);
   p.groups.o = o;
   const bool shared = p.groups.q_rows.shared != 0;
   p.groups.shared_q = scratch("part", part, shared, q.size(0) * q.size(2) * p.groups.outer * q.size(3));
-  divided_attention_forward_cuda(p, {device, reinterpret_cast<void*>(stream)});
+  divided_attention_forward_cuda(p, turn, {device, reinterpret_cast<void*>(stream)});
 }
 
 void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef dq, TensorRef dk, TensorRef dv,
-              TensorRef stats, TensorRef part_q, TensorRef part_k, TensorRef part_v, float scale,
-              std::vector<int64_t> layout, int device, uintptr_t stream) {
+              TensorRef stats, TensorRef part_q, TensorRef part_k, TensorRef part_v, TensorRef angles, float scale,
+              std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
   DividedAttention p = lay_out(kOp, q, k, v, scale, layout);
   check_like(kOp, "grad_o", grad_o, q);
   check_like(kOp, "dq", dq, q);
@@ -63,6 +83,8 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   check_vectors("dq", dq);
   check_vectors("dk", dk);
   check_vectors("dv", dv);
+  const Turn turn{angles, neighbours};
+  check_turn(p, turn, layout[0], layout[3] != 0);
   p.groups.grad_o = grad_o, p.groups.dq = dq, p.groups.dk = dk, p.groups.dv = dv;
   const ShortAttention& a = p.groups;
   const bool shared = a.q_rows.shared != 0;
@@ -72,7 +94,7 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   p.groups.shared_v = scratch("part_v", part_v, shared, row * k.size(2));
   float* rows =
       scratch("stats", stats, shared || a.len_q > kPackedLength, 2 * q.size(0) * a.groups() * q.size(2) * a.len_q);
-  divided_attention_backward_cuda(p, rows, {device, reinterpret_cast<void*>(stream)});
+  divided_attention_backward_cuda(p, turn, rows, {device, reinterpret_cast<void*>(stream)});
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "sequences_cuda.h"
-#include "vkernels/device/row_tile.h"
+#include "turn_cuda.h"
 #include "vkernels/device/softmax.h"
 
 namespace vk {
@@ -25,6 +25,9 @@ struct Packed {
   int vectors;
   float scale, scale_log2;
   bool cls;
+  const float* angles;  // b|1 frames d, where q and k are turned
+  int angles_b;         // frames, or 0 where samples share them
+  bool neighbours;      // are pairs, else halves
 };
 
 // The two rows of a lane, g and g + 8, and which sequence of the tile they and the lane's columns belong to.
@@ -32,17 +35,20 @@ struct Rows {
   int sample[2], token[2];  // token -1: there is none
   int slot[2], column_slot[4];
   bool opens[2];  // the first row of its sample
+  int frame[2];   // its row of angles
 };
 
+template <bool kTurned>
 VK_DEVICE Rows rows_of(const Packed& p, int tile) {
   const int row = lane() % 16, slot = row * p.magic >> 8, sequence = tile * p.packed + slot;
   const int i = row - slot * p.where.length;
-  int sample = 0, token = -1, opens = 0;
+  int sample = 0, token = -1, opens = 0, frame = 0;
   if (slot < p.packed && sequence < p.where.count) {
     const Sequence s = sequence_at(p.where, sequence);
     sample = s.sample;
     token = s.base + token_of(p.where, i);
     opens = s.opens && i == 0;
+    frame = s.sample * p.angles_b + s.outer * p.where.length + i;
   }
   Rows rows;
 #pragma unroll
@@ -51,6 +57,7 @@ VK_DEVICE Rows rows_of(const Packed& p, int tile) {
     rows.sample[half] = shuffle(sample, from);
     rows.token[half] = shuffle(token, from);
     rows.opens[half] = shuffle(opens, from) != 0;
+    if constexpr (kTurned) rows.frame[half] = shuffle(frame, from);
     rows.slot[half] = from * p.magic >> 8;
   }
 #pragma unroll
@@ -126,11 +133,21 @@ VK_DEVICE void softmax_gradient(FragmentC (&s)[2], FragmentC (&ds)[2], const Onl
   }
 }
 
-template <class Element, int kChunksOfD>
+template <class Element, int kChunksOfD, bool kIsTurned>
 struct PackedTraits {
   using T = Element;
   static constexpr int kChunks = kChunksOfD;
+  static constexpr bool kTurned = kIsTurned;
 };
+
+struct AnglesOfRows {
+  const float* row[2];
+};
+
+VK_DEVICE AnglesOfRows angles_of(const Packed& p, const Rows& rows) {
+  return {
+      {p.angles + wide_product(rows.frame[0], 8 * p.vectors), p.angles + wide_product(rows.frame[1], 8 * p.vectors)}};
+}
 
 template <class Traits>
 VK_KERNEL(kPackedThreads)
@@ -141,10 +158,11 @@ packed_forward(const Packed p) {
   if (unit >= p.units) return;
   const int tile = quotient(int(unit), p.heads), head = int(unit) - tile * int(p.heads.divisor);
   const int key = quotient(head, p.per_key);
-  const Rows rows = rows_of(p, tile);
-  const auto q = load_rows<kChunks, T>(p.q, rows, head, p.vectors);
-  const auto k = load_rows<kChunks, T>(p.k, rows, key, p.vectors);
+  const Rows rows = rows_of<Traits::kTurned>(p, tile);
+  auto q = load_rows<kChunks, T>(p.q, rows, head, p.vectors);
+  auto k = load_rows<kChunks, T>(p.k, rows, key, p.vectors);
   const auto v = load_rows<kChunks, T>(p.v, rows, key, p.vectors);
+  if constexpr (Traits::kTurned) turn_rows<T>(q, k, angles_of(p, rows).row, p.vectors, p.neighbours);
 
   FragmentC s[2]{};
   multiply_rows<T>(s, q, k);
@@ -175,6 +193,34 @@ VK_DEVICE Gradients differentiate(const Packed& p, const Rows& rows, const RowTi
   return {queries, transpose_matrix(queries), transpose_matrix(as_operand<T>(s[0], s[1]))};
 }
 
+// scale * weights x: the gradient of what was turned is turned back.
+template <class Traits, bool kTurned>
+VK_DEVICE void store_gradient(const Packed& p, const Heads& to, const Rows& rows, int head, const FragmentA& weights,
+                              const RowTile<Traits::kChunks>& x, float scale) {
+  using T = typename Traits::T;
+  constexpr int kChunks = Traits::kChunks, kApart = kChunks / 2;
+  if constexpr (kTurned && kChunks % 2 == 0)
+    if (!p.neighbours) {
+#pragma unroll
+      for (int c = 0; c < kApart; ++c) {
+        Chunk first{}, second{};
+        mix_rows<T>(first, weights, x, c);
+        mix_rows<T>(second, weights, x, c + kApart);
+        turn_back(first, second, angles_of(p, rows).row, p.vectors, c);
+        store_rows<T>(p, to, rows, head, c, first, scale, scale);
+        store_rows<T>(p, to, rows, head, c + kApart, second, scale, scale);
+      }
+      return;
+    }
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    Chunk dx{};
+    mix_rows<T>(dx, weights, x, c);
+    if constexpr (kTurned) turn_back(dx, angles_of(p, rows).row, p.vectors, c);
+    store_rows<T>(p, to, rows, head, c, dx, scale, scale);
+  }
+}
+
 template <class Traits>
 VK_KERNEL(kPackedThreads)
 packed_backward(const Packed p) {
@@ -183,22 +229,16 @@ packed_backward(const Packed p) {
   const int64_t unit = block_x() * kPackedWarps + warp();
   if (unit >= p.units) return;
   const int tile = quotient(int(unit), p.heads), head = int(unit) - tile * int(p.heads.divisor);
-  const Rows rows = rows_of(p, tile);
-  const auto q = load_rows<kChunks, T>(p.q, rows, head, p.vectors);
-  const auto k = load_rows<kChunks, T>(p.k, rows, head, p.vectors);
+  const Rows rows = rows_of<Traits::kTurned>(p, tile);
+  auto q = load_rows<kChunks, T>(p.q, rows, head, p.vectors);
+  auto k = load_rows<kChunks, T>(p.k, rows, head, p.vectors);
   const auto v = load_rows<kChunks, T>(p.v, rows, head, p.vectors);
   const auto g = load_rows<kChunks, T>(p.o, rows, head, p.vectors);
+  if constexpr (Traits::kTurned) turn_rows<T>(q, k, angles_of(p, rows).row, p.vectors, p.neighbours);
   const Gradients d = differentiate<T>(p, rows, q, k, v, g);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    Chunk dq{}, dk{}, dv{};
-    mix_rows<T>(dq, d.queries, k, c);
-    store_rows<T>(p, p.dq, rows, head, c, dq, p.scale, p.scale);
-    mix_rows<T>(dk, d.keys, q, c);
-    store_rows<T>(p, p.dk, rows, head, c, dk, p.scale, p.scale);
-    mix_rows<T>(dv, d.weights, g, c);
-    store_rows<T>(p, p.dv, rows, head, c, dv, 1.0f, 1.0f);
-  }
+  store_gradient<Traits, Traits::kTurned>(p, p.dq, rows, head, d.queries, k, p.scale);
+  store_gradient<Traits, Traits::kTurned>(p, p.dk, rows, head, d.keys, q, p.scale);
+  store_gradient<Traits, false>(p, p.dv, rows, head, d.weights, g, 1.0f);
 }
 
 // Several heads share k and v, and their gradients are summed in registers, which hold 32 elements of d at a time: the
@@ -212,7 +252,7 @@ packed_backward_grouped(const Packed p) {
   if (unit >= p.units) return;
   const int tile = quotient(int(unit), p.heads), key = int(unit) - tile * int(p.heads.divisor);
   const int per_key = int(p.per_key.divisor);
-  const Rows rows = rows_of(p, tile);
+  const Rows rows = rows_of<false>(p, tile);
   for (int c = 0; 4 * c < p.vectors; ++c) {
     const auto chunk_of = [&](const Heads& x, int head) {
       const auto at = pointers<const T>(x, rows, head, 32 * c);

@@ -244,15 +244,15 @@ def test_scratch_that_is_too_small_is_refused():
     layout, part, stats = [2, 4, 1, 1, 0, 1], torch.empty(2 * 2 * 8), torch.empty(2 * 2 * 2 * 5)
     fwd = [ref(x) for x in (q, k, v, out)]
     bwd = [ref(x) for x in (out, q, k, v, *grads)]
-    emulator.divided_attention_fwd_cuda(*fwd, ref(part), 1.0, layout, 0, 0)
-    emulator.divided_attention_bwd_cuda(*bwd, ref(stats), *[ref(part)] * 3, 1.0, layout, 0, 0)
+    emulator.divided_attention_fwd_cuda(*fwd, ref(part), None, 1.0, layout, False, 0, 0)
+    emulator.divided_attention_bwd_cuda(*bwd, ref(stats), *[ref(part)] * 3, None, 1.0, layout, False, 0, 0)
     for name, call in (
-        ("part", lambda: emulator.divided_attention_fwd_cuda(*fwd, ref(part[1:]), 1.0, layout, 0, 0)),
-        ("part", lambda: emulator.divided_attention_fwd_cuda(*fwd, None, 1.0, layout, 0, 0)),
+        ("part", lambda: emulator.divided_attention_fwd_cuda(*fwd, ref(part[1:]), None, 1.0, layout, False, 0, 0)),
+        ("part", lambda: emulator.divided_attention_fwd_cuda(*fwd, None, None, 1.0, layout, False, 0, 0)),
         ("stats", lambda: emulator.divided_attention_bwd_cuda(
-            *bwd, ref(stats[4:]), *[ref(part)] * 3, 1.0, layout, 0, 0)),
+            *bwd, ref(stats[4:]), *[ref(part)] * 3, None, 1.0, layout, False, 0, 0)),
         ("part_v", lambda: emulator.divided_attention_bwd_cuda(
-            *bwd, ref(stats), ref(part), ref(part), ref(part.double()), 1.0, layout, 0, 0)),
+            *bwd, ref(stats), ref(part), ref(part), ref(part.double()), None, 1.0, layout, False, 0, 0)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"divided_attention: {name} must be aligned float32"):
             call()

@@ -10,8 +10,11 @@ from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, at_most, choose, like
 from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
 from vkernels.masks.grid import Grid
-from vkernels.ops.divided_attention import reference, torch_op  # noqa: F401  (registers the overloads)
+from vkernels.ops.apply_rope import apply_rope
+from vkernels.ops.apply_rope.api import canonical_positions
+from vkernels.ops.divided_attention import reference, torch_op
 from vkernels.remember import remembered
+from vkernels.rope import RopeSpec
 
 AXES = ("temporal", "spatial")
 ORDERS = ("frame", "patch")
@@ -31,6 +34,7 @@ class Call(NamedTuple):
     frames_per_group: int
     layout: list[int]  # as the operators take what of this is a number
     doors: dict[str, Any] | None = None
+    rope: Any = None  # (spec, positions)
 
 
 def prepare(
@@ -44,6 +48,7 @@ def prepare(
     order: str = "frame",
     scale: float | None = None,
     frames_per_group: int | None = None,
+    rope: Any = None,
 ) -> Call:
     sizes = bind(NAME, ("q", q, "b s n d"), ("k", k, "b s m d"), ("v", v, "b s m d"))
     same_dtype(NAME, ("q", q), ("k", k), ("v", v))
@@ -62,14 +67,32 @@ def prepare(
     require(whole and grid.t % frames == 0, NAME, "frames_per_group", f"divide the {grid.t} frames", repr(frames))
     scale = float(scale) if scale is not None else max(sizes["d"], 1) ** -0.5
     layout = [grid.t, grid.h * grid.w, int(cls), int(axis == "spatial"), int(order == "patch"), frames]
-    return Call(q, k, v, grid.t, grid.h * grid.w, axis, int(cls), order, scale, frames, layout)
+    call = Call(q, k, v, grid.t, grid.h * grid.w, axis, int(cls), order, scale, frames, layout, rope=rope)
+    if rope is not None:
+        _check_rope(call)
+    return call
+
+
+def _check_rope(c: Call) -> None:
+    pair = isinstance(c.rope, tuple) and len(c.rope) == 2
+    require(pair, NAME, "rope", "be a pair (spec, positions)", type(c.rope).__name__, TypeError)
+    spec, pos = c.rope
+    require(isinstance(spec, RopeSpec), NAME, "rope", "begin with a RopeSpec", type(spec).__name__, TypeError)
+    tensor = isinstance(pos, torch.Tensor)
+    require(tensor, NAME, "rope", "end with a tensor of positions", type(pos).__name__, TypeError)
+    require(pos.device == c.q.device, NAME, "rope", f"be on the device of q ({c.q.device})", pos.device, TypeError)
+    count, things = (c.t, "frames") if c.axis == "temporal" else (c.l, "patches of a frame")
+    good = pos.dim() >= 1 and pos.shape[-1] == count
+    require(good, NAME, "rope", f"have a position for each of the {count} {things}", tuple(pos.shape))
+    _positions(c)
 
 
 @remembered
-def _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, backend) -> tuple[Backend, tuple[Any, ...]]:
+def _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, rope, backend) -> tuple[Backend, tuple[Any, ...]]:
     """(backend, all of a Call but its tensors)."""
-    call = prepare(q, k, v, grid, axis=axis, cls=cls, order=order, scale=scale, frames_per_group=frames_per_group)
-    return choose(NAME, BACKENDS, backend, call), (*call[3:-1], {})
+    options = {"axis": axis, "cls": cls, "order": order, "scale": scale, "frames_per_group": frames_per_group}
+    call = prepare(q, k, v, grid, **options, rope=rope)
+    return choose(NAME, BACKENDS, backend, call), (*call[3:-2], {})
 
 
 def divided_attention(
@@ -83,6 +106,7 @@ def divided_attention(
     order: str = "frame",
     scale: float | None = None,
     frames_per_group: int | None = None,
+    rope: Any = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attend over time at each place, or over space in each frame, with one CLS token shared by all frames.
@@ -105,6 +129,10 @@ def divided_attention(
         frames_per_group: frames that attend together. temporal: that many consecutive frames, None means all t.
             spatial: that many frames, t / frames_per_group apart, None means 1. With t=64 tokens in time and
             frames_per_group 32 (temporal) and 2 (spatial) these are the groups BT-Adapter's chat model forms.
+        rope:   (spec, positions): q and k are rotated first, as by apply_rope. Positions are those of what attends
+            together. temporal: of the t frames, the same at every place, [t], [axes, t] or [axes, b, t] (one axis: also
+            [b, t]). spatial: of the l = h·w patches of a frame, in the order of its rows, the same in every frame. The
+            CLS stands at position 0: it is not turned (a scale of the spec is its, too).
         backend: "cpu", "cuda", "triton", "reference"; None takes the first that can run
     Returns:
         o (b s n d), the dtype of q; computed in float32
@@ -118,11 +146,66 @@ def divided_attention(
         torch.Size([2, 2049, 12, 64])
     Source: TimeSformer, arXiv:2102.05095 (divided space-time attention); BT-Adapter, arXiv:2309.15785 (shared CLS).
     """
-    chosen, rest = _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, backend)
-    return chosen.run(Call(q, k, v, *rest))
+    chosen, rest = _decide(q, k, v, grid, axis, cls, order, scale, frames_per_group, rope, backend)
+    return chosen.run(Call(q, k, v, *(*rest, rope)))
+
+
+def _positions(c: Call) -> torch.Tensor:
+    """Of frames or of patches: [axes, b|1, t or l]."""
+    spec, pos = c.rope
+    return canonical_positions(NAME, spec, pos, c.q.shape[0], c.t if c.axis == "temporal" else c.l)
+
+
+def _positions_of_tokens(c: Call) -> torch.Tensor:
+    """[axes, b|1, s]."""
+    pos = _positions(c)
+    pos = pos[..., :, None] if c.axis == "temporal" else pos[..., None, :]
+    pos = pos.expand(*pos.shape[:2], c.t, c.l)
+    if c.order == "patch":
+        pos = pos.transpose(-1, -2)
+    return torch.nn.functional.pad(pos.flatten(-2), (c.cls, 0))
+
+
+def _turned(c: Call, backend: str) -> Call:
+    """The same call on q and k that are rotated already."""
+    if c.rope is None:
+        return c
+    q, k = apply_rope(c.q, c.k, c.rope[0], _positions_of_tokens(c), backend=backend)
+    return c._replace(q=q, k=k, rope=None)
+
+
+def composed_because(c: Call) -> str | None:
+    """None where the CUDA kernels rotate q and k themselves, else the sentence that says why they do not."""
+    spec, _ = c.rope
+    d, frames = c.q.shape[3], c.frames_per_group
+    if c.axis != "temporal":
+        return "the axis is spatial, they rotate along time"
+    if frames > torch_op.PACKED:
+        return f"{frames} frames attend together, they rotate up to {torch_op.PACKED}"
+    if c.q.shape[2] != c.k.shape[2]:
+        return "heads of q share one of k"
+    if 2 * spec.pairs != d or len(spec.axis_rows) > 1:
+        return "they rotate whole heads, all alike"
+    if spec.layout != "pair" and (spec.layout != "half" or d not in (64, 128)):
+        return f"pairs lie as {spec.layout!r} in heads of {d}, they rotate halves of 64 and 128, and neighbours"
+    return None
+
+
+def _run(c: Call, backend: str) -> torch.Tensor:
+    c = _turned(c, backend)
+    return op("divided_attention_fwd", backend, c.doors)(c.q, c.k, c.v, c.scale, c.layout)
+
+
+def _run_cuda(c: Call) -> torch.Tensor:
+    if c.rope is None or composed_because(c) is not None:
+        return _run(c, "cuda")
+    spec = c.rope[0]
+    turn = torch_op.angles_of(spec, _positions(c)), spec.layout == "pair"
+    return op("divided_attention_fwd", "cuda", c.doors)(c.q, c.k, c.v, c.scale, c.layout, *turn)
 
 
 def _run_reference(c: Call) -> torch.Tensor:
+    c = _turned(c, "reference")
     return reference.divided_attention(c.q, c.k, c.v, c.t, c.l, c.axis, c.cls, c.order, c.scale, c.frames_per_group)
 
 
@@ -157,21 +240,8 @@ def _kind(c: Call) -> tuple[torch.device, str]:
 
 
 BACKENDS = (
-    Backend(
-        "cpu",
-        lambda c: cpu_why_not(c.q),
-        lambda c: op("divided_attention_fwd", "cpu", c.doors)(c.q, c.k, c.v, c.scale, c.layout),
-    ),
-    Backend(
-        "cuda",
-        _cuda_why_not,
-        lambda c: op("divided_attention_fwd", "cuda")(c.q, c.k, c.v, c.scale, c.layout),
-        _kind,
-    ),
-    Backend(
-        "triton",
-        _triton_why_not,
-        lambda c: op("divided_attention_fwd", "triton", c.doors)(c.q, c.k, c.v, c.scale, c.layout),
-    ),
+    Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _run(c, "cpu")),
+    Backend("cuda", _cuda_why_not, _run_cuda, _kind),
+    Backend("triton", _triton_why_not, lambda c: _run(c, "triton")),
     Backend("reference", lambda c: None, _run_reference),
 )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from vkernels.check import ShapeError
 from vkernels.masks.grid import Grid
-from vkernels.ops.divided_attention.api import BACKENDS, Call, divided_attention, prepare
+from vkernels.ops.divided_attention.api import BACKENDS, Call, composed_because, divided_attention, prepare
+from vkernels.rope import RopeSpec
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
 
-def _inputs(maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, **options) -> dict:
+def _inputs(
+    maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, rope: Any = None, **options
+) -> dict:
     s = options.get("cls", 0) + grid.tokens
     q, k, v = (maker.randn(b, s, heads, d) for heads in (n, m or n, m or n))
+    if rope is not None:
+        options["rope"] = rope[0], rope[1].to(maker.device)
     return {"q": q, "k": k, "v": v, "grid": grid, **options}
 
 
@@ -29,6 +38,10 @@ def _reject(case: str, error: type[Exception], match: str, **change) -> Reject:
     return Reject(case, make, error, f"divided_attention: {match}")
 
 
+_YARN = RopeSpec.build(24, 1e4, "yarn", factor=4, original=4, layout="pair")
+_TIMES = torch.tensor([[0.0, 0.7, 1.9], [2.0, 2.5, 8.0]])  # b t
+
+
 def _cost(call: Call) -> Cost:
     b, s, n, d = call.q.shape
     m, groups = call.k.shape[2], call.t // call.frames_per_group
@@ -37,6 +50,14 @@ def _cost(call: Call) -> Cost:
     else:
         pairs = groups * (call.cls + call.frames_per_group * call.l) ** 2
     return Cost(flop=4.0 * b * n * d * pairs, bytes=2.0 * b * s * (n + m) * d * call.q.element_size())
+
+
+def _notes(call: Call) -> list[str]:
+    if call.rope is None:
+        return []
+    reason = composed_because(call)
+    inside = "the CUDA kernels turn q and k inside" if reason is None else f"not inside the CUDA kernels: {reason}"
+    return [f"rope: {inside}; other backends run apply_rope first"]
 
 
 SPEC = OpSpec(
@@ -54,6 +75,8 @@ SPEC = OpSpec(
         _case("spatial-cls-patch-major", 1, Grid(2, 1, 17), 2, 80, m=1, axis="spatial", cls=1, order="patch"),
         _case("spatial-pairs", 1, Grid(4, 1, 9), 1, 128, axis="spatial", cls=1, frames_per_group=2),
         _case("spatial", 2, Grid(2, 1, 5), 3, 8, axis="spatial"),
+        _case("temporal-rope", 1, Grid(3, 1, 2), 1, 64, cls=1, rope=(RopeSpec.build(64), torch.arange(3))),
+        _case("temporal-rope-pairs", 2, Grid(3, 1, 1), 1, 24, order="patch", rope=(_YARN, _TIMES)),
         _case("empty", 0, Grid(2, 2, 2), 2, 64, axis="spatial"),
     ],
     shapes=[
@@ -71,6 +94,28 @@ SPEC = OpSpec(
         _reject("axis", ValueError, "axis must be one of temporal, spatial, got 'time'", axis="time"),
         _reject("order", ValueError, "order must be one of frame, patch, got 'row'", order="row"),
         _reject("cls", ValueError, "cls must be 0 or 1, got 2", cls=2),
+        _reject("rope", TypeError, r"rope must be a pair \(spec, positions\), got int", rope=3),
+        _reject("rope-spec", TypeError, "rope must begin with a RopeSpec, got int", rope=(3, torch.arange(4))),
+        _reject("rope-type", TypeError, "rope must end with a tensor of positions, got int", rope=(_YARN, 3)),
+        _reject(
+            "rope-frames",
+            ValueError,
+            r"rope must have a position for each of the 4 frames, got \(16,\)",
+            rope=(_YARN, torch.arange(16)),
+        ),
+        _reject(
+            "rope-patches",
+            ValueError,
+            r"rope must have a position for each of the 4 patches of a frame, got \(2, 6\)",
+            axis="spatial",
+            rope=(_YARN, torch.zeros(2, 6)),
+        ),
+        _reject(
+            "rope-axes",
+            ValueError,
+            r"pos must have shape \(axes=2, s=4\) or \(axes=2, b=1, s=4\), got \(1, 1, 4\)",
+            rope=(RopeSpec.grid((8, 8)), torch.arange(4)),
+        ),
         _reject("groups", ValueError, "frames_per_group must divide the 4 frames, got 3", frames_per_group=3),
         Reject(
             "heads",
@@ -88,4 +133,5 @@ SPEC = OpSpec(
     cost=_cost,
     source="TimeSformer, arXiv:2102.05095; BT-Adapter, arXiv:2309.15785",
     differentiable=("q", "k", "v"),
+    notes=_notes,
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from vkernels.check import bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.ops.divided_attention import triton_cls, triton_long, triton_short
+from vkernels.ops.divided_attention.torch_op import refuse_angles
 from vkernels.remember import planned
 from vkernels.triton.head import parts
 from vkernels.triton.launch import alignment, arch, blueprint, cdiv, launch
@@ -145,14 +146,17 @@ class _Plan:
 
 
 @planned
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Run:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int], angles: Tensor | None = None, *neighbours: bool
+) -> Run:
+    refuse_angles(angles)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     _check(q, k, v, layout)
     plan, here = _Plan(q, k, layout), _tiles("_short_fwd_kernel", q)
     if plan.fits(here):
         short = plan.short(triton_short._short_fwd_kernel, plan.n, here, q, k, v, blueprint(q))
 
-        def run_short(q, k, v, scale, layout) -> Tensor:
+        def run_short(q, k, v, scale, layout, *unturned) -> Tensor:
             o = _like(q)
             short(scale, unit_stride(q), unit_stride(k), unit_stride(v), o)
             return o
@@ -162,7 +166,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) ->
     long = plan.long(triton_long._long_fwd_kernel, plan.n, "BLOCK_M", here, q, k, v, blueprint(q))
     cls_rows, scratch = plan.cls_rows(1), plan.scratch(plan.n, plan.d)
 
-    def run(q, k, v, scale, layout) -> Tensor:
+    def run(q, k, v, scale, layout, *unturned) -> Tensor:
         o, part = _like(q), q.new_empty(scratch, dtype=torch.float32)
         long(scale, unit_stride(q), unit_stride(k), unit_stride(v), o, part)
         cls_rows((o,), (part,))
@@ -172,7 +176,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) ->
 
 
 @planned
-def backward(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: list[int]) -> Run:
+def backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    layout: list[int],
+    angles: Tensor | None = None,
+    *neighbours: bool,
+) -> Run:
+    refuse_angles(angles)
     grad_o, q, k, v = inputs = tuple(unit_stride(x) for x in (grad_o, q, k, v))
     _check(q, k, v, layout, grad_o)
     plan, here = _Plan(q, k, layout), _tiles("_short_bwd_kernel", q)
@@ -180,7 +194,7 @@ def backward(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layo
     if plan.fits(here):
         short = plan.short(triton_short._short_bwd_kernel, plan.m, here, *inputs, dq, dk, dv)
 
-        def run_short(grad_o, q, k, v, scale, layout) -> tuple[Tensor, ...]:
+        def run_short(grad_o, q, k, v, scale, layout, *unturned) -> tuple[Tensor, ...]:
             grads = _like(q), _like(k), _like(v)
             short(scale, *map(unit_stride, (grad_o, q, k, v)), *grads)
             return grads
@@ -196,7 +210,7 @@ def backward(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, layo
     by_keys = plan.long(triton_long._long_dkv_kernel, m, "BLOCK_N", here, *inputs, dk, dv)
     cls_rows = plan.cls_rows(3)
 
-    def run(grad_o, q, k, v, scale, layout) -> tuple[Tensor, ...]:
+    def run(grad_o, q, k, v, scale, layout, *unturned) -> tuple[Tensor, ...]:
         dq, dk, dv = grads = _like(q), _like(k), _like(v)
         inputs = [unit_stride(x) for x in (grad_o, q, k, v)]
         stats = q.new_empty(stats_shape, dtype=torch.float32)
