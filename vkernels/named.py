@@ -30,11 +30,14 @@ class Named:
 
 
 def named(x: Any) -> Any:
-    """`x`; while torch.compile traces, the name of a Named: the graph then serves that object and no other."""
-    if not (torch.compiler.is_compiling() and isinstance(x, Named)):
+    """`x`; while torch.compile traces, the name of a Named, and of an int its value: the graph then serves that object
+    and no other."""
+    if not torch.compiler.is_compiling():
         return x
-    id(x)  # traced, it becomes the guard that says so
-    return x._name()
+    if isinstance(x, Named):
+        id(x)  # traced, it becomes the guard that says so
+        return x._name()
+    return operator.index(x) if isinstance(x, int) else x
 
 
 def meant(x: Any) -> Any:

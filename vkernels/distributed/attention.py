@@ -147,6 +147,8 @@ def _checked(
     for argument, x in (("q", q), ("k", k)):
         if x.shape[1] != own:
             raise ShapeError(refusal(OP, argument, f"hold the {own} tokens of rank {me}", x.shape[1]))
+    samples = shards.flat.samples
+    require(samples in (1, q.shape[0]), OP, "mask", f"be given for 1 or {q.shape[0]} samples", samples)
     name = choose("attention", api.BACKENDS, backend, call).name
     if name == "reference":
         raise NoBackend(refusal(OP, "backend", "be one with kernels of its own (cpu, cuda, triton)", name))

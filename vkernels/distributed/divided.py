@@ -21,7 +21,7 @@ from vkernels.distributed.exchange import (
     size_and_rank,
 )
 from vkernels.masks import Grid
-from vkernels.named import like, look
+from vkernels.named import like, look, named
 from vkernels.ops.divided_attention import divided_attention as divided_own
 
 OP = "distributed.divided_attention"
@@ -70,7 +70,7 @@ def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -
     op = "distributed.trade"
     group = group_of(mesh, op)
     world, me = size_and_rank(group)
-    call = _trading(grid.t, grid.h, grid.w, axis, world, me, cls, look(x))
+    call = _trading(*map(named, grid.shape), axis, world, me, named(cls), look(x))
     if call.told.kind:
         return agree(op, call.told, group, x.new_empty((x.shape[0], cls + call.own, *x.shape[2:])))[0]
     (x,) = agree(op, call.told, group, x)
@@ -154,7 +154,7 @@ def divided_attention(
     """
     group = group_of(mesh, OP)
     world, me = size_and_rank(group)
-    mine = own_grid(grid, axis, world, me)
+    mine, cls = own_grid(grid, axis, world, me), named(cls)
     _check(OP, "q", q, cls + mine.tokens)
     if axis == "temporal" or cls == 0:
         return divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)

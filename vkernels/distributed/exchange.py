@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -107,12 +108,12 @@ def all_gather(x: Tensor, rows: int, group: ProcessGroup) -> Tensor:
     world, _ = size_and_rank(group)
     if x.shape[0] < rows:
         x = torch.cat([x, x.new_zeros((rows - x.shape[0], *x.shape[1:]))])
-    everyone = x.new_empty((world * rows, *x.shape[1:]))
-    dist.all_gather_into_tensor(everyone, x, group)
+    everyone = x.new_empty((world, *x.shape))
+    dist.all_gather(list(everyone.unbind()), x, group)
     if not torch.compiler.is_compiling():
         for _ in range(world - 1):
             _count(x.numel() * x.element_size())
-    return everyone.unflatten(0, (world, rows))
+    return everyone
 
 
 # ---- agreement
@@ -148,25 +149,34 @@ def agree(op: str, told: Told, group: ProcessGroup, *xs: Tensor) -> Sequence[Ten
     """
     world, me = size_and_rank(group)
     if torch.compiler.is_compiling():
-        mine = torch.ops.vkernels.told(xs, told.digest, told.kind != "")
+        mine = torch.ops.vkernels.told(xs[0], told.digest, told.kind != "", _number())
     else:
-        mine = _told(xs, told.digest, told.kind != "")
-    everyone = mine.new_empty(world * 2)
-    dist.all_gather_into_tensor(everyone, mine, group)
+        mine = _told(xs[0], told.digest, told.kind != "", 0)
+    everyone = mine.new_empty((world, 2))
+    dist.all_gather(list(everyone.unbind()), mine, group)
     if torch.compiler.is_compiling():
         return torch.ops.vkernels.agreed(xs, everyone, op, me, told.kind, told.sentence)  # type: ignore[no-any-return]
     _judge(everyone, op, me, told.kind, told.sentence)
     return xs
 
 
-def _told(xs: Sequence[Tensor], digest: int, refused: bool) -> Tensor:
-    return torch.tensor([digest, refused], dtype=torch.int64, device=xs[0].device)
+_calls = count()
+
+
+@torch.compiler.assume_constant_result
+def _number() -> int:
+    """Of a call in a graph: no two are alike, or the compiler could make them one on the ranks where they are."""
+    return next(_calls)
+
+
+def _told(x: Tensor, digest: int, refused: bool, number: int) -> Tensor:
+    return torch.tensor([digest, refused], dtype=torch.int64, device=x.device)
 
 
 def _judge(everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> None:
     if kind:
         raise REFUSALS.get(kind, ValueError)(sentence)
-    digests = everyone.view(-1, 2).tolist()
+    digests = everyone.tolist()
     refused = [r for r, (_, bad) in enumerate(digests) if bad]
     if refused:
         raise ValueError(refusal(op, "arguments", "be accepted by every rank", f"refusals on ranks {refused}"))
@@ -176,9 +186,8 @@ def _judge(everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> None
         raise ValueError(refusal(op, "arguments", rule, f"others than rank {me}'s on ranks {others}"))
 
 
-# Both take `xs`, so that no two calls' are alike and made one.
-custom_op("vkernels::told", _told, mutates_args=(), schema="(Tensor[] xs, int digest, bool refused) -> Tensor")
-register_fake("vkernels::told", lambda xs, digest, refused: xs[0].new_empty(2, dtype=torch.int64))
+custom_op("vkernels::told", _told, mutates_args=(), schema="(Tensor x, int digest, bool refused, int number) -> Tensor")
+register_fake("vkernels::told", lambda x, *rest: x.new_empty(2, dtype=torch.int64))
 
 
 @custom_op(

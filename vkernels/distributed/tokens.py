@@ -93,7 +93,7 @@ def gather_tokens(x: Tensor, mask: Mask | ShardPlan, mesh: Any = None, *, dim: i
     op = "gather_tokens"
     group = group_of(mesh, op)
     world, me = size_and_rank(group)
-    told, s = _gathering(named(mask), world, me, look(x), dim)
+    told, s = _gathering(named(mask), world, me, look(x), named(dim))
     if told.kind:
         return agree(op, told, group, x.new_empty((*x.shape[:dim], s, *x.shape[dim + 1 :])))[0]
     (x,) = agree(op, told, group, x)
