@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.tensor import DTensor, Shard
 from work import masks, whole
 
@@ -16,9 +18,9 @@ from vkernels import distributed as vd
 GRID = vk.Grid(5, 3, 1)
 
 
-def moved(x: Tensor, mask) -> Tensor:
-    mine = vd.scatter_tokens(x, mask)
-    return vd.gather_tokens(mine * mine, mask)
+def moved(x: Tensor, mask, group) -> Tensor:
+    mine = vd.scatter_tokens(x, mask, group)
+    return vd.gather_tokens(mine * mine, mask, group)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, mask, scheme: str) -> Tensor:
@@ -46,27 +48,39 @@ def same(run: Callable, compiled: Callable, *args) -> bool:
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
-def graphs(kind: str, backend: str) -> bool:
-    """A call in one graph, forward and backward; another mask, the first again, and another batch."""
-    torch._dynamo.reset()
-    sizes = [whole(24, 4, 4, b=b)[:3] for b in (2, 2, 2, 1)]
+@cache
+def alone() -> dist.ProcessGroup:
+    """The group of this rank."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+
+def calls(kind: str) -> tuple[Callable, list[tuple]]:
+    """What is compiled, and arguments: another mask, the first again, another batch, another group."""
     if kind == "trade":
-        x, run = torch.randn(2, 15, 96, generator=torch.Generator().manual_seed(5)), traded
-        calls = [(vd.take(torch.cat([x[:, :cls], x], 1), GRID, "temporal", cls=cls), cls) for cls in (1, 0)]
-    else:
-        first, second = 24 if kind == "tokens" else masks()["causal"], masks()["keep_window"]
-        if kind in ("gather", "ring"):
-            first, second = vd.plan_shards(first, 2, chunk=5), vd.plan_shards(second, 2)
-        given = zip(sizes, (first, second, first, first), strict=True)
-        if kind == "tokens":
-            calls, run = [(x[0], mask) for x, mask in given], moved
-        else:
-            calls = [(*(vd.scatter_tokens(x, mask) for x in xs), mask, kind) for xs, mask in given]
-            run = attended
-    if backend == "inductor":
-        calls = calls[:1]
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    return all([same(run, compiled, *call) for call in calls])
+        x = torch.randn(2, 15, 96, generator=torch.Generator().manual_seed(5))
+        return traded, [(vd.take(torch.cat([x[:, :cls], x], 1), GRID, "temporal", cls=cls), cls) for cls in (1, 0)]
+    two, one = whole(24, 4, 4)[:3], whole(24, 4, 4, b=1)[:3]
+    if kind == "tokens":
+        return moved, [(two[0], 24, None), (two[0], masks()["keep_window"], None), (one[0], 24, alone())]
+    deals = vd.plan_shards(masks()["causal"], 2, chunk=5), vd.plan_shards(masks()["keep_window"], 2)
+    given = [(two, deals[0]), (two, deals[1]), (two, deals[0]), (one, deals[0])][: 4 if kind == "gather" else 2]
+    return attended, [(*(vd.scatter_tokens(x, deal) for x in xs), deal, kind) for xs, deal in given]
+
+
+def graphs(kind: str, backend: str, most: int) -> set[str]:
+    """Calls in one graph each, forward and backward; the collectives in these graphs."""
+    torch._dynamo.reset()
+    found = set()
+
+    def noted(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        nodes = [node for part in graph.modules() for node in getattr(part, "graph", torch.fx.Graph()).nodes]
+        found.update(str(node.target) for node in nodes if node.op == "call_function")
+        return lookup_backend(backend)(graph, inputs)
+
+    run, given = calls(kind)
+    compiled = torch.compile(run, fullgraph=True, backend=noted)
+    assert all([same(run, compiled, *args) for args in given[:most]])
+    return {name.split(".")[1] for name in found if name.startswith(("_c10d_functional.", "vkernels.ring"))}
 
 
 def mixed() -> bool:

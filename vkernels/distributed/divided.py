@@ -100,7 +100,7 @@ def _trading(t: int, h: int, w: int, axis: str, world: int, me: int, cls: int, x
 
 
 def _other(axis: str) -> str:
-    return AXES[axis == "temporal"]
+    return "spatial" if axis == "temporal" else "temporal"
 
 
 def _trade(x: Tensor, frames: tuple[int, ...], places: tuple[int, ...], me: int, axis: str, group: Any) -> Tensor:
