@@ -54,6 +54,8 @@ def attention(
         ShapeError, TypeError, ValueError on every rank, before anything is sent, where one rank's arguments are refused
         or mean another call (mask, shapes, dtype, scale, scheme); the process group's own errors where a rank is gone
     Gradients: q, k, v, through output and lse.   Deterministic: yes, for a number of ranks.
+    torch.compile: no break of the graph, which serves this mask and these sizes and raises where it is run. DTensors
+    break it.
     Example:
         >>> shards = plan_shards(mask, world)
         >>> o = attention(*(scatter_tokens(x, shards) for x in (q, k, v)), shards)

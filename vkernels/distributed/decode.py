@@ -34,7 +34,8 @@ def decode_attention(
         the others: as vkernels.decode_attention and distributed.attention
     Returns:
         o (b 1 n d); with return_lse also (b n 1) float32
-    Gradients: none.   Deterministic: yes. Sends one output and lse per rank, whatever the caches hold.
+    Gradients: none.   Deterministic: yes.   torch.compile: breaks the graph.
+    Sends one output and lse per rank, whatever the caches hold.
     Source: Flash-Decoding's merge, over ranks.
     """
     group = group_of(mesh, OP)

@@ -186,7 +186,15 @@ def _judge(everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> None
         raise ValueError(refusal(op, "arguments", rule, f"others than rank {me}'s on ranks {others}"))
 
 
-custom_op("vkernels::told", _told, mutates_args=(), schema="(Tensor x, int digest, bool refused, int number) -> Tensor")
+HIDDEN = (torch.Tag.cudagraph_unsafe,)  # what a graph cannot show: exceptions, exchanges of an operator's own
+
+custom_op(
+    "vkernels::told",
+    _told,
+    mutates_args=(),
+    schema="(Tensor x, int digest, bool refused, int number) -> Tensor",
+    tags=HIDDEN,
+)
 register_fake("vkernels::told", lambda x, *rest: x.new_empty(2, dtype=torch.int64))
 
 
@@ -194,6 +202,7 @@ register_fake("vkernels::told", lambda x, *rest: x.new_empty(2, dtype=torch.int6
     "vkernels::agreed",
     mutates_args=(),
     schema="(Tensor[] xs, Tensor everyone, str op, int me, str kind, str sentence) -> Tensor[]",
+    tags=HIDDEN,
 )
 def _agreed(xs: Sequence[Tensor], everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> list[Tensor]:
     _judge(everyone, op, me, kind, sentence)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.library import custom_op, register_autograd, register_fake
 
-from vkernels.distributed.exchange import ProcessGroup, Transfer, all_to_all
+from vkernels.distributed.exchange import HIDDEN, ProcessGroup, Transfer, all_to_all
 from vkernels.distributed.parts import to
 from vkernels.distributed.shards import ShardPlan
 from vkernels.library import op
@@ -243,10 +243,15 @@ _HOW = "float scale, str backend, str seat, str group"
 
 
 @custom_op(
-    "vkernels::ring", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor out, Tensor lse)"
+    "vkernels::ring",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor out, Tensor lse)",
+    tags=HIDDEN,
 )
 def _ring(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, seat: str, group: str) -> tuple[Tensor, Tensor]:
-    return _ring_forward(q, k, v, scale, backend, _kept[seat], _resolve_process_group(group))  # type: ignore[arg-type]
+    where = _kept[seat], _resolve_process_group(group)  # type: ignore[arg-type]
+    out, lse = _ring_forward(q, k, v, scale, backend, *where)
+    return out.contiguous(), lse.contiguous()
 
 
 @custom_op(
@@ -254,6 +259,7 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, seat: str
     mutates_args=(),
     schema="(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_HOW}) -> (Tensor, Tensor, Tensor)",
+    tags=HIDDEN,
 )
 def _ring_back(
     dout: Tensor | None,
@@ -269,7 +275,8 @@ def _ring_back(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     where = _kept[seat], _resolve_process_group(group)  # type: ignore[arg-type]
-    return _ring_backward(dout, dlse, q, k, v, out, lse, scale, backend, *where)
+    dq, dk, dv = _ring_backward(dout, dlse, q, k, v, out, lse, scale, backend, *where)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
