@@ -62,9 +62,11 @@ def calls(kind: str) -> tuple[Callable, list[tuple]]:
     two, one = whole(24, 4, 4)[:3], whole(24, 4, 4, b=1)[:3]
     if kind == "tokens":
         return moved, [(two[0], 24, None), (two[0], masks()["keep_window"], None), (one[0], 24, alone())]
-    deals = vd.plan_shards(masks()["causal"], 2, chunk=5), vd.plan_shards(masks()["keep_window"], 2)
-    given = [(two, deals[0]), (two, deals[1]), (two, deals[0]), (one, deals[0])][: 4 if kind == "gather" else 2]
-    return attended, [(*(vd.scatter_tokens(x, deal) for x in xs), deal, kind) for xs, deal in given]
+    found = [masks()["causal"], masks()["keep_window"]]  # of as many tokens on each rank: only the mask is another
+    if kind != "heads":
+        found = [vd.plan_shards(mask, 2, chunk=5 if kind == "gather" else None) for mask in found]
+    given = [(two, found[0]), (two, found[1]), (two, found[0]), (one, found[0])][: 4 if kind == "gather" else 2]
+    return attended, [(*(vd.scatter_tokens(x, mask) for x in xs), mask, kind) for xs, mask in given]
 
 
 def graphs(kind: str, backend: str, most: int) -> set[str]:
