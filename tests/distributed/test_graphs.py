@@ -1,4 +1,10 @@
-"""vkernels.distributed under torch.compile(fullgraph=True), on 2 gloo processes: what the eager call computes."""
+"""vkernels.distributed under torch.compile(fullgraph=True), on 2 gloo processes: what the eager call computes.
+
+Planted bugs that turn these red: a graph that serves another mask than its own; an agreement that is exchanged and not
+judged; a refusal that the others are not told of; equal calls that the compiler makes one; a digest without the mask;
+keys' gradients cut as their keys were; an agreement that gives no gradient; a trade that goes back as it came; a ring
+without the gradient of its lse, or in another rank's seat.
+"""
 
 import pytest
 
