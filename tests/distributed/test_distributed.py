@@ -82,10 +82,6 @@ def test_disagreement_is_refused_everywhere(ranks, kind):
     assert all(ranks(2).run(work.moved))  # and the group still works
 
 
-def test_it_stands_inside_torch_compile(ranks):
-    assert all(ranks(2).run(work.compiled))
-
-
 @pytest.mark.parametrize("kind", ["dies", "hangs"])
 def test_a_rank_that_is_gone_ends_the_others(kind):
     group = Ranks(2, timeout=4.0)

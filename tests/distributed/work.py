@@ -300,14 +300,3 @@ def dtensors() -> bool:
     want.sum().backward()
     pairs = [(out, want), (lse, want_lse), *((a.grad, b.grad) for a, b in zip(heads, alone, strict=True))]
     return sent.bytes == 0 and all(torch.allclose(a.full_tensor(), b, atol=1e-5) for a, b in pairs)
-
-
-def compiled() -> bool:
-    """Inside torch.compile, which breaks its graph at the call."""
-    mask, (q, k, v) = masks()["causal"], whole(24)[:3]
-    mine = [vd.scatter_tokens(x, mask) for x in (q, k, v)]
-
-    def double(q, k, v):
-        return 2 * vd.attention(q * 1, k, v, mask)
-
-    return torch.allclose(torch.compile(double, backend="eager")(*mine), double(*mine))

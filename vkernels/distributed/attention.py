@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +11,16 @@ from torch.distributed.tensor import DTensor, Shard
 from vkernels.check import NoBackend, ShapeError, refusal, require
 from vkernels.dispatch import choose
 from vkernels.distributed.cost import recommended
-from vkernels.distributed.exchange import ProcessGroup, agree, fingerprint, group_of, size_and_rank
-from vkernels.distributed.schemes import SCHEMES, Seat
+from vkernels.distributed.exchange import Told, agree, fingerprint, group_of, refused, size_and_rank
+from vkernels.distributed.schemes import SCHEMES, Route, Seat, gather, heads, ring, seat_of
 from vkernels.distributed.shards import Mask, ShardPlan
 from vkernels.distributed.tokens import shards_of
+from vkernels.named import like, look, meant, named
 from vkernels.ops.attention import api
 
 OP = "distributed.attention"
 
 
-@torch.compiler.disable
 def attention(
     q: Tensor,
     k: Tensor,
@@ -55,6 +54,8 @@ def attention(
         ShapeError, TypeError, ValueError on every rank, before anything is sent, where one rank's arguments are refused
         or mean another call (mask, shapes, dtype, scale, scheme); the process group's own errors where a rank is gone
     Gradients: q, k, v, through output and lse.   Deterministic: yes, for a number of ranks.
+    torch.compile: no break of the graph, which serves this mask and these sizes and raises where it is run. DTensors
+    break it.
     Example:
         >>> shards = plan_shards(mask, world)
         >>> o = attention(*(scatter_tokens(x, shards) for x in (q, k, v)), shards)
@@ -64,19 +65,45 @@ def attention(
         return _of_dtensors(q, k, v, mask, mesh, scheme=scheme, scale=scale, return_lse=return_lse, backend=backend)
     group = group_of(mesh, OP)
     world, me = size_and_rank(group)
-    problem: Exception | None = None
-    digest = 0
-    try:
-        shards = shards_of(mask, world, OP)
-        scheme, name, digest = _prepared(q, k, v, shards, me, scheme, scale, backend)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        problem = error
-    agree(OP, digest, problem, group, q.device)
-    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    out, lse = SCHEMES[scheme](q, k, v, factor, _seat(shards, group, me), name)
+    call = _prepared(named(mask), world, me, look(q), look(k), look(v), scheme, scale, backend)
+    if call.told.kind:
+        lse = torch.empty_like(q[..., 0], dtype=torch.float32).transpose(1, -1)
+        out, lse = agree(OP, call.told, group, torch.empty_like(q), lse)
+        return (out, lse) if return_lse else out
+    q, k, v = agree(OP, call.told, group, q, k, v)
+    how = call.scale, call.backend
+    if call.scheme == "ring":
+        out, lse = ring(q, k, v, *how, call.name, call.seat, group)
+    else:
+        run = gather if call.scheme == "gather" else heads
+        out, lse = run(q, k, v, *how, call.route, group)
     return (out, lse) if return_lse else out
 
 
+class _Call(NamedTuple):
+    """What follows from a call's arguments without their values."""
+
+    told: Told
+    scheme: str = ""
+    backend: str = ""
+    scale: float = 0.0
+    name: str = ""  # of the seat
+    seat: Seat | None = None
+    route: Route | None = None
+
+
+@torch.compiler.assume_constant_result
+def _prepared(
+    mask: Any, world: int, me: int, q: Any, k: Any, v: Any, scheme: str, scale: float | None, backend: str | None
+) -> _Call:
+    try:
+        shards = shards_of(meant(mask), world, OP)
+        return _checked(like(q), like(k), like(v), shards, me, scheme, scale, backend)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return _Call(refused(error))
+
+
+@torch.compiler.disable
 def _of_dtensors(q: DTensor, k: Tensor, v: Tensor, mask: Mask | ShardPlan, mesh: Any, **options: Any) -> Any:
     """Tensors sharded over their tokens, as the deal has them, or over their heads; so is the result."""
     own, placed = q.device_mesh, tuple(q.placements)
@@ -114,15 +141,16 @@ def _own_heads(
     return api.attention(q, k, v, mask=None if isinstance(mask, int) else mask, **options)
 
 
-def _prepared(
+def _checked(
     q: Tensor, k: Tensor, v: Tensor, shards: ShardPlan, me: int, scheme: str, scale: float | None, backend: str | None
-) -> tuple[str, str, int]:
-    """(scheme, backend, digest of what all ranks must agree on)."""
+) -> _Call:
     call = api.prepare(q, k, v, scale=scale)
     own = len(shards.tokens[me])
     for argument, x in (("q", q), ("k", k)):
         if x.shape[1] != own:
             raise ShapeError(refusal(OP, argument, f"hold the {own} tokens of rank {me}", x.shape[1]))
+    samples = shards.flat.samples
+    require(samples in (1, q.shape[0]), OP, "mask", f"be given for 1 or {q.shape[0]} samples", samples)
     name = choose("attention", api.BACKENDS, backend, call).name
     if name == "reference":
         raise NoBackend(refusal(OP, "backend", "be one with kernels of its own (cpu, cuda, triton)", name))
@@ -134,11 +162,7 @@ def _prepared(
     if scheme == "heads":
         rule = f"have heads of queries and keys that {shards.world} ranks divide for scheme heads"
         require(n % shards.world == 0 and m % shards.world == 0, OP, "q", rule, f"{n} and {m}")
-    return scheme, name, fingerprint(shards.digest, b, n, m, d, q.dtype, call.scale, scheme)
-
-
-def _seat(shards: ShardPlan, group: ProcessGroup, me: int) -> Seat:
-    seats = shards.seats
-    if (id(group), me) not in seats:
-        seats[id(group), me] = Seat(shards, group, me)
-    return seats[id(group), me]
+    told = fingerprint(shards.digest, b, n, m, d, q.dtype, call.scale, scheme)
+    title, seat = seat_of(shards, me)
+    route = None if scheme == "ring" else seat.route(scheme, q.device)
+    return _Call(told, scheme, name, call.scale, title, seat, route)

@@ -4,14 +4,24 @@ frames, and one all-to-all stands between them."""
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vkernels.check import ShapeError, refusal, require
-from vkernels.distributed.exchange import agree, all_gather, all_to_all, fingerprint, group_of, size_and_rank
+from vkernels.distributed.exchange import (
+    Told,
+    agree,
+    all_gather,
+    all_to_all,
+    fingerprint,
+    group_of,
+    refused,
+    size_and_rank,
+)
 from vkernels.masks import Grid
+from vkernels.named import like, look, named
 from vkernels.ops.divided_attention import divided_attention as divided_own
 
 OP = "distributed.divided_attention"
@@ -47,7 +57,6 @@ def take(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) ->
     return torch.cat([x[:, :cls], body.flatten(1, 2)], 1)
 
 
-@torch.compiler.disable
 def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -> Tensor:
     """Tokens [b, cls + own, ...] held for the other axis, to those for layers of `axis`: one all-to-all.
 
@@ -61,46 +70,63 @@ def trade(x: Tensor, grid: Grid, axis: str, mesh: Any = None, *, cls: int = 0) -
     op = "distributed.trade"
     group = group_of(mesh, op)
     world, me = size_and_rank(group)
-    problem: Exception | None = None
-    digest = 0
+    call = _trading(*map(named, grid.shape), axis, world, me, named(cls), look(x))
+    if call.told.kind:
+        return agree(op, call.told, group, x.new_empty((x.shape[0], cls + call.own, *x.shape[2:])))[0]
+    (x,) = agree(op, call.told, group, x)
+    return torch.cat([x[:, :cls], _Trade.apply(x[:, cls:], call.frames, call.places, me, axis, group)], 1)
+
+
+class _Trading(NamedTuple):
+    """What follows from the arguments of a trade without their values."""
+
+    told: Told
+    frames: tuple[int, ...] = ()  # of each rank
+    places: tuple[int, ...] = ()
+    own: int = 0  # tokens this rank gets
+
+
+@torch.compiler.assume_constant_result
+def _trading(t: int, h: int, w: int, axis: str, world: int, me: int, cls: int, x: Any) -> _Trading:
+    op, grid, x = "distributed.trade", Grid(t, h, w), like(x)
     try:
         require(axis in AXES, op, "axis", f"be one of {', '.join(AXES)}", repr(axis))
-        _check(op, "x", x, cls + own_grid(grid, AXES[axis == "temporal"], world, me).tokens)
-        digest = fingerprint(grid, axis, cls, x.shape[:1], x.shape[2:], x.dtype)
+        _check(op, "x", x, cls + own_grid(grid, _other(axis), world, me).tokens)
     except (ValueError, TypeError) as error:
-        problem = error
-    agree(op, digest, problem, group, x.device)
-    return torch.cat([x[:, :cls], _Trade.apply(x[:, cls:], grid, axis, group)], 1)
+        return _Trading(refused(error))
+    told = fingerprint(grid, axis, cls, x.shape[:1], x.shape[2:], x.dtype)
+    frames, places = tuple(shares(t, world)), tuple(shares(h * w, world))
+    return _Trading(told, frames, places, own_grid(grid, axis, world, me).tokens)
 
 
-def _trade(x: Tensor, grid: Grid, axis: str, group: Any) -> Tensor:
-    world, me = size_and_rank(group)
-    frames, places = shares(grid.t, world), shares(grid.h * grid.w, world)
-    to_time = axis == "spatial"
-    body = x.unflatten(1, (grid.t, places[me]) if to_time else (frames[me], grid.h * grid.w))  # b t l ...
-    axis_cut = 1 if to_time else 2
-    parts = body.split(frames if to_time else places, axis_cut)
-    rows = [part.flatten(1, 2).transpose(0, 1).contiguous() for part in parts]
-    counts = [frames[me] * count for count in places] if to_time else [count * places[me] for count in frames]
-    back = [part.transpose(0, 1) for part in all_to_all(rows, counts, group)]
-    if not to_time:
-        return torch.cat(back, 1)  # frames of rank 0, then of rank 1
-    wide = [part.unflatten(1, (frames[me], count)) for part, count in zip(back, places, strict=True)]
-    return torch.cat(wide, 2).flatten(1, 2)
+def _other(axis: str) -> str:
+    return "spatial" if axis == "temporal" else "temporal"
+
+
+def _trade(x: Tensor, frames: tuple[int, ...], places: tuple[int, ...], me: int, axis: str, group: Any) -> Tensor:
+    rows = x.transpose(0, 1)
+    here = [count * places[me] for count in frames]  # what a rank's frames are of this one's places
+    there = [frames[me] * count for count in places]
+    if axis == "spatial":  # frame-major, so cut by frames as it is; comes as frames of rank 0's places, of rank 1's
+        parts = all_to_all(rows.contiguous(), here, there, group).split(there)
+        wide = [part.unflatten(0, (frames[me], count)) for part, count in zip(parts, places, strict=True)]
+        return torch.cat(wide, 1).flatten(0, 1).transpose(0, 1)
+    cut = rows.unflatten(0, (frames[me], sum(places))).split(places, 1)
+    return all_to_all(torch.cat([part.flatten(0, 1) for part in cut]), there, here, group).transpose(0, 1)
 
 
 class _Trade(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, axis: str, group: Any) -> Tensor:  # type: ignore[override]
-        ctx.grid, ctx.axis, ctx.group = grid, axis, group
-        return _trade(x, grid, axis, group)
+    def forward(ctx: Any, x: Tensor, frames: Any, places: Any, me: int, axis: str, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.frames, ctx.places, ctx.me, ctx.axis, ctx.group = frames, places, me, axis, group
+        return _trade(x, frames, places, me, axis, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return _trade(grad, ctx.grid, AXES[ctx.axis == "temporal"], ctx.group), None, None, None
+        back = _trade(grad, ctx.frames, ctx.places, ctx.me, _other(ctx.axis), ctx.group)
+        return back, None, None, None, None, None
 
 
-@torch.compiler.disable
 def divided_attention(
     q: Tensor,
     k: Tensor,
@@ -128,7 +154,7 @@ def divided_attention(
     """
     group = group_of(mesh, OP)
     world, me = size_and_rank(group)
-    mine = own_grid(grid, axis, world, me)
+    mine, cls = own_grid(grid, axis, world, me), named(cls)
     _check(OP, "q", q, cls + mine.tokens)
     if axis == "temporal" or cls == 0:
         return divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)
@@ -154,5 +180,4 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
-    parts = all_gather(x.float(), [len(x)] * size_and_rank(group)[0], group)
-    return torch.stack(parts).sum(0).to(x.dtype)
+    return all_gather(x.float().contiguous(), x.shape[0], group).sum(0).to(x.dtype)

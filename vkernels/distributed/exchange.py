@@ -1,4 +1,7 @@
-"""Every byte that leaves a rank goes through here: public torch.distributed calls, counted."""
+"""Every byte that leaves a rank goes through here: public torch.distributed calls, counted.
+
+While torch.compile traces, it puts functional collectives in the place of these calls, and nothing is counted.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.library import custom_op, register_autograd, register_fake
 
-from vkernels.check import refusal
+from vkernels.check import NoBackend, ShapeError, refusal
 
 
 @dataclass
@@ -85,52 +90,124 @@ class Transfer:
         self._kept = []
 
 
-def all_to_all(parts: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> list[Tensor]:
-    """parts[r] (rows_r ...) goes to rank r; what comes from each rank, (counts[r] ...)."""
-    _, me = size_and_rank(group)
-    sizes = [len(part) for part in parts]
-    sent = torch.cat(list(parts))
-    received = sent.new_empty((sum(counts), *sent.shape[1:]))
-    dist.all_to_all_single(received, sent, list(counts), sizes, group)
-    row = sent[:1].numel() * sent.element_size() if len(sent) else 0
-    for r, size in enumerate(sizes):
-        if r != me:
-            _count(size * row)
-    return list(received.split(list(counts)))
+def all_to_all(rows: Tensor, sizes: Sequence[int], counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Of rows (sum of sizes ...), the first sizes[0] go to rank 0, and so on; what comes from rank 0, counts[0] rows,
+    from rank 1, ...: (sum of counts ...)."""
+    received = rows.new_empty((sum(counts), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows, list(counts), list(sizes), group)
+    if not torch.compiler.is_compiling():
+        _, me = size_and_rank(group)
+        for r, size in enumerate(sizes):
+            if r != me and size:
+                _count(rows[:size].numel() * rows.element_size())
+    return received
 
 
-def all_gather(x: Tensor, counts: Sequence[int], group: ProcessGroup) -> list[Tensor]:
-    """x (counts[me] ...) of every rank."""
-    world, me = size_and_rank(group)
-    longest = max(counts, default=0)
-    padded = x.new_zeros((longest, *x.shape[1:]))
-    padded[: len(x)] = x
-    everyone = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(everyone, padded, group)
-    for r in range(world):
-        if r != me:
-            _count(padded.numel() * padded.element_size())
-    return [rows[:count] for rows, count in zip(everyone, counts, strict=True)]
+def all_gather(x: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+    """x (up to `rows` ...) of every rank: (world rows ...). Rows past those of a rank are zeros."""
+    world, _ = size_and_rank(group)
+    if x.shape[0] < rows:
+        x = torch.cat([x, x.new_zeros((rows - x.shape[0], *x.shape[1:]))])
+    everyone = x.new_empty((world, *x.shape))
+    dist.all_gather(list(everyone.unbind()), x, group)
+    if not torch.compiler.is_compiling():
+        for _ in range(world - 1):
+            _count(x.numel() * x.element_size())
+    return everyone
 
 
-def fingerprint(*meaning: Any) -> int:
+# ---- agreement
+
+
+class Told(NamedTuple):
+    """What a rank tells the others of its call: a fingerprint of its meaning, or that it ends in an exception."""
+
+    digest: int = 0
+    kind: str = ""
+    sentence: str = ""
+
+
+REFUSALS = {kind.__name__: kind for kind in (ShapeError, NoBackend, TypeError, ValueError, NotImplementedError)}
+
+
+def refused(error: Exception) -> Told:
+    return Told(0, type(error).__name__, str(error))
+
+
+def fingerprint(*meaning: Any) -> Told:
     """Of what a call means on this rank, equal in every process, for `agree`."""
-    return int.from_bytes(hashlib.sha256(repr(meaning).encode()).digest()[:7], "big")
+    return Told(int.from_bytes(hashlib.sha256(repr(meaning).encode()).digest()[:7], "big"))
 
 
-def agree(op: str, digest: int, problem: Exception | None, group: ProcessGroup, device: torch.device) -> None:
-    """Raise on every rank where one has a problem, or where they do not mean the same call. Before anything is sent."""
+def agree(op: str, told: Told, group: ProcessGroup, *xs: Tensor) -> Sequence[Tensor]:
+    """`xs`, which nothing has been sent of, once every rank means the same call; else an exception on every rank.
+
+    In a graph the exception is raised where the graph is run, not where it is made: there the ranks stand in the same
+    place, whichever of them had to trace. What is sent of `xs` comes out of the operator that raises, so it is sent
+    later; and the exchange is one of the graph's own collectives, which no rank puts in another order. A call that is
+    refused has such a graph, too: `xs` then look like its results.
+    """
     world, me = size_and_rank(group)
-    mine = torch.tensor([digest, problem is not None], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine, group)
-    if problem is not None:
-        raise problem
-    digests = torch.stack(everyone).tolist()
+    if torch.compiler.is_compiling():
+        mine = torch.ops.vkernels.told(xs[0], told.digest, told.kind != "", _number())
+    else:
+        mine = _told(xs[0], told.digest, told.kind != "", 0)
+    everyone = mine.new_empty((world, 2))
+    dist.all_gather(list(everyone.unbind()), mine, group)
+    if torch.compiler.is_compiling():
+        return torch.ops.vkernels.agreed(xs, everyone, op, me, told.kind, told.sentence)  # type: ignore[no-any-return]
+    _judge(everyone, op, me, told.kind, told.sentence)
+    return xs
+
+
+_calls = count()
+
+
+@torch.compiler.assume_constant_result
+def _number() -> int:
+    """Of a call in a graph: no two are alike, or the compiler could make them one on the ranks where they are."""
+    return next(_calls)
+
+
+def _told(x: Tensor, digest: int, refused: bool, number: int) -> Tensor:
+    return torch.tensor([digest, refused], dtype=torch.int64, device=x.device)
+
+
+def _judge(everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> None:
+    if kind:
+        raise REFUSALS.get(kind, ValueError)(sentence)
+    digests = everyone.tolist()
     refused = [r for r, (_, bad) in enumerate(digests) if bad]
     if refused:
         raise ValueError(refusal(op, "arguments", "be accepted by every rank", f"refusals on ranks {refused}"))
-    others = [r for r, (other, _) in enumerate(digests) if other != digests[me][0]]
+    others = [r for r, (digest, _) in enumerate(digests) if digest != digests[me][0]]
     if others:
         rule = "agree on every rank (mask, shapes, dtype, scale, scheme)"
         raise ValueError(refusal(op, "arguments", rule, f"others than rank {me}'s on ranks {others}"))
+
+
+HIDDEN = (torch.Tag.cudagraph_unsafe,)  # what a graph cannot show: exceptions, exchanges of an operator's own
+
+custom_op(
+    "vkernels::told",
+    _told,
+    mutates_args=(),
+    schema="(Tensor x, int digest, bool refused, int number) -> Tensor",
+    tags=HIDDEN,
+)
+register_fake("vkernels::told", lambda x, *rest: x.new_empty(2, dtype=torch.int64))
+
+
+@custom_op(
+    "vkernels::agreed",
+    mutates_args=(),
+    schema="(Tensor[] xs, Tensor everyone, str op, int me, str kind, str sentence) -> Tensor[]",
+    tags=HIDDEN,
+)
+def _agreed(xs: Sequence[Tensor], everyone: Tensor, op: str, me: int, kind: str, sentence: str) -> list[Tensor]:
+    _judge(everyone, op, me, kind, sentence)
+    return [x.clone(memory_format=torch.contiguous_format) for x in xs]
+
+
+register_fake("vkernels::agreed", lambda xs, *rest: [x.new_empty(x.shape) for x in xs])
+register_autograd("vkernels::agreed", lambda ctx, grads: (grads, None, None, None, None, None))

@@ -15,6 +15,7 @@ from torch import Tensor
 from vkernels.check import require
 from vkernels.distributed.parts import Flat, flatten
 from vkernels.masks import MaskPlan, VideoMask
+from vkernels.named import Named
 
 TILE = 128  # tokens of a query tile: chunks much smaller than that leave tiles half empty
 MOST_CHUNKS = 8  # per rank: more would balance better and split tiles
@@ -31,7 +32,7 @@ def tokens_of(mask: Mask) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardPlan:
+class ShardPlan(Named):
     """`tokens[r]`: the token rows of rank r, ascending. Everything else follows from these and the mask."""
 
     flat: Flat
@@ -77,7 +78,7 @@ class ShardPlan:
 
     @cached_property
     def seats(self) -> dict[Any, Any]:
-        """Each rank's view, made when it is first asked for."""
+        """What each rank does, made when it is first asked for."""
         return {}
 
     def __str__(self) -> str:

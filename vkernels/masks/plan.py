@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vkernels.check import require
+from vkernels.named import Named
 from vkernels.remember import Form
 
 INFINITY = 2**30  # an unbounded side of a box relation
@@ -26,7 +27,7 @@ class Box:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskPlan:
+class MaskPlan(Named):
     """Attention as `groups` independent problems of `len_q` x `len_k`, with the key intervals each query sees.
 
     Processing order: token i of group g is row ``g*q_stride[0] + i*q_stride[1]``, or ``q_rows[:, i]`` where a row map

@@ -14,6 +14,7 @@ from vkernels.check import refusal, require
 from vkernels.masks.attributes import Axis, Blocks, Ids, Position, Relation, Segment, within
 from vkernels.masks.grid import Grid
 from vkernels.masks.plan import INFINITY, MaskPlan
+from vkernels.named import Named
 from vkernels.remember import Form
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Video:
         return self.t * self.h * self.w
 
 
-class VideoMask:
+class VideoMask(Named):
     """Who may see whom. Built by the constructors below; combined with `keep`, `with_globals`, `&` and `pack`.
 
     A pair is visible when ``keep_k and keep_q and same segment and (global_q or global_k or every relation holds)``, a
