@@ -63,7 +63,7 @@ def in_this_process(stage, arguments, *, on_report, until, patience, before=()):
 
 def test_a_whole_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "run_stage", in_this_process)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu, "cuda_tool", lambda name: None)
     arguments = gpu.parse(["--device=cpu", "--small", "--no-build", f"--out={tmp_path}"])
     run = gpu.Run(arguments)
     run.deadlines = {**gpu.DEADLINES}
@@ -176,13 +176,82 @@ def watched(code, until=30.0, patience=30.0):
 
 
 def test_a_worker_is_watched():
-    assert watched("emit({'row': 1}); print('noise')") == ("ended", [{"row": 1}], "noise\n")
+    assert watched("emit({'row': 1}); print('noise')") == ("ended", [{"row": 1}], "noise")
     how, heard, noise = watched("emit({'row': 1}); raise SystemExit('broken')")
-    assert (how, heard, noise) == ("crashed", [{"row": 1}], "broken\n")
+    assert (how, heard, noise) == ("crashed", [{"row": 1}], "broken")
     start = time.monotonic()
     assert watched("emit({'row': 1}); time.sleep(60)", patience=1.0)[:2] == ("stuck", [{"row": 1}])
     assert watched("emit({'row': 1}); time.sleep(60)", until=1.0)[:2] == ("out of time", [{"row": 1}])
     assert time.monotonic() - start < 20
+
+
+SANITIZED = """
+print("========= COMPUTE-SANITIZER")
+print("========= Invalid __global__ write of size 16 bytes")
+print("=========     at move_rows+0x40")
+print("=========     Saved host backtrace up to driver entry point")
+print("=========         Host Frame: cuLaunchKernel in libcuda.so.1")
+print("and the end of a long traceback")
+raise SystemExit(9)
+"""
+
+
+def test_the_sanitizers_words_are_kept():
+    how, _, noise = watched(SANITIZED)
+    assert (how, noise) == ("crashed", "Invalid __global__ write of size 16 bytes / at move_rows+0x40")
+
+
+def test_tools_are_found_off_the_path(monkeypatch, tmp_path):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert supervise.cuda_tool("compute-sanitizer") in (None, "/usr/local/cuda/bin/compute-sanitizer")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert supervise.cuda_tool("compute-sanitizer") == str(tool)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert supervise.cuda_tool("compute-sanitizer") == str(tool)
+
+
+def test_a_build_that_takes_too_long_leaves_nobody_behind(tmp_path):
+    """As setup.py starts it: ninja goes on when its parent is killed, and its compilers are in groups of their own."""
+    (tmp_path / "build.ninja").write_text(
+        "rule slow\n  command = touch begun && sleep 2 && touch $out\nbuild ended: slow\n"
+    )
+    code = f"import ninja, subprocess; subprocess.check_call([ninja.BIN_DIR + '/ninja', '-C', {str(tmp_path)!r}])"
+    assert supervise.run_within([sys.executable, "-c", code], 1.0) == (None, "")
+    assert (tmp_path / "begun").exists(), "ninja had not begun: the test says nothing"
+    time.sleep(2)
+    assert not (tmp_path / "ended").exists()
+    assert supervise.run_within([sys.executable, "-c", "print(1); raise SystemExit(3)"], 30) == (3, "1\n")
+
+
+def test_only_this_gpus_machine_code_is_built(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def built(command, seconds, environment):
+        asked.append((seconds, environment))
+        return 1, "FAILED: x.o\nfatal error: no such header\nninja: build stopped\n"
+
+    monkeypatch.setattr(gpu, "run_within", built)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "2.11.0 13.0 9\n"))
+    why, architecture = gpu.look_for_gpu()
+    run = gpu.Run(gpu.parse([f"--out={tmp_path}", "--quick"]), architecture)
+    run.build()
+    assert why is None
+    assert asked[0][1] == {"VKERNELS_CUDA_ARCHS": "90a"}
+    assert 85 < asked[0][0] <= 90
+    assert "no such header" in run.found["lost"][0]["why"]
+
+
+def test_a_tree_without_history_is_measured_too(monkeypatch, tmp_path):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(gpu.subprocess, "run", no_git)
+    assert gpu.Run(gpu.parse([f"--out={tmp_path}"])).found["environment"]["commit"] == "unknown"
 
 
 def test_a_broken_case_costs_one_case():
@@ -196,7 +265,7 @@ def test_a_broken_case_costs_one_case():
         for name in [x for x in "abcde" if x not in skipped]:
             on_report({"begin": name})
             if name == "b":
-                return "crashed", "an illegal memory access\n"
+                return "crashed", "an illegal memory access"
             if name == "d":
                 return "out of time", ""
             on_report({"row": name})

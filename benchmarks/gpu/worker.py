@@ -17,7 +17,7 @@ import vkernels
 from benchmarks.gpu.cases import own_races, races
 from benchmarks.gpu.proof import backends, prove
 from benchmarks.gpu.race import race_case
-from benchmarks.gpu.supervise import emit
+from benchmarks.gpu.supervise import cuda_tool, emit
 from vkernels.bench.clock import ceilings, timer_for
 from vkernels.spec import all_specs
 
@@ -64,7 +64,7 @@ def _version(package: str) -> str:
 
 
 def _nvcc() -> str:
-    tool = shutil.which("nvcc")
+    tool = cuda_tool("nvcc")
     if tool is None:
         return "not found"
     return subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
