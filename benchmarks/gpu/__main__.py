@@ -212,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 minutes instead of 9")
     parser.add_argument("--tune", action="store_true", help="also measure tiles and write tiles.json")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--op", nargs="*", action="extend", default=[])
     parser.add_argument(
         "--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the same programs without a GPU"
     )

@@ -144,36 +144,64 @@ def run_stage(
     start: Callable[..., tuple[str, str]] = watch,
 ) -> list[dict[str, Any]]:
     """A stage to its end. Where its process breaks inside a case, that case has failed and the rest gets a new process.
+    Where it said who was at work then, the case begins anew without it: a rival is excused, only ours is a failure.
 
     Returns what could not be measured, each with its reason: {"id", "status": "failed" | "skipped", "why"}.
     """
-    done: list[str] = []
+    state = _State()
     lost: list[dict[str, Any]] = []
-    planned: list[str] = []
+
+    def lose(name: str, status: str, why: str) -> None:
+        lost.append({"stage": stage, "id": name, "status": status, "why": why})
+
     while True:
-        now: list[str | None] = [None]
-
-        def listen(report: dict[str, Any], now: list[str | None] = now) -> None:
-            if "plan" in report:
-                planned[:] = report["plan"]
-            elif "begin" in report:
-                now[0] = report["begin"]
-            elif "end" in report:
-                done.append(report["end"])
-                now[0] = None
-            else:
-                on_report(report)
-
-        command = worker_command(stage, *arguments, *(f"--skip={x}" for x in done), before=before)
-        how, noise = start(command, until=until, patience=patience, on_report=listen)
+        state.now, state.busy = None, None
+        skipped = [f"--skip={name}" for name in state.done]
+        without = [f"--without={json.dumps(state.without)}"] if state.without else []
+        command = worker_command(stage, *arguments, *skipped, *without, before=before)
+        how, noise = start(command, until=until, patience=patience, on_report=lambda said: state.hear(said, on_report))
         if how == "ended":
             return lost
         if how == "out of time":
-            left = [name for name in planned if name not in done] or [now[0] or stage]
-            lost += [{"stage": stage, "id": name, "status": "skipped", "why": "no time was left"} for name in left]
+            for name in [name for name in state.planned if name not in state.done] or [state.now or stage]:
+                lose(name, "skipped", "no time was left")
             return lost
         why = f"its process {'crashed' if how == 'crashed' else f'said nothing for {patience:.0f} s'}: {noise}"
-        lost.append({"stage": stage, "id": now[0] or stage, "status": "failed", "why": why})
-        if now[0] is None:  # it broke before its first case, or between two: once more would not help
+        if state.now is None:  # it broke before its first case, or between two: once more would not help
+            lose(stage, "failed", why)
             return lost
-        done.append(now[0])
+        if state.busy is None or state.busy[0] in state.without.get(state.now, {}):
+            lose(state.now, "failed", why)
+            state.done.append(state.now)
+            continue
+        who, ours = state.busy
+        state.without.setdefault(state.now, {})[who] = why
+        if ours:
+            lose(f"{state.now}, {who}", "failed", why)
+
+
+@dataclass
+class _State:
+    """What a stage's processes said."""
+
+    planned: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    now: str | None = None
+    busy: tuple[str, bool] | None = None  # who is at work, and whether it is ours
+    without: dict[str, dict[str, str]] = field(default_factory=dict)  # case -> who need not run again -> why
+
+    def hear(self, said: dict[str, Any], on_report: Callable[[dict[str, Any]], None]) -> None:
+        if "plan" in said:
+            self.planned = said["plan"]
+        elif "begin" in said:
+            self.now, self.busy = said["begin"], None
+        elif "busy" in said:
+            self.busy = said["busy"], said["ours"]
+        elif "end" in said:
+            self.done.append(said["end"])
+            self.without.pop(said["end"], None)
+            self.now, self.busy = None, None
+        else:
+            if self.now and "backend" in said:
+                self.without.setdefault(self.now, {})[said["backend"]] = ""
+            on_report(said)
