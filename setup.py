@@ -3,7 +3,7 @@
 `pip install .`, `pip install -e .` and `python setup.py build_ext --inplace` all come through here. Objects stay in
 build/native, so a second build compiles only what changed. VKERNELS_SANITIZE=1 builds under AddressSanitizer and
 UndefinedBehaviorSanitizer in a folder of its own. VKERNELS_CUDA=0 leaves the CUDA kernels out, VKERNELS_CUDA=1 fails
-where they cannot be built.
+where they cannot be built, VKERNELS_CUDA_ARCHS=90a compiles them for that GPU alone (80,90a,ptx is all).
 """
 
 import os
@@ -33,16 +33,22 @@ if X86:
     }
 
 # Machine code for what the kernels are written for, and PTX that the driver compiles for anything newer.
-CUDA_ARCHITECTURES = "sm_80, sm_90a and PTX for newer"
+CUDA_TARGETS = {
+    "80": "arch=compute_80,code=sm_80",
+    "90a": "arch=compute_90a,code=sm_90a",
+    "ptx": "arch=compute_90,code=compute_90",
+}
+CUDA_ARCHITECTURES = (os.environ.get("VKERNELS_CUDA_ARCHS") or ",".join(CUDA_TARGETS)).split(",")
+if unknown := set(CUDA_ARCHITECTURES) - set(CUDA_TARGETS):
+    raise SystemExit(f"VKERNELS_CUDA_ARCHS must name {', '.join(CUDA_TARGETS)}, got {', '.join(sorted(unknown))}")
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
-    *("-gencode", "arch=compute_80,code=sm_80"),
-    *("-gencode", "arch=compute_90a,code=sm_90a"),
-    *("-gencode", "arch=compute_90,code=compute_90"),
+    *(flag for name in CUDA_ARCHITECTURES for flag in ("-gencode", CUDA_TARGETS[name])),
     "-Xcompiler",
     "-fPIC,-fvisibility=hidden,-Wno-psabi",
 ]
+COMPILED_FOR = ", ".join("PTX for newer" if name == "ptx" else f"sm_{name}" for name in CUDA_ARCHITECTURES)
 
 
 class Cuda:
@@ -54,7 +60,7 @@ class Cuda:
         wanted = os.environ.get("VKERNELS_CUDA", "")
         if self.absent and wanted == "1":
             raise SystemExit(f"VKERNELS_CUDA=1, but {self.absent}")
-        print(f"CUDA: {self.absent or f'{self.version}; {CUDA_ARCHITECTURES}'}", flush=True)
+        print(f"CUDA: {self.absent or f'{self.version}; {COMPILED_FOR}'}", flush=True)
 
     def look(self, folder, compiler, sanitize):
         wanted = os.environ.get("VKERNELS_CUDA", "")
@@ -112,7 +118,7 @@ class NinjaBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS")
         subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", str(objects), *(["-j", jobs] if jobs else [])])
         if not cuda.absent:
-            print(f"CUDA: {cuda.count(objects)} kernels, each for {CUDA_ARCHITECTURES}", flush=True)
+            print(f"CUDA: {cuda.count(objects)} kernels, each for {COMPILED_FOR}", flush=True)
 
     @staticmethod
     def ninja_file(compiler, cuda, output, sanitize):

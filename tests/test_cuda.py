@@ -267,9 +267,8 @@ except vk.NoBackend as error:
     assert "the tensors are on cpu, this backend runs on NVIDIA GPUs" in run(code)
 
 
-def test_cuda_can_be_left_out_or_insisted_on():
-    """setup.py, asked for its ninja file only."""
-    code = f"""
+# setup.py, asked for its ninja file only.
+ASK_SETUP = f"""
 import sys, types, pathlib, tempfile
 sys.argv = ["setup.py", "--version"]
 import setuptools
@@ -282,14 +281,29 @@ cuda = module.Cuda(folder, "g++", False)
 text = module.NinjaBuild.ninja_file("g++", cuda, pathlib.Path("x.so"), False)
 print(".cu.o" in text, "VK_CUDA_ABSENT" in text)
 """
-    out = run(code, VKERNELS_CUDA="0")
+
+
+def test_cuda_can_be_left_out_or_insisted_on():
+    out = run(ASK_SETUP, VKERNELS_CUDA="0")
     assert "CUDA: vkernels was built without CUDA kernels (VKERNELS_CUDA=0)" in out
     assert out.endswith("False True\n")
-    out = run(code, VKERNELS_CUDA="", PATH=str(ROOT / "nowhere"), CUDA_HOME=str(ROOT / "nowhere"))
+    out = run(ASK_SETUP, VKERNELS_CUDA="", PATH=str(ROOT / "nowhere"), CUDA_HOME=str(ROOT / "nowhere"))
     if not Path("/usr/local/cuda/bin/nvcc").exists():
         assert "nvcc was not found" in out
     with pytest.raises(AssertionError, match="VKERNELS_CUDA=1, but vkernels was built without"):
-        run(code.replace('"g++", False)', '"no-such-compiler", False)', 1), VKERNELS_CUDA="1")
+        run(ASK_SETUP.replace('"g++", False)', '"no-such-compiler", False)', 1), VKERNELS_CUDA="1")
+
+
+def test_cuda_can_be_compiled_for_one_gpu():
+    code = f"{ASK_SETUP}\nprint(*(word for word in module.NVCC_FLAGS if word.startswith('arch=')))"
+    for archs, flags in {
+        "": "arch=compute_80,code=sm_80 arch=compute_90a,code=sm_90a arch=compute_90,code=compute_90",
+        "90a": "arch=compute_90a,code=sm_90a",
+        "80,ptx": "arch=compute_80,code=sm_80 arch=compute_90,code=compute_90",
+    }.items():
+        assert run(code, VKERNELS_CUDA="0", VKERNELS_CUDA_ARCHS=archs).endswith(f"\n{flags}\n")
+    with pytest.raises(AssertionError, match="VKERNELS_CUDA_ARCHS must name 80, 90a, ptx, got 70"):
+        run(code, VKERNELS_CUDA="0", VKERNELS_CUDA_ARCHS="70,90a")
 
 
 def test_explain_names_the_cuda_backend():

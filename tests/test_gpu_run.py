@@ -21,7 +21,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report, supervise, worker
 from benchmarks.gpu.cases import Race, Target, own_races, races
 from benchmarks.gpu.proof import backends, prove
-from benchmarks.gpu.race import judged, race_case
+from benchmarks.gpu.race import Track, judged, race_unit, units
 from benchmarks.readme import gpu_numbers
 from vkernels.bench import rivals
 from vkernels.bench.clock import WallTimer, in_turn, spread
@@ -50,20 +50,25 @@ def _on_the_cpu(monkeypatch):
     monkeypatch.setattr(rivals, "compiled", lambda function: function)
 
 
+def race_case(race, timer=None, seconds=0.0):
+    track = Track("cpu", timer, LIMITS, seconds)
+    return [row for unit in units(race) for row in race_unit(unit, track)]
+
+
 def in_this_process(stage, arguments, *, on_report, until, patience, before=()):
     """run_stage without processes."""
     said = []
     options = worker.parse([stage, *arguments])
     {"machine": worker.machine, "proof": worker.proof, "race": worker.race}[stage](options, said.append)
     for row in said:
-        if not {"begin", "end", "plan"} & set(row):
+        if not {"begin", "busy", "end", "plan"} & set(row):
             on_report(row)
     return []
 
 
 def test_a_whole_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "run_stage", in_this_process)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu, "cuda_tool", lambda name: None)
     arguments = gpu.parse(["--device=cpu", "--small", "--no-build", f"--out={tmp_path}"])
     run = gpu.Run(arguments)
     run.deadlines = {**gpu.DEADLINES}
@@ -95,7 +100,7 @@ def test_rivals_agree_on_every_case_of_a_spec(spec):
     """Real sizes are raced the same way, whatever op they come from."""
     for case in spec.cases:
         race = Race(spec.name, case.id, with_contents(case).make, dtypes=(torch.float32,))
-        for row in race_case(race, "cpu", None, LIMITS, 0.0):
+        for row in race_case(race):
             assert row["status"] in ("warmed", "skipped"), row
             for rival in row["rivals"]:
                 assert any(reason in rival["why"] for reason in NOT_ON_CPU), rival
@@ -105,7 +110,7 @@ def test_rivals_agree_on_every_case_of_a_spec(spec):
 def test_triton_is_raced(monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.race.backends", backends)
     race = next(r for r in own_races(small=True) if r.op == "apply_rope")
-    rows = race_case(race, "cpu", None, LIMITS, 0.0)
+    rows = race_case(race)
     assert [(row["backend"], row["direction"], row["status"]) for row in rows] == [
         (backend, direction, "warmed") for direction in ("forward", "backward") for backend in ("cpu", "triton")
     ]
@@ -131,7 +136,7 @@ def test_every_size_of_every_spec_is_raced():
 def test_a_wrong_kernel_has_no_speed(monkeypatch):
     race = next(r for r in own_races(small=True) if r.op == "apply_rope")
     monkeypatch.setattr(Problem, "ours", lambda self, backend=None: lambda: self.kwargs["q"] * 0.9)
-    row = race_case(race, "cpu", WallTimer(), LIMITS, 0.01)[0]
+    row = race_case(race, WallTimer(), 0.01)[0]
     assert row["status"] == "failed"
     assert "not timed: differs from Hugging Face eager by" in row["why"]
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
@@ -176,13 +181,82 @@ def watched(code, until=30.0, patience=30.0):
 
 
 def test_a_worker_is_watched():
-    assert watched("emit({'row': 1}); print('noise')") == ("ended", [{"row": 1}], "noise\n")
+    assert watched("emit({'row': 1}); print('noise')") == ("ended", [{"row": 1}], "noise")
     how, heard, noise = watched("emit({'row': 1}); raise SystemExit('broken')")
-    assert (how, heard, noise) == ("crashed", [{"row": 1}], "broken\n")
+    assert (how, heard, noise) == ("crashed", [{"row": 1}], "broken")
     start = time.monotonic()
     assert watched("emit({'row': 1}); time.sleep(60)", patience=1.0)[:2] == ("stuck", [{"row": 1}])
     assert watched("emit({'row': 1}); time.sleep(60)", until=1.0)[:2] == ("out of time", [{"row": 1}])
     assert time.monotonic() - start < 20
+
+
+SANITIZED = """
+print("========= COMPUTE-SANITIZER")
+print("========= Invalid __global__ write of size 16 bytes")
+print("=========     at move_rows+0x40")
+print("=========     Saved host backtrace up to driver entry point")
+print("=========         Host Frame: cuLaunchKernel in libcuda.so.1")
+print("and the end of a long traceback")
+raise SystemExit(9)
+"""
+
+
+def test_the_sanitizers_words_are_kept():
+    how, _, noise = watched(SANITIZED)
+    assert (how, noise) == ("crashed", "Invalid __global__ write of size 16 bytes / at move_rows+0x40")
+
+
+def test_tools_are_found_off_the_path(monkeypatch, tmp_path):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert supervise.cuda_tool("compute-sanitizer") in (None, "/usr/local/cuda/bin/compute-sanitizer")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert supervise.cuda_tool("compute-sanitizer") == str(tool)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert supervise.cuda_tool("compute-sanitizer") == str(tool)
+
+
+def test_a_build_that_takes_too_long_leaves_nobody_behind(tmp_path):
+    """As setup.py starts it: ninja goes on when its parent is killed, and its compilers are in groups of their own."""
+    (tmp_path / "build.ninja").write_text(
+        "rule slow\n  command = touch begun && sleep 2 && touch $out\nbuild ended: slow\n"
+    )
+    code = f"import ninja, subprocess; subprocess.check_call([ninja.BIN_DIR + '/ninja', '-C', {str(tmp_path)!r}])"
+    assert supervise.run_within([sys.executable, "-c", code], 1.0) == (None, "")
+    assert (tmp_path / "begun").exists(), "ninja had not begun: the test says nothing"
+    time.sleep(2)
+    assert not (tmp_path / "ended").exists()
+    assert supervise.run_within([sys.executable, "-c", "print(1); raise SystemExit(3)"], 30) == (3, "1\n")
+
+
+def test_only_this_gpus_machine_code_is_built(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def built(command, seconds, environment):
+        asked.append((seconds, environment))
+        return 1, "FAILED: x.o\nfatal error: no such header\nninja: build stopped\n"
+
+    monkeypatch.setattr(gpu, "run_within", built)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "2.11.0 13.0 9\n"))
+    why, architecture = gpu.look_for_gpu()
+    run = gpu.Run(gpu.parse([f"--out={tmp_path}", "--quick"]), architecture)
+    run.build()
+    assert why is None
+    assert asked[0][1] == {"VKERNELS_CUDA_ARCHS": "90a"}
+    assert 85 < asked[0][0] <= 90
+    assert "no such header" in run.found["lost"][0]["why"]
+
+
+def test_a_tree_without_history_is_measured_too(monkeypatch, tmp_path):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(gpu.subprocess, "run", no_git)
+    assert gpu.Run(gpu.parse([f"--out={tmp_path}"])).found["environment"]["commit"] == "unknown"
 
 
 def test_a_broken_case_costs_one_case():
@@ -196,7 +270,7 @@ def test_a_broken_case_costs_one_case():
         for name in [x for x in "abcde" if x not in skipped]:
             on_report({"begin": name})
             if name == "b":
-                return "crashed", "an illegal memory access\n"
+                return "crashed", "an illegal memory access"
             if name == "d":
                 return "out of time", ""
             on_report({"row": name})
@@ -208,6 +282,65 @@ def test_a_broken_case_costs_one_case():
     assert rows == [{"row": "a"}, {"row": "c"}]
     assert [(x["id"], x["status"]) for x in lost] == [("b", "failed"), ("d", "skipped"), ("e", "skipped")]
     assert "crashed: an illegal memory access" in lost[0]["why"]
+
+
+def test_who_broke_a_case_is_left_out_of_it():
+    """A rival compiles for ever, then our `cuda` crashes: the case ends with Triton's row, and one failure."""
+    started = []
+
+    def start(command, *, on_report, **_):
+        without = json.loads(next((x for x in command if x.startswith("--without=")), "=null").split("=", 1)[1])
+        started.append(without)
+        on_report({"plan": ["a"]})
+        on_report({"begin": "a"})
+        absent = (without or {}).get("a", {})
+        on_report({"busy": "Flex", "ours": False})
+        if "Flex" not in absent:
+            return "stuck", "compiling"
+        for backend in ("triton", "cuda"):
+            if backend not in absent:
+                on_report({"busy": backend, "ours": True})
+                if backend == "cuda":
+                    return "crashed", "illegal"
+                on_report({"backend": backend})
+        on_report({"end": "a"})
+        return "ended", ""
+
+    rows = []
+    lost = supervise.run_stage("race", [], until=0, patience=1, on_report=rows.append, start=start)
+    assert rows == [{"backend": "triton"}]
+    assert [(x["id"], x["status"], x["why"]) for x in lost] == [("a, cuda", "failed", "its process crashed: illegal")]
+    assert [sorted((without or {}).get("a", {})) for without in started] == [[], ["Flex"], ["Flex", "cuda", "triton"]]
+    assert started[1]["a"]["Flex"] == "its process said nothing for 1 s: compiling"
+
+
+def test_one_backend_that_raises_costs_its_own_rows(monkeypatch):
+    race = next(r for r in own_races(small=True) if r.op == "apply_rope")
+    ours = Problem.ours
+
+    def raises():
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr("benchmarks.gpu.race.backends", lambda spec, device: ["reference", "cpu"])
+    monkeypatch.setattr(Problem, "ours", lambda self, name=None: raises if name == "reference" else ours(self, name))
+    said = []
+    track = Track("cpu", None, LIMITS, 0.0, busy=lambda who, ours: said.append((who, ours)))
+    rows = list(race_unit(units(race)[0], track, {"Hugging Face eager": "it said nothing"}))
+    assert [(row["backend"], row["status"]) for row in rows] == [("reference", "failed"), ("cpu", "warmed")]
+    assert rows[0]["why"] == "RuntimeError: no kernel image is available"
+    assert {"name": "Hugging Face eager", "why": "it said nothing"} in rows[1]["rivals"]
+    assert said[-2:] == [("reference", True), ("cpu", True)]
+    assert {ours for _, ours in said[:-2]} == {False}
+
+
+def test_several_ops_are_chosen():
+    assert gpu.parse(["--op", "attention", "kv_append"]).op == ["attention", "kv_append"]
+    said = []
+    worker.race(
+        worker.parse(["race", "--device=cpu", "--small", "--warm", "--op=apply_rope", "--op=lower_mask"]), said.append
+    )
+    assert {row["op"] for row in said if "op" in row} == {"apply_rope", "lower_mask"}
+    assert not [row for row in said if row.get("status") == "failed"]
 
 
 def test_a_failure_is_the_exit_status(monkeypatch, tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,35 +19,44 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import preferences, report
-from benchmarks.gpu.supervise import ROOT, run_stage
+from benchmarks.gpu.supervise import ROOT, cuda_tool, run_stage, run_within
 
 # Seconds from the start by which a stage has ended: build, machine, proof (and sanitizer), tune, race.
 DEADLINES = {"build": 150, "machine": 180, "proof": 310, "tune": 310, "race": 515}
-QUICK = {"build": 60, "machine": 75, "proof": 115, "tune": 115, "race": 165}
+QUICK = {"build": 90, "machine": 105, "proof": 135, "tune": 135, "race": 172}
 TUNING = {"proof": 250, "tune": 350}
 
 
-def has_gpu() -> str | None:
-    """None where torch sees a CUDA GPU, else the sentence. Asked of another process: this one stays clear of CUDA."""
-    asked = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
+# What setup.py compiles for a GPU of that generation; the driver compiles PTX for what is newer.
+ARCHITECTURES = {8: "80", 9: "90a"}
+
+
+def look_for_gpu() -> tuple[str | None, str]:
+    """(the sentence where torch sees no CUDA GPU, what setup.py should compile for). Asked of another process: this one
+    stays clear of CUDA."""
+    asked = """
+import torch
+major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+print(torch.__version__, torch.version.cuda, major)
+"""
     told = subprocess.run([sys.executable, "-W", "ignore", "-c", asked], capture_output=True, text=True)
     if told.returncode:
-        return f"torch cannot be imported by {sys.executable}: {told.stderr.strip().splitlines()[-1:]}"
-    torch_version, cuda, available = told.stdout.split()[-3:]
-    if available != "True":
-        return f"no CUDA GPU: torch {torch_version} (CUDA {cuda}) sees none; the CPU's numbers are `make bench`"
-    return None
+        return f"torch cannot be imported by {sys.executable}: {told.stderr.strip().splitlines()[-1:]}", ""
+    torch_version, cuda, major = told.stdout.split()[-3:]
+    if major == "0":
+        return f"no CUDA GPU: torch {torch_version} (CUDA {cuda}) sees none; the CPU's numbers are `make bench`", ""
+    return None, ARCHITECTURES.get(int(major), "ptx")
 
 
 class Run:
     """One run: what it found so far, and the time it has."""
 
-    def __init__(self, arguments: argparse.Namespace, clock: Callable[[], float] = time.monotonic):
-        self.arguments, self.clock, self.began = arguments, clock, clock()
+    def __init__(self, arguments: argparse.Namespace, architecture: str = "", began: float | None = None):
+        self.arguments, self.architecture = arguments, architecture
+        self.began = time.monotonic() if began is None else began
         self.deadlines = (QUICK if arguments.quick else DEADLINES) | (TUNING if arguments.tune else {})
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
         self.found: dict[str, Any] = {
-            "environment": {"date": date.today().isoformat(), "commit": commit.stdout.strip() or "unknown"},
+            "environment": {"date": date.today().isoformat(), "commit": _commit()},
             "ceilings": {"copy_gb_per_s": 4300.0, "bf16_tflop_per_s": 790.0, "measured": False},
             "proof": [],
             "sanitizer": [],
@@ -61,7 +69,7 @@ class Run:
         return self.began + self.deadlines[stage]
 
     def left(self, stage: str) -> float:
-        return self.until(stage) - self.clock()
+        return self.until(stage) - time.monotonic()
 
     def store(self) -> Path:
         return report.store(self.found, self.arguments.out.resolve())
@@ -73,16 +81,17 @@ class Run:
     # ---- stages ------------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """The native library, in place, with what is there."""
+        """The native library, in place, with what is there, for this GPU alone."""
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(self.left("build"), 1))
-        except subprocess.TimeoutExpired:
+        status, said = run_within(command, self.left("build"), {"VKERNELS_CUDA_ARCHS": self.architecture})
+        if status is None:
             self.lose("build", "the native library was not built in time; Triton's kernels need none", "failed")
-            return
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            self.lose("build", f"the native library could not be built: {' '.join(last)[:300]}", "failed")
+        elif status:
+            lines = said.strip().splitlines()
+            wrong = [line for line in lines if "error" in line.lower()] or lines[-1:]
+            self.lose("build", f"the native library could not be built: {' / '.join(wrong)[:300]}", "failed")
+        else:
+            print("\n".join(line for line in said.splitlines() if line.startswith("CUDA: ")), flush=True)
 
     def machine(self) -> None:
         def listen(said: dict[str, Any]) -> None:
@@ -119,14 +128,15 @@ class Run:
         self.found["lost"] += self._stage("proof", options, self.found["proof"].append, patience=90)
 
     def _sanitize(self) -> None:
-        tool = shutil.which("compute-sanitizer")
+        tool = cuda_tool("compute-sanitizer")
         if self.arguments.quick:
             self.lose("sanitizer", "left out of a quick run")
         elif tool is None:
-            self.lose("sanitizer", "compute-sanitizer is not on the path")
+            self.lose("sanitizer", "compute-sanitizer was not found (CUDA_HOME, PATH, /usr/local/cuda/bin)")
         else:
             # torch's caching allocator would hide accesses outside a tensor from the tool.
             before = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
+            before += ["--report-api-errors", "no"]  # torch asks the driver for what may not be there
             found = self.found["sanitizer"]
             self.found["lost"] += self._stage("proof", ["--few"], found.append, patience=120, before=before)
 
@@ -134,15 +144,14 @@ class Run:
         if self.arguments.tune:
             minutes = max(self.left("tune"), 1) / 60
             command = [sys.executable, "-W", "ignore", "-m", "vkernels", "tune", "--minutes", f"{minutes:.2f}"]
-            try:
-                done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=minutes * 60 + 15)
-            except subprocess.TimeoutExpired:
+            status, said = run_within(command, minutes * 60 + 15)
+            if status is None:
                 self.lose("tune", "no time was left")
                 return
-            self.found["tuned"] = done.stdout.splitlines()
-            print(done.stdout, flush=True)
-            if done.returncode:
-                self.lose("tune", done.stderr.strip()[-300:], "failed")
+            self.found["tuned"] = said.splitlines()
+            print(said, flush=True)
+            if status:
+                self.lose("tune", said.strip()[-300:], "failed")
 
     def race(self) -> None:
         def listen(row: dict[str, Any]) -> None:
@@ -172,7 +181,7 @@ class Run:
         for stage in (self.build, self.machine, self.proof, self.tune, self.race, self.prefer):
             if stage.__name__ == "build" and self.arguments.no_build:
                 continue
-            print(f"-- {stage.__name__}, {self.clock() - self.began:.0f} s", flush=True)
+            print(f"-- {stage.__name__}, {time.monotonic() - self.began:.0f} s", flush=True)
             try:
                 stage()
             except Exception as error:
@@ -180,8 +189,17 @@ class Run:
             path = self.store()
         print(report.summary(self.found))
         print(report.table(self.found))
-        print(f"stored in {path}, {self.clock() - self.began:.0f} s", flush=True)
+        print(f"stored in {path}, {time.monotonic() - self.began:.0f} s", flush=True)
         return 1 if report.failures(self.found) else 0
+
+
+def _commit() -> str:
+    """ "unknown" where the tree came without its history, or git is not installed."""
+    try:
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return "unknown"
+    return told.stdout.strip() or "unknown"
 
 
 def _ops() -> list[str]:
@@ -194,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 minutes instead of 9")
     parser.add_argument("--tune", action="store_true", help="also measure tiles and write tiles.json")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--op", nargs="*", action="extend", default=[])
     parser.add_argument(
         "--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the same programs without a GPU"
     )
@@ -204,11 +222,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.device == "cuda" and (why := has_gpu()):
-        print(f"make gpu: {why}", file=sys.stderr)
-        return 2
-    return Run(arguments).all()
+    arguments, began, architecture = parse(argv), time.monotonic(), ""
+    if arguments.device == "cuda":
+        why, architecture = look_for_gpu()
+        if why:
+            print(f"make gpu: {why}", file=sys.stderr)
+            return 2
+    return Run(arguments, architecture, began).all()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from benchmarks.gpu.supervise import emit
 from vkernels.spec import Case, OpSpec, Shape
 from vkernels.testing.evidence import arguments, assert_gradients, assert_outputs
 
+FATAL = (
+    "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
+    "illegal instruction",
+)  # fmt: skip
 NO_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 
 
@@ -57,13 +61,12 @@ def _one(spec: OpSpec, backend: str, case: Case, dtype: torch.dtype, device: str
     except NO_MEMORY:
         return "skipped", "the reference in float64 does not fit this GPU's memory"
     except Exception as error:
-        if _context_is_lost(error):
+        if context_is_lost(error):
             raise
         return "failed", f"{type(error).__name__}: {str(error)[:300]}"
     return "passed", ""
 
 
-def _context_is_lost(error: Exception) -> bool:
+def context_is_lost(error: Exception) -> bool:
     """After these nothing runs in this process any more."""
-    text = str(error)
-    return any(sign in text for sign in ("illegal memory access", "device-side assert", "unspecified launch failure"))
+    return any(sign in str(error) for sign in FATAL)

@@ -2,71 +2,113 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.cases import DeviceMaker, Race
-from benchmarks.gpu.proof import backends, refused
+from benchmarks.gpu.proof import backends, context_is_lost, refused
 from vkernels.bench.clock import in_turn, spread
 from vkernels.bench.measure import TOLERANCE, relative_error
-from vkernels.bench.problem import Call, Problem, backward_cost, outputs, pulls_of, without_gradients
+from vkernels.bench.problem import Call, Problem, backward_cost, name_of, outputs, pulls_of, without_gradients
 from vkernels.bench.rivals import Rival, reason, rivals_of
 
 BAND = 256 << 20  # bytes from which a share of the copy rate is judged
 
 
-def race_case(race: Race, device: str, timer: Any, limits: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """Rows of one case; `seconds` is the measuring time of one comparison. Without a timer everything is run and
+@dataclass(frozen=True)
+class Unit:
+    """What is raced at a time: a case in one dtype and direction."""
+
+    race: Race
+    dtype: torch.dtype
+    direction: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.race.op}/{self.race.id}/{name_of(self.dtype)}/{self.direction}"
+
+    def row(self, problem: Problem) -> dict[str, Any]:
+        """What every row of it says."""
+        race, spec = self.race, problem.spec
+        row = {"op": race.op, "id": race.id, "model": race.model, "dtype": name_of(self.dtype)}
+        if spec and (kind := next((b.kind for b in spec.backends if b.kind is not None), None)):
+            row["kind"] = kind(spec.prepare(**problem.kwargs))[1]
+        return row | {"direction": self.direction}
+
+
+def units(race: Race) -> list[Unit]:
+    directions = ("forward", "backward") if race.gradients else ("forward",)
+    return [Unit(race, dtype, direction) for dtype in race.dtypes for direction in directions]
+
+
+@dataclass
+class Track:
+    """Where units are raced. `seconds` is the measuring time of one comparison. Without a timer everything is run and
     compared and nothing timed: what is compiled then is found compiled later."""
-    rows = []
-    for dtype in race.dtypes:
-        for direction in ("forward", "backward") if race.gradients else ("forward",):
-            rows += _race(race, dtype, direction, device, timer, limits, seconds)
-            if device.startswith("cuda"):
-                gc.collect()
-                torch.cuda.empty_cache()
-    return rows
+
+    device: str
+    timer: Any
+    limits: dict[str, Any]
+    seconds: float
+    busy: Callable[[str, bool], None] = lambda who, ours: None  # told who runs next, before it can hang or crash
 
 
-def _race(race: Race, dtype, direction: str, device: str, timer: Any, limits: dict, seconds: float) -> list[dict]:
-    problem = Problem(race.op, race.make(DeviceMaker(dtype, device)), race.visible)
+def race_unit(unit: Unit, track: Track, without: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row per backend of ours. `without`: who broke an earlier attempt, and how; "" where its row is known already."""
+    without, race = without or {}, unit.race
+    problem = Problem(race.op, race.make(DeviceMaker(unit.dtype, track.device)), race.visible)
     problem.kwargs.pop("return_lse", None)  # an output nobody else has
     spec, kwargs = problem.spec, problem.kwargs
-    leaves = problem.leaves() if direction == "backward" else []
-    if direction == "backward" and not leaves:
-        return []
-    row = {
-        "op": race.op,
-        "id": race.id,
-        "model": race.model,
-        "dtype": str(dtype).removeprefix("torch."),
-        "direction": direction,
-    }
-    if spec and (kind := next((b.kind for b in spec.backends if b.kind is not None), None)):
-        row["kind"] = kind(spec.prepare(**kwargs))[1]
-    opponents, excuses = [], []
-    for rival in rivals_of(race.op):
-        opponent = None if "math" in rival.name else _ready(rival, problem, leaves)
-        if opponent is not None:
-            (opponents if isinstance(opponent, Opponent) else excuses).append(opponent)
-    rows = []
-    names = backends(spec, device) if spec else ["torch"]
-    for name in names:
-        if spec and (why := refused(spec, name, kwargs)):
-            rows.append({**row, "backend": name, "status": "skipped", "why": why})
+    leaves = problem.leaves() if unit.direction == "backward" else []
+    if unit.direction == "backward" and not leaves:
+        return
+    row = unit.row(problem)
+    opponents, excuses = _opponents(problem, leaves, track, without)
+    for name in backends(spec, track.device) if spec else ["torch"]:
+        if name in without:
             continue
+        if spec and (why := refused(spec, name, kwargs)):
+            yield {**row, "backend": name, "status": "skipped", "why": why}
+            continue
+        track.busy(name, True)
         ours = _directed(problem.ours(name if spec else None), leaves)
         try:
-            rows.append(_measured(row | {"backend": name}, race, problem, ours, opponents, timer, limits, seconds))
+            measured = _measured(row | {"backend": name}, race, problem, ours, opponents, track)
+        except torch.cuda.OutOfMemoryError:
+            yield {**row, "backend": name, "status": "skipped", "why": "does not fit this GPU's memory"}
         except AssertionError as error:
-            rows.append({**row, "backend": name, "status": "failed", "why": f"not timed: {error}"})
+            yield {**row, "backend": name, "status": "failed", "why": f"not timed: {error}"}
+        except Exception as error:
+            if context_is_lost(error):
+                raise
+            yield {**row, "backend": name, "status": "failed", "why": reason(error)}
+        else:
+            measured["rivals"] += excuses
+            yield measured
+
+
+def _opponents(
+    problem: Problem, leaves: Sequence[torch.Tensor], track: Track, without: Mapping[str, str]
+) -> tuple[list[Opponent], list[dict[str, Any]]]:
+    """The rivals that ran once, and why the others cannot."""
+    opponents: list[Opponent] = []
+    excuses: list[dict[str, Any]] = []
+    for rival in rivals_of(problem.op):
+        if "math" in rival.name:
             continue
-        rows[-1]["rivals"] += excuses
-    return rows
+        if rival.name in without:
+            excuses.append({"name": rival.name, "why": without[rival.name]})
+            continue
+        track.busy(rival.name, False)
+        opponent = _ready(rival, problem, leaves)
+        if isinstance(opponent, Opponent):
+            opponents.append(opponent)
+        elif opponent is not None:
+            excuses.append(opponent)
+    return opponents, excuses
 
 
 def _directed(call: Call, leaves: Sequence[torch.Tensor]) -> Call:
@@ -101,6 +143,8 @@ def _ready(rival: Rival, problem: Problem, leaves: Sequence[torch.Tensor]) -> Op
         directed()
         return Opponent(rival.name, directed, rival.compare)
     except Exception as error:
+        if context_is_lost(error):
+            raise
         return {"name": rival.name, "why": reason(error)}
 
 
@@ -112,7 +156,7 @@ def _agrees(ours: Any, rival: Any, dtype: torch.dtype) -> float:
 
 
 def _measured(
-    row, race: Race, problem: Problem, ours: Call, opponents: Sequence[Opponent], timer, limits, seconds
+    row, race: Race, problem: Problem, ours: Call, opponents: Sequence[Opponent], track: Track
 ) -> dict[str, Any]:
     dtype = getattr(torch, row["dtype"])
     result = ours()
@@ -124,9 +168,9 @@ def _measured(
                 wrong.append(f"differs from {opponent.name} by {errors[opponent.name]:.1e}")
     assert not wrong, "; ".join(wrong)
     del result
-    if timer is None:
+    if track.timer is None:
         return {**row, "status": "warmed", "rivals": []}
-    times = in_turn(timer, [ours, *(o.call for o in opponents)], seconds)
+    times = in_turn(track.timer, [ours, *(o.call for o in opponents)], track.seconds)
     mine, low, high = spread(times[0])
     cost = problem.cost() if row["direction"] == "forward" else backward_cost(problem.op, problem.cost())
     flop, moved = cost.flop, cost.bytes
@@ -150,9 +194,9 @@ def _measured(
         "ms_p20": low,
         "ms_p80": high,
         "gb_per_s": moved / mine / 1e6,
-        "copy_share": moved / mine / 1e6 / limits["copy_gb_per_s"],
+        "copy_share": moved / mine / 1e6 / track.limits["copy_gb_per_s"],
         "tflop_per_s": flop / mine / 1e9,
-        "product_share": flop / mine / 1e9 / limits["bf16_tflop_per_s"],
+        "product_share": flop / mine / 1e9 / track.limits["bf16_tflop_per_s"],
         "bytes": moved,
         "rivals": raced,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import shutil
@@ -15,10 +16,11 @@ import torch
 
 import vkernels
 from benchmarks.gpu.cases import own_races, races
-from benchmarks.gpu.proof import backends, prove
-from benchmarks.gpu.race import race_case
-from benchmarks.gpu.supervise import emit
+from benchmarks.gpu.proof import backends, context_is_lost, prove
+from benchmarks.gpu.race import Track, race_unit, units
+from benchmarks.gpu.supervise import cuda_tool, emit
 from vkernels.bench.clock import ceilings, timer_for
+from vkernels.bench.rivals import reason
 from vkernels.spec import all_specs
 
 Report = Callable[[dict[str, Any]], None]
@@ -64,16 +66,20 @@ def _version(package: str) -> str:
 
 
 def _nvcc() -> str:
-    tool = shutil.which("nvcc")
+    tool = cuda_tool("nvcc")
     if tool is None:
         return "not found"
     return subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[-1]
 
 
-def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
-    """Ops against float64; `--few`: three cases each, for a sanitizer that is slow."""
+def limit_memory(arguments: argparse.Namespace) -> None:
     if arguments.memory and arguments.device.startswith("cuda"):
         torch.cuda.set_per_process_memory_fraction(arguments.memory)
+
+
+def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
+    """Ops against float64; `--few`: three cases each, for a sanitizer that is slow."""
+    limit_memory(arguments)
     for spec in all_specs():
         if arguments.op and spec.name not in arguments.op:
             continue
@@ -88,35 +94,33 @@ def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
 
 def race(arguments: argparse.Namespace, report: Report = emit) -> None:
     """Every case, in the order of importance."""
+    limit_memory(arguments)
     timer = None if arguments.warm else timer_for(arguments.device)
-    limits = json.loads(arguments.limits)
-    if arguments.memory and arguments.device.startswith("cuda"):
-        torch.cuda.set_per_process_memory_fraction(arguments.memory)
+    track = Track(
+        arguments.device, timer, json.loads(arguments.limits), arguments.seconds,
+        busy=lambda who, ours: report({"busy": who, "ours": ours}),
+    )  # fmt: skip
     chosen = own_races(small=True) if arguments.small else races()
-    planned = {f"{case.op}/{case.id}": case for case in chosen if not arguments.op or case.op in arguments.op}
+    cases = [case for case in chosen if not arguments.op or case.op in arguments.op]
+    planned = {unit.name: unit for case in cases for unit in units(case)}
     report({"plan": list(planned)})
-    for name, case in planned.items():
+    for name, unit in planned.items():
         if name in arguments.skip:
             continue
         report({"begin": name})
+        said = {"stage": "race", "op": unit.race.op, "id": unit.race.id}
         try:
-            for row in race_case(case, arguments.device, timer, limits, arguments.seconds):
-                report({"stage": "race", **row})
+            for row in race_unit(unit, track, json.loads(arguments.without).get(name)):
+                report(said | row)
         except torch.cuda.OutOfMemoryError:
-            report(
-                {
-                    "stage": "race",
-                    "op": case.op,
-                    "id": case.id,
-                    "status": "skipped",
-                    "why": "does not fit this GPU's memory",
-                }
-            )
+            report(said | {"status": "skipped", "why": "does not fit this GPU's memory"})
         except Exception as error:
-            if "illegal memory access" in str(error):
+            if context_is_lost(error):
                 raise
-            why = f"{type(error).__name__}: {str(error)[:300]}"
-            report({"stage": "race", "op": case.op, "id": case.id, "status": "failed", "why": why})
+            report(said | {"status": "failed", "why": reason(error)})
+        if arguments.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
         report({"end": name})
 
 
@@ -124,8 +128,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
     parser.add_argument("stage", choices=["machine", "proof", "race"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--op", nargs="*", action="extend", default=[])
     parser.add_argument("--skip", action="append", default=[])
+    parser.add_argument("--without", default="{}", help="JSON: case -> who broke it before -> how")
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--small", action="store_true")
