@@ -40,7 +40,7 @@ def _back(c: Call, o: torch.Tensor) -> torch.Tensor:
 def _race(kernel: str, axis: str) -> room.Prepare:
     def prepared(problem: problems.Problem) -> problems.Call | None:
         c = prepare(**problem.kwargs)
-        if c.axis != axis:
+        if c.axis != axis or c.rope is not None:
             return None
 
         def call() -> torch.Tensor:
