@@ -95,8 +95,9 @@ def mixed() -> bool:
 
 def disagree(kind: str) -> None:
     """A graph whose call must be refused on every rank before anything is sent."""
+    torch._dynamo.reset()
     odd, mask, other = dist.get_rank() == 1, masks()["frame_causal"], masks()["causal"]
-    x = torch.randn(2, 12 + (odd and kind == "tokens"), 4, 8)
+    x = torch.randn(2, 12 + (odd and kind == "tokens"), 4, 8, requires_grad=True)
 
     def step(x: Tensor, mask, other) -> Tensor:
         if kind == "gather":

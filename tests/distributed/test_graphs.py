@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch.distributed")
 import graph_work as work
+import work as eager
 
 AGREED = {"all_gather_into_tensor", "wait_tensor"}
 OWN = {
@@ -43,4 +44,4 @@ def test_disagreement_is_refused_everywhere(ranks, kind):
     rule = "be accepted by every rank" if kind in OWN else "agree on every rank"
     assert rule in said[0]
     assert OWN.get(kind, rule) in said[1]
-    assert all(ranks(2).run(work.mixed))  # and the group still works
+    assert all(ranks(2).run(eager.moved))  # and the group still works
