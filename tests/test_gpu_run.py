@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report, supervise, worker
 from benchmarks.gpu.cases import Race, Target, own_races, races
-from benchmarks.gpu.proof import backends, prove
+from benchmarks.gpu.proof import backends, capture_one, prove, prove_masks
 from benchmarks.gpu.race import Track, judged, race_unit, units
 from benchmarks.readme import gpu_numbers
 from vkernels.bench import rivals
@@ -29,7 +30,9 @@ from vkernels.bench.measure import relative_error
 from vkernels.bench.problem import Problem, with_contents
 from vkernels.bench.rivals import sdpa
 from vkernels.library import INTERPRETED
-from vkernels.spec import Shape, all_specs
+from vkernels.masks import VideoMask
+from vkernels.spec import Case, Shape, all_specs, compiled_specs
+from vkernels.testing.results import tensors_of
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
 NOT_ON_CPU = (
@@ -125,6 +128,71 @@ def test_a_real_size_is_proven(monkeypatch):
     name = "decode_attention/cpu/toy/bfloat16"
     assert said[0] == {"plan": [name]}
     assert (said[2]["id"], said[2]["status"]) == (name, "passed")
+
+
+def test_plans_of_masks_are_proven(monkeypatch):
+    """Those of lower_mask's cases and of attention's; a plan that differs in one element fails."""
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["reference"])
+    said = []
+    worker.proof(worker.parse(["proof", "--device=cpu", "--op=lower_mask"]), said.append)
+    rows = [row for row in said if "status" in row]
+    assert {"lower_mask/reference/frame_causal", "lower_mask/reference/attention/keep"} <= {row["id"] for row in rows}
+    assert {(row["op"], row["status"]) for row in rows} == {("lower_mask", "passed")}
+
+    def off_by_one(mask, device, backend):
+        plan = plan_of(mask, device, "reference")
+        return plan if backend == "reference" else replace(plan, ranges=plan.ranges - 1, _cache={})
+
+    plan_of = VideoMask.plan
+    monkeypatch.setattr(VideoMask, "plan", off_by_one)
+    monkeypatch.setattr("benchmarks.gpu.proof.refused", lambda *_: None)
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["wrong"])
+    cases = [Case("causal", lambda m: {"mask": VideoMask.causal(5)})]
+    said.clear()
+    prove_masks(cases, "cpu", report=said.append)
+    assert said[2]["status"] == "failed"
+    assert "argument 5 of the plan differs" in said[2]["why"]
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda s: s.name)
+def test_a_call_is_captured_and_replayed(monkeypatch, spec):
+    """The graph played by the call itself; one that gives what it gave when it was captured is found out."""
+    monkeypatch.setattr("benchmarks.gpu.proof.captured", lambda call: call)
+    assert capture_one(spec, "cpu", spec.cases, "cpu") == ("passed", "")
+
+    def stale(call):
+        held = [x.clone() for x in tensors_of(spec, call())]
+        return lambda: held
+
+    monkeypatch.setattr("benchmarks.gpu.proof.captured", stale)
+    monkeypatch.setattr("benchmarks.gpu.proof.tensors_of", lambda s, r: r if type(r) is list else tensors_of(s, r))
+    with pytest.raises(AssertionError, match="of the replay differs"):
+        capture_one(spec, "cpu", spec.cases, "cpu")
+
+
+def test_real_sizes_have_memory_of_their_own(monkeypatch, tmp_path):
+    """Never more than there is at a time, and attention's float64 gets most of it."""
+    running, most, seen = [], [], []
+
+    def stage(name, arguments, **_):
+        given = {x.split("=")[0]: x.split("=")[1] for x in arguments if "=" in x}
+        share = float(given["--memory"])
+        running.append(share)
+        most.append(sum(running))
+        seen.append((name, given["--op"], "--shapes" in arguments, share))
+        time.sleep(0.02)
+        running.remove(share)
+        return []
+
+    monkeypatch.setattr(gpu, "run_stage", stage)
+    monkeypatch.setattr(gpu, "cuda_tool", lambda name: None)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
+    gpu.Run(gpu.parse([f"--out={tmp_path}"])).proof()
+    ops = {spec.name for spec in compiled_specs()}
+    assert {op for name, op, shapes, _ in seen if name == "proof" and shapes} == ops
+    assert {op for name, op, shapes, _ in seen if name == "proof" and not shapes} == ops
+    assert max(most) <= 0.94
+    assert next(share for _, op, shapes, share in seen if shapes and op == "attention") >= 0.6
 
 
 def test_every_size_of_every_spec_is_raced():

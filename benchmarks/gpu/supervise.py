@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,26 @@ def _end_group(process: subprocess.Popen, patience: float = 5.0) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience)
+
+
+class Shares:
+    """The GPU's memory among processes that run side by side: who asks first is served first."""
+
+    def __init__(self, whole: float = 0.93):  # the rest is contexts
+        self.left = whole
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, share: float) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self.left >= share - 1e-9)
+            self.left -= share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.left += share
+                self._changed.notify_all()
 
 
 def _lines(stream: Any, into: queue.Queue) -> None:
