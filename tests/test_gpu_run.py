@@ -31,7 +31,7 @@ from vkernels.bench.problem import Problem, with_contents
 from vkernels.bench.rivals import sdpa
 from vkernels.library import INTERPRETED
 from vkernels.masks import VideoMask
-from vkernels.spec import Case, Shape, all_specs, compiled_specs
+from vkernels.spec import Blank, Case, Shape, all_specs, compiled_specs
 from vkernels.testing.results import tensors_of
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
@@ -199,6 +199,20 @@ def test_every_size_of_every_spec_is_raced():
     raced = {(race.op, race.id) for race in races()}
     assert {(spec.name, shape.id) for spec in all_specs() for shape in spec.shapes} <= raced
     assert len(raced) == len(races()), "two races of one name"
+
+
+def test_what_is_promised_for_a_gpu_is_raced():
+    """Sizes and targets that docs/kernels state, by the beginning of the target."""
+    stated = {(race.op, race.id): (str(race.forward), str(race.backward)) for race in own_races()}
+    assert stated["attention", "frame-causal 32,768, d=128"] == (">= 600 TFLOP/s", ">= 480 TFLOP/s")
+    assert stated["attention", "keep 50% of 8,192 keys"][0] == ">= 1.9x SDPA"
+    assert stated["attention", "keep 25% of 8,192 keys"][0] == ">= 3.7x SDPA"
+    assert stated["divided_attention", "spatial 576 + 0, 16 frames, d=64"][0] == ">= 480 TFLOP/s"
+    assert stated["divided_attention", "spatial 1024 + 0, 16 frames, d=64"][0] == ">= 500 TFLOP/s"
+    keys = next(race for race in own_races() if race.id == "keep 25% of 8,192 keys")
+    plan = keys.make(Blank())["mask"].plan("cpu")
+    assert plan.q_rows is None
+    assert 1900 < int(plan.k_count) < 2200
 
 
 def test_a_wrong_kernel_has_no_speed(monkeypatch):
