@@ -1,8 +1,9 @@
 """`make gpu`, run without a GPU: the same programs at toy sizes on the CPU, every rival called and compared, every cell
 of the table and the JSON written. What only a GPU can say is not in here: its times.
 
-Trusted after mutation: a rival that returns its input, a NaN in our output, a hung worker waited for and a failure that
-leaves the exit status 0 each turned a test red.
+Trusted after mutation: a rival that returns its input, a NaN in our output, a hung worker waited for, a failure that
+leaves the exit status 0, a build killed without being asked to end, shares of memory nobody waits for, and a graph
+compared with itself each turned a test red.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def test_real_sizes_have_memory_of_their_own(monkeypatch, tmp_path):
     ops = {spec.name for spec in compiled_specs()}
     assert {op for name, op, shapes, _ in seen if name == "proof" and shapes} == ops
     assert {op for name, op, shapes, _ in seen if name == "proof" and not shapes} == ops
-    assert max(most) <= 0.94
+    assert max(most) <= 0.91
     assert next(share for _, op, shapes, share in seen if shapes and op == "attention") >= 0.6
 
 
@@ -376,8 +377,8 @@ def test_who_broke_a_case_is_left_out_of_it():
         on_report({"plan": ["a"]})
         on_report({"begin": "a"})
         absent = (without or {}).get("a", {})
-        on_report({"busy": "Flex", "ours": False})
-        if "Flex" not in absent:
+        if "Flex" not in (without or {}).get("*", {}):
+            on_report({"busy": "Flex", "ours": False})
             return "stuck", "compiling"
         for backend in ("triton", "cuda"):
             if backend not in absent:
@@ -392,8 +393,8 @@ def test_who_broke_a_case_is_left_out_of_it():
     lost = supervise.run_stage("race", [], until=0, patience=1, on_report=rows.append, start=start)
     assert rows == [{"backend": "triton"}]
     assert [(x["id"], x["status"], x["why"]) for x in lost] == [("a, cuda", "failed", "its process crashed: illegal")]
-    assert [sorted((without or {}).get("a", {})) for without in started] == [[], ["Flex"], ["Flex", "cuda", "triton"]]
-    assert started[1]["a"]["Flex"] == "its process said nothing for 1 s: compiling"
+    assert [sorted((without or {}).get("a", {})) for without in started] == [[], [], ["cuda", "triton"]]
+    assert started[2]["*"]["Flex"] == "its process said nothing for 1 s: compiling"
 
 
 def test_one_backend_that_raises_costs_its_own_rows(monkeypatch):
@@ -423,6 +424,17 @@ def test_several_ops_are_chosen():
     )
     assert {row["op"] for row in said if "op" in row} == {"apply_rope", "lower_mask"}
     assert not [row for row in said if row.get("status") == "failed"]
+
+
+def test_a_rival_that_hung_is_not_waited_for_again():
+    said = []
+    without = json.dumps({"*": {"Hugging Face eager": "it hung"}})
+    options = ["race", "--device=cpu", "--small", "--warm", "--op=apply_rope", f"--without={without}"]
+    worker.race(worker.parse(options), said.append)
+    rows = [row for row in said if row.get("status") == "warmed"]
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all({"name": "Hugging Face eager", "why": "it hung"} in row["rivals"] for row in rows)
+    assert "Hugging Face eager" not in [row.get("busy") for row in said]
 
 
 def test_a_failure_is_the_exit_status(monkeypatch, tmp_path):

@@ -26,11 +26,11 @@ DEADLINES = {"build": 150, "machine": 180, "proof": 310, "tune": 310, "race": 51
 QUICK = {"build": 90, "machine": 105, "proof": 135, "tune": 135, "race": 172}
 TUNING = {"proof": 250, "tune": 350}
 
-
 # Parts of the GPU's memory: of a process with toy sizes, of one that compiles what is raced, and of an op's real sizes
-# with float64 beside them: attention's has a matrix of 8,192 x 8,192 per head.
-SMALL_SHARE, WARM_SHARE = 0.015, 0.05
-REAL_SHARE = {"attention": 0.7, "divided_attention": 0.15}
+# with float64 beside them: attention's has a matrix of 8,192 x 8,192 per head. It comes last and fits beside those that
+# still compile.
+SMALL_SHARE, WARM_SHARE, REAL_SHARE = 0.015, 0.028, 0.05
+LARGE_SHARE = {"attention": 0.65, "divided_attention": 0.15}
 
 # What setup.py compiles for a GPU of that generation; the driver compiles PTX for what is newer.
 ARCHITECTURES = {8: "80", 9: "90a"}
@@ -120,8 +120,10 @@ class Run:
         if not self.arguments.small:
             jobs += [(WARM_SHARE, self._warm, [f"--op={op}"]) for op in ops]
             if not self.arguments.quick:
-                large = sorted(ops, key=lambda op: -REAL_SHARE.get(op, WARM_SHARE))
-                jobs += [(REAL_SHARE.get(op, WARM_SHARE), self._prove, [f"--op={op}", "--shapes"]) for op in large]
+                real = {op: LARGE_SHARE.get(op, REAL_SHARE) for op in ops}
+                jobs += [
+                    (real[op], self._prove, [f"--op={op}", "--shapes"]) for op in sorted(real, key=real.__getitem__)
+                ]
 
         def run(share: float, job: Callable[[list[str]], None], options: list[str]) -> None:
             with shares.taken(share):
@@ -206,7 +208,7 @@ class Run:
 
 
 def _commit() -> str:
-    """ "unknown" where the tree came without its history, or git is not installed."""
+    """Short, or "unknown" where the tree came without its history or git is not installed."""
     try:
         told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     except OSError:

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "@vkernels "  # what begins a line of report; everything else is noise of the libraries below
+ALWAYS = "*"  # every case from now on: a rival that hung once is not waited for again
 SANITIZER = "========="  # what begins a line of compute-sanitizer
 
 
@@ -70,7 +71,7 @@ def _end_group(process: subprocess.Popen, patience: float = 5.0) -> None:
 class Shares:
     """The GPU's memory among processes that run side by side: who asks first is served first."""
 
-    def __init__(self, whole: float = 0.93):  # the rest is contexts
+    def __init__(self, whole: float = 0.9):  # the rest is contexts
         self.left = whole
         self._turn, self._changed = threading.Lock(), threading.Condition()
 
@@ -195,7 +196,7 @@ def run_stage(
             state.done.append(state.now)
             continue
         who, ours = state.busy
-        state.without.setdefault(state.now, {})[who] = why
+        state.without.setdefault(ALWAYS if how == "stuck" and not ours else state.now, {})[who] = why
         if ours:
             lose(f"{state.now}, {who}", "failed", why)
 

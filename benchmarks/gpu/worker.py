@@ -18,7 +18,7 @@ import vkernels
 from benchmarks.gpu.cases import own_races, races
 from benchmarks.gpu.proof import backends, context_is_lost, masked, prove, prove_masks
 from benchmarks.gpu.race import Track, race_unit, units
-from benchmarks.gpu.supervise import cuda_tool, emit
+from benchmarks.gpu.supervise import ALWAYS, cuda_tool, emit
 from vkernels.bench.clock import ceilings, timer_for
 from vkernels.bench.rivals import reason
 from vkernels.masks import spec as masks
@@ -108,6 +108,7 @@ def race(arguments: argparse.Namespace, report: Report = emit) -> None:
         busy=lambda who, ours: report({"busy": who, "ours": ours}),
     )  # fmt: skip
     chosen = own_races(small=True) if arguments.small else races()
+    without = json.loads(arguments.without)
     cases = [case for case in chosen if not arguments.op or case.op in arguments.op]
     planned = {unit.name: unit for case in cases for unit in units(case)}
     report({"plan": list(planned)})
@@ -117,7 +118,7 @@ def race(arguments: argparse.Namespace, report: Report = emit) -> None:
         report({"begin": name})
         said = {"stage": "race", "op": unit.race.op, "id": unit.race.id}
         try:
-            for row in race_unit(unit, track, json.loads(arguments.without).get(name)):
+            for row in race_unit(unit, track, without.get(ALWAYS, {}) | without.get(name, {})):
                 report(said | row)
         except torch.cuda.OutOfMemoryError:
             report(said | {"status": "skipped", "why": "does not fit this GPU's memory"})
