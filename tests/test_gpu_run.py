@@ -1,8 +1,9 @@
 """`make gpu`, run without a GPU: the same programs at toy sizes on the CPU, every rival called and compared, every cell
 of the table and the JSON written. What only a GPU can say is not in here: its times.
 
-Trusted after mutation: a rival that returns its input, a NaN in our output, a hung worker waited for and a failure that
-leaves the exit status 0 each turned a test red.
+Trusted after mutation: a rival that returns its input, a NaN in our output, a hung worker waited for, a failure that
+leaves the exit status 0, a build killed without being asked to end, shares of memory nobody waits for, and a graph
+compared with itself each turned a test red.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -20,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report, supervise, worker
 from benchmarks.gpu.cases import Race, Target, own_races, races
-from benchmarks.gpu.proof import backends, prove
+from benchmarks.gpu.proof import backends, capture_one, prove, prove_masks
 from benchmarks.gpu.race import Track, judged, race_unit, units
 from benchmarks.readme import gpu_numbers
 from vkernels.bench import rivals
@@ -29,7 +31,9 @@ from vkernels.bench.measure import relative_error
 from vkernels.bench.problem import Problem, with_contents
 from vkernels.bench.rivals import sdpa
 from vkernels.library import INTERPRETED
-from vkernels.spec import Shape, all_specs
+from vkernels.masks import VideoMask
+from vkernels.spec import Blank, Case, Shape, all_specs, compiled_specs
+from vkernels.testing.results import tensors_of
 
 LIMITS = {"copy_gb_per_s": 50.0, "bf16_tflop_per_s": 0.4}
 NOT_ON_CPU = (
@@ -127,10 +131,89 @@ def test_a_real_size_is_proven(monkeypatch):
     assert (said[2]["id"], said[2]["status"]) == (name, "passed")
 
 
+def test_plans_of_masks_are_proven(monkeypatch):
+    """Those of lower_mask's cases and of attention's; a plan that differs in one element fails."""
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["reference"])
+    said = []
+    worker.proof(worker.parse(["proof", "--device=cpu", "--op=lower_mask"]), said.append)
+    rows = [row for row in said if "status" in row]
+    assert {"lower_mask/reference/frame_causal", "lower_mask/reference/attention/keep"} <= {row["id"] for row in rows}
+    assert {(row["op"], row["status"]) for row in rows} == {("lower_mask", "passed")}
+
+    def off_by_one(mask, device, backend):
+        plan = plan_of(mask, device, "reference")
+        return plan if backend == "reference" else replace(plan, ranges=plan.ranges - 1, _cache={})
+
+    plan_of = VideoMask.plan
+    monkeypatch.setattr(VideoMask, "plan", off_by_one)
+    monkeypatch.setattr("benchmarks.gpu.proof.refused", lambda *_: None)
+    monkeypatch.setattr("benchmarks.gpu.proof.backends", lambda spec, device: ["wrong"])
+    cases = [Case("causal", lambda m: {"mask": VideoMask.causal(5)})]
+    said.clear()
+    prove_masks(cases, "cpu", report=said.append)
+    assert said[2]["status"] == "failed"
+    assert "argument 5 of the plan differs" in said[2]["why"]
+
+
+@pytest.mark.parametrize("spec", all_specs(), ids=lambda s: s.name)
+def test_a_call_is_captured_and_replayed(monkeypatch, spec):
+    """The graph played by the call itself; one that gives what it gave when it was captured is found out."""
+    monkeypatch.setattr("benchmarks.gpu.proof.captured", lambda call: call)
+    assert capture_one(spec, "cpu", spec.cases, "cpu") == ("passed", "")
+
+    def stale(call):
+        held = [x.clone() for x in tensors_of(spec, call())]
+        return lambda: held
+
+    monkeypatch.setattr("benchmarks.gpu.proof.captured", stale)
+    monkeypatch.setattr("benchmarks.gpu.proof.tensors_of", lambda s, r: r if type(r) is list else tensors_of(s, r))
+    with pytest.raises(AssertionError, match="of the replay differs"):
+        capture_one(spec, "cpu", spec.cases, "cpu")
+
+
+def test_real_sizes_have_memory_of_their_own(monkeypatch, tmp_path):
+    """Never more than there is at a time, and attention's float64 gets most of it."""
+    running, most, seen = [], [], []
+
+    def stage(name, arguments, **_):
+        given = {x.split("=")[0]: x.split("=")[1] for x in arguments if "=" in x}
+        share = float(given["--memory"])
+        running.append(share)
+        most.append(sum(running))
+        seen.append((name, given["--op"], "--shapes" in arguments, share))
+        time.sleep(0.02)
+        running.remove(share)
+        return []
+
+    monkeypatch.setattr(gpu, "run_stage", stage)
+    monkeypatch.setattr(gpu, "cuda_tool", lambda name: None)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
+    gpu.Run(gpu.parse([f"--out={tmp_path}"])).proof()
+    ops = {spec.name for spec in compiled_specs()}
+    assert {op for name, op, shapes, _ in seen if name == "proof" and shapes} == ops
+    assert {op for name, op, shapes, _ in seen if name == "proof" and not shapes} == ops
+    assert max(most) <= 0.91
+    assert next(share for _, op, shapes, share in seen if shapes and op == "attention") >= 0.6
+
+
 def test_every_size_of_every_spec_is_raced():
     raced = {(race.op, race.id) for race in races()}
     assert {(spec.name, shape.id) for spec in all_specs() for shape in spec.shapes} <= raced
     assert len(raced) == len(races()), "two races of one name"
+
+
+def test_what_is_promised_for_a_gpu_is_raced():
+    """Sizes and targets that docs/kernels state, by the beginning of the target."""
+    stated = {(race.op, race.id): (str(race.forward), str(race.backward)) for race in own_races()}
+    assert stated["attention", "frame-causal 32,768, d=128"] == (">= 600 TFLOP/s", ">= 480 TFLOP/s")
+    assert stated["attention", "keep 50% of 8,192 keys"][0] == ">= 1.9x SDPA"
+    assert stated["attention", "keep 25% of 8,192 keys"][0] == ">= 3.7x SDPA"
+    assert stated["divided_attention", "spatial 576 + 0, 16 frames, d=64"][0] == ">= 480 TFLOP/s"
+    assert stated["divided_attention", "spatial 1024 + 0, 16 frames, d=64"][0] == ">= 500 TFLOP/s"
+    keys = next(race for race in own_races() if race.id == "keep 25% of 8,192 keys")
+    plan = keys.make(Blank())["mask"].plan("cpu")
+    assert plan.q_rows is None
+    assert 1900 < int(plan.k_count) < 2200
 
 
 def test_a_wrong_kernel_has_no_speed(monkeypatch):
@@ -294,8 +377,8 @@ def test_who_broke_a_case_is_left_out_of_it():
         on_report({"plan": ["a"]})
         on_report({"begin": "a"})
         absent = (without or {}).get("a", {})
-        on_report({"busy": "Flex", "ours": False})
-        if "Flex" not in absent:
+        if "Flex" not in (without or {}).get("*", {}):
+            on_report({"busy": "Flex", "ours": False})
             return "stuck", "compiling"
         for backend in ("triton", "cuda"):
             if backend not in absent:
@@ -310,8 +393,8 @@ def test_who_broke_a_case_is_left_out_of_it():
     lost = supervise.run_stage("race", [], until=0, patience=1, on_report=rows.append, start=start)
     assert rows == [{"backend": "triton"}]
     assert [(x["id"], x["status"], x["why"]) for x in lost] == [("a, cuda", "failed", "its process crashed: illegal")]
-    assert [sorted((without or {}).get("a", {})) for without in started] == [[], ["Flex"], ["Flex", "cuda", "triton"]]
-    assert started[1]["a"]["Flex"] == "its process said nothing for 1 s: compiling"
+    assert [sorted((without or {}).get("a", {})) for without in started] == [[], [], ["cuda", "triton"]]
+    assert started[2]["*"]["Flex"] == "its process said nothing for 1 s: compiling"
 
 
 def test_one_backend_that_raises_costs_its_own_rows(monkeypatch):
@@ -341,6 +424,17 @@ def test_several_ops_are_chosen():
     )
     assert {row["op"] for row in said if "op" in row} == {"apply_rope", "lower_mask"}
     assert not [row for row in said if row.get("status") == "failed"]
+
+
+def test_a_rival_that_hung_is_not_waited_for_again():
+    said = []
+    without = json.dumps({"*": {"Hugging Face eager": "it hung"}})
+    options = ["race", "--device=cpu", "--small", "--warm", "--op=apply_rope", f"--without={without}"]
+    worker.race(worker.parse(options), said.append)
+    rows = [row for row in said if row.get("status") == "warmed"]
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all({"name": "Hugging Face eager", "why": "it hung"} in row["rivals"] for row in rows)
+    assert "Hugging Face eager" not in [row.get("busy") for row in said]
 
 
 def test_a_failure_is_the_exit_status(monkeypatch, tmp_path):

@@ -19,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import preferences, report
-from benchmarks.gpu.supervise import ROOT, cuda_tool, run_stage, run_within
+from benchmarks.gpu.supervise import ROOT, Shares, cuda_tool, run_stage, run_within
 
 # Seconds from the start by which a stage has ended: build, machine, proof (and sanitizer), tune, race.
 DEADLINES = {"build": 150, "machine": 180, "proof": 310, "tune": 310, "race": 515}
 QUICK = {"build": 90, "machine": 105, "proof": 135, "tune": 135, "race": 172}
 TUNING = {"proof": 250, "tune": 350}
 
+# Parts of the GPU's memory: of a process with toy sizes, of one that compiles what is raced, and of an op's real sizes
+# with float64 beside them: attention's has a matrix of 8,192 x 8,192 per head. It comes last and fits beside those that
+# still compile.
+SMALL_SHARE, WARM_SHARE, REAL_SHARE = 0.015, 0.028, 0.05
+LARGE_SHARE = {"attention": 0.65, "divided_attention": 0.15}
 
 # What setup.py compiles for a GPU of that generation; the driver compiles PTX for what is newer.
 ARCHITECTURES = {8: "80", 9: "90a"}
@@ -105,24 +110,33 @@ class Run:
         print(f"copy {copy:.0f} GB/s, bf16 product {product:.0f} TFLOP/s", flush=True)
 
     def proof(self) -> None:
-        """Ops side by side, a process each, because compiling is what takes the time; the sanitizer beside them."""
-        ops = self.arguments.op or _ops()
-        workers = max(1, min(2 * len(ops) + 1, (os.cpu_count() or 2) - 1))
-        share = f"--memory={0.9 / workers:.3f}"
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(self._prove, [f"--op={op}", share, *self._size()]) for op in ops]
-            jobs.append(pool.submit(self._sanitize))
-            jobs += [pool.submit(self._warm, [f"--op={op}", share]) for op in ops if not self.arguments.small]
-            for job in jobs:
-                job.result()
+        """Ops side by side, a process each, because compiling is what takes the time; the sanitizer beside them. Real
+        sizes come as soon as there is memory for their float64 references."""
+        ops = self.arguments.op or [*_ops(), "lower_mask"]
+        shares = Shares()
+        jobs: list[tuple[float, Callable[[list[str]], None], list[str]]] = []
+        jobs += [(SMALL_SHARE, self._prove, [f"--op={op}"]) for op in ops]
+        jobs.append((SMALL_SHARE, lambda _: self._sanitize(), []))
+        if not self.arguments.small:
+            jobs += [(WARM_SHARE, self._warm, [f"--op={op}"]) for op in ops]
+            if not self.arguments.quick:
+                real = {op: LARGE_SHARE.get(op, REAL_SHARE) for op in ops}
+                jobs += [
+                    (real[op], self._prove, [f"--op={op}", "--shapes"]) for op in sorted(real, key=real.__getitem__)
+                ]
+
+        def run(share: float, job: Callable[[list[str]], None], options: list[str]) -> None:
+            with shares.taken(share):
+                job([*options, f"--memory={share:.3f}"])
+
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 1)) as pool:
+            for started in [pool.submit(run, *job) for job in jobs]:
+                started.result()
                 self.store()
 
     def _warm(self, options: list[str]) -> None:
         """Compile what will be raced, while compiling disturbs nobody. What goes wrong here is said by the race."""
         self._stage("race", ["--warm", *options], lambda row: None, patience=90)
-
-    def _size(self) -> list[str]:
-        return [] if self.arguments.quick or self.arguments.small else ["--shapes"]
 
     def _prove(self, options: list[str]) -> None:
         self.found["lost"] += self._stage("proof", options, self.found["proof"].append, patience=90)
@@ -194,7 +208,7 @@ class Run:
 
 
 def _commit() -> str:
-    """ "unknown" where the tree came without its history, or git is not installed."""
+    """Short, or "unknown" where the tree came without its history or git is not installed."""
     try:
         told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     except OSError:

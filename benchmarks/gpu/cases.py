@@ -80,10 +80,12 @@ def _frame_causal(t: int, side: int, n: int, d: int, forward: float, backward: f
     )  # fmt: skip
 
 
-def _keep(share: float, s: int, ratio: float) -> Race:
+def _keep(share: float, s: int, ratio: float, queries: bool = True) -> Race:
+    """Dropped tokens ask nothing either; without `queries` they only are not looked at."""
     dropped = torch.rand(s, generator=torch.Generator().manual_seed(0)) >= share
-    mask = vk.VideoMask.joint(vk.Grid(1, 1, s)).keep(~dropped, queries=True)
-    return _attention(f"keep {share:.0%} of {s:,}", 2, s, 16, 64, mask, forward=Target("ratio", ratio, "SDPA"), rank=0)
+    mask = vk.VideoMask.joint(vk.Grid(1, 1, s)).keep(~dropped, queries=queries)
+    id = f"keep {share:.0%} of {s:,}{'' if queries else ' keys'}"
+    return _attention(id, 2, s, 16, 64, mask, forward=Target("ratio", ratio, "SDPA"), rank=0)
 
 
 def _spatial(b: int, t: int, side: int, n: int, d: int, cls: int, target: Target, model: str) -> Race:
@@ -157,7 +159,7 @@ def own_races(small: bool = False) -> list[Race]:
             _spatial(1, 2, 3, 2, 16, 1, Target("ratio", 2.0, "split"), "toy"),
             _frame_causal(3, 2, 2, 16, 350, 300),
             _attention("dense 24, d=16", 1, 24, 2, 16, None, forward=Target("tflops", 500)),
-            _keep(*half), _keep(*quarter),
+            _keep(*half), _keep(*quarter), _keep(0.5, 64, 1.9, queries=False),
             _decode("bf16", 1, (4, 2), 16, 40, Target("copy", 0.7)),
             _decode("int4", 1, (2, 2), 64, 200, Target("ratio", 3.0)),
             _rope(16, 4, 2, 32), _prologue(12, 4, 2, 32),
@@ -173,6 +175,8 @@ def own_races(small: bool = False) -> list[Race]:
         _temporal(4, 64, 16, 16, 64, 2.0, "BT-Adapter chat: 64 frames"),
         _spatial(8, 32, 16, 16, 64, 1, Target("tflops", 400), "CLIP ViT-L/14 with a shared CLS"),
         _spatial(8, 32, 16, 16, 64, 0, Target("tflops", 420), "ViT-L, 256 patches"),
+        _spatial(8, 16, 24, 16, 64, 0, Target("tflops", 480), "CLIP ViT-L/14 at 336 pixels"),
+        _spatial(4, 16, 32, 16, 64, 0, Target("tflops", 500), "ViT-L/14 at 448 pixels"),
         _attention(
             "dense 8,192, d=128", 1, 8192, 32, 128, None,
             forward=Target("tflops", 650), backward=Target("tflops", 560),
@@ -182,8 +186,11 @@ def own_races(small: bool = False) -> list[Race]:
         _frame_causal(8, 16, 32, 128, 350, 300),
         _frame_causal(16, 16, 32, 128, 520, 420),
         _frame_causal(32, 16, 32, 128, 560, 450),
+        _frame_causal(128, 16, 32, 128, 600, 480),
         _keep(0.5, 8192, 3.6),
         _keep(0.25, 8192, 14.0),
+        _keep(0.5, 8192, 1.9, queries=False),
+        _keep(0.25, 8192, 3.7, queries=False),
         _decode("bf16", 1, (32, 32), 128, 8224, Target("us", 36)),
         _decode("bf16", 1, (32, 32), 128, 16448, Target("us", 70)),
         _decode("bf16", 8, (32, 8), 128, 32768, Target("copy", 0.93)),

@@ -57,7 +57,7 @@ class Track:
 
 
 def race_unit(unit: Unit, track: Track, without: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-    """A row per backend of ours. `without`: who broke an earlier attempt, and how; "" where its row is known already."""
+    """A row per backend of ours. `without`: who broke an earlier attempt, and how; "" where a row is known."""
     without, race = without or {}, unit.race
     problem = Problem(race.op, race.make(DeviceMaker(unit.dtype, track.device)), race.visible)
     problem.kwargs.pop("return_lse", None)  # an output nobody else has

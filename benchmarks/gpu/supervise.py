@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "@vkernels "  # what begins a line of report; everything else is noise of the libraries below
+ALWAYS = "*"  # every case from now on: a rival that hung once is not waited for again
 SANITIZER = "========="  # what begins a line of compute-sanitizer
 
 
@@ -65,6 +66,26 @@ def _end_group(process: subprocess.Popen, patience: float = 5.0) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience)
+
+
+class Shares:
+    """The GPU's memory among processes that run side by side: who asks first is served first."""
+
+    def __init__(self, whole: float = 0.9):  # the rest is contexts
+        self.left = whole
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, share: float) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self.left >= share - 1e-9)
+            self.left -= share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.left += share
+                self._changed.notify_all()
 
 
 def _lines(stream: Any, into: queue.Queue) -> None:
@@ -175,7 +196,7 @@ def run_stage(
             state.done.append(state.now)
             continue
         who, ours = state.busy
-        state.without.setdefault(state.now, {})[who] = why
+        state.without.setdefault(ALWAYS if how == "stuck" and not ours else state.now, {})[who] = why
         if ours:
             lose(f"{state.now}, {who}", "failed", why)
 

@@ -16,12 +16,14 @@ import torch
 
 import vkernels
 from benchmarks.gpu.cases import own_races, races
-from benchmarks.gpu.proof import backends, context_is_lost, prove
+from benchmarks.gpu.proof import backends, context_is_lost, masked, prove, prove_masks
 from benchmarks.gpu.race import Track, race_unit, units
-from benchmarks.gpu.supervise import cuda_tool, emit
+from benchmarks.gpu.supervise import ALWAYS, cuda_tool, emit
 from vkernels.bench.clock import ceilings, timer_for
 from vkernels.bench.rivals import reason
-from vkernels.spec import all_specs
+from vkernels.masks import spec as masks
+from vkernels.ops.attention import spec as attention
+from vkernels.spec import Case, OpSpec, compiled_specs
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -78,18 +80,23 @@ def limit_memory(arguments: argparse.Namespace) -> None:
 
 
 def proof(arguments: argparse.Namespace, report: Report = emit) -> None:
-    """Ops against float64; `--few`: three cases each, for a sanitizer that is slow."""
+    """Ops against float64; `--few`: three cases each, for a sanitizer that is slow; `--shapes`: their real sizes."""
     limit_memory(arguments)
-    for spec in all_specs():
+
+    def chosen(spec: OpSpec) -> list[Case]:
+        return list(spec.shapes if arguments.shapes else spec.cases[: 3 if arguments.few else None])
+
+    for spec in compiled_specs():
         if arguments.op and spec.name not in arguments.op:
             continue
         if not backends(spec, arguments.device):
             report(
                 {"stage": "proof", "op": spec.name, "id": spec.name, "status": "skipped", "why": "no GPU backend yet"}
             )
-            continue
-        cases = list(spec.cases[:3] if arguments.few else [*spec.cases, *(spec.shapes if arguments.shapes else ())])
-        prove(spec, cases, arguments.device, arguments.skip, report)
+        elif spec is masks.SPEC:
+            prove_masks([*chosen(spec), *masked(chosen(attention.SPEC))], arguments.device, arguments.skip, report)
+        else:
+            prove(spec, chosen(spec), arguments.device, arguments.skip, report)
 
 
 def race(arguments: argparse.Namespace, report: Report = emit) -> None:
@@ -101,6 +108,7 @@ def race(arguments: argparse.Namespace, report: Report = emit) -> None:
         busy=lambda who, ours: report({"busy": who, "ours": ours}),
     )  # fmt: skip
     chosen = own_races(small=True) if arguments.small else races()
+    without = json.loads(arguments.without)
     cases = [case for case in chosen if not arguments.op or case.op in arguments.op]
     planned = {unit.name: unit for case in cases for unit in units(case)}
     report({"plan": list(planned)})
@@ -110,7 +118,7 @@ def race(arguments: argparse.Namespace, report: Report = emit) -> None:
         report({"begin": name})
         said = {"stage": "race", "op": unit.race.op, "id": unit.race.id}
         try:
-            for row in race_unit(unit, track, json.loads(arguments.without).get(name)):
+            for row in race_unit(unit, track, without.get(ALWAYS, {}) | without.get(name, {})):
                 report(said | row)
         except torch.cuda.OutOfMemoryError:
             report(said | {"status": "skipped", "why": "does not fit this GPU's memory"})

@@ -100,27 +100,33 @@ def last_level_cache() -> int:
     return max(sizes) if len(sizes) > 1 else 64 << 20
 
 
-def replayed(call: Call) -> Call:
-    """`call` as the replay of a CUDA graph, so that the host's time is in no sample; itself where it cannot be one."""
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = call()  # its outputs live as long as the graph that writes them
-    except RuntimeError:  # it asks the device for a value, or allocates in a way that graphs refuse
-        torch.cuda.synchronize()
-        return call
+def captured(call: Call) -> Call:
+    """`call` as the replay of a CUDA graph. Raises where it cannot be one: it asks the device for a value, or allocates
+    in a way that graphs refuse."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()  # its outputs live as long as the graph that writes them
 
     def replay() -> Any:
         graph.replay()
         return held
 
     return replay
+
+
+def replayed(call: Call) -> Call:
+    """`call` as the replay of a CUDA graph, so that the host's time is in no sample; itself where it cannot be one."""
+    try:
+        return captured(call)
+    except RuntimeError:  # others are faults of the call itself
+        torch.cuda.synchronize()
+        return call
 
 
 def loops_for(timer: Timer, call: Call) -> int:
