@@ -170,6 +170,7 @@ SPEC = OpSpec(
             lambda m: {**_half(m, 64, 8192), "gate": m.randn(8192), "residual": m.randn(1, 32, 8192)},
             "gradients of rows beyond 4,096",
         ),
+        Shape("norm-8192", lambda m: _keep_norm(m, 1, 64, 8192), "LLaMA-2-70B's rows"),
         Shape(
             "float32-means",
             lambda m: {"x": m.randn(1, 16 * 16, 1024), "plan": plans.frame_mean(16, 16)},
