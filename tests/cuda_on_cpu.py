@@ -1,5 +1,5 @@
 """The CUDA kernels, compiled by g++ against the twins of csrc/include/vkernels/device/ and run on CPU tensors by the
-emulator of tests/cuda/ (docs/cuda.md). Test code: built into build/emulated on first use, never shipped.
+emulator of tests/cuda/ (docs/cuda-on-cpu.md). Test code: built into build/emulated on first use, never shipped.
 
 `install()` gives the `cuda` backend this library for CPU tensors, so every derived test covers the CUDA kernels.
 """

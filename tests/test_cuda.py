@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from cubins import cuobjdump, kernels, why_not
 import vkernels
 from vkernels import library
 from vkernels.library import cuda_missing, native_missing
-from vkernels.spec import all_specs
+from vkernels.spec import Blank, all_specs
+from vkernels.testing.results import tensors_of
+from vkernels.triton.launch import recording
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted({path.parent.name for path in (ROOT / "csrc").rglob("*_cuda.cu")})
@@ -34,6 +38,8 @@ COUNT = {
     "rearrange": 23,
 }
 REGISTERS = {"attention": 255, "decode_attention": 255, "divided_attention": 255}
+
+SHARED_LIMIT = 163 << 10  # bytes a block may have on sm_80
 
 built = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -167,6 +173,77 @@ def test_decode_attention_reads_16_bytes_at_a_time_and_multiplies_on_tensor_core
         assert kernel.registers <= (255 if sixteen else 128), kernel
 
 
+def launches(spec) -> Iterator[tuple[str, str, int]]:
+    """(case, kernel, bytes of shared memory) of what the CUDA kernels launch for derived cases and real sizes, forward
+    and backward."""
+    backend = next(backend for backend in spec.backends if backend.name == "cuda")
+    for case in (*spec.cases, *spec.shapes, *spec.rows):
+        for dtype in getattr(case, "dtypes", spec.dtypes):
+            kwargs = case.make(Blank(dtype))
+
+            def run(kwargs=kwargs):
+                if getattr(case, "gradients", kwargs.get("cache") is None):
+                    for leaf in [x for x in map(kwargs.get, spec.differentiable) if isinstance(x, torch.Tensor)]:
+                        leaf.requires_grad_()
+                outputs = [x for x in tensors_of(spec, spec.fn(**kwargs, backend="cuda")) if x.requires_grad]
+                if outputs:
+                    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+            with recording("sm80"):
+                if backend.why_not(spec.prepare(**kwargs)) is None:
+                    for name, _, _, _, shared in library.cuda_launches(run):
+                        yield case.id, name, shared
+
+
+@pytest.mark.skipif(library.cuda_unbuilt() is not None, reason=str(library.cuda_unbuilt()))
+@pytest.mark.parametrize("op", OPS)
+def test_shared_memory_fits_every_chip_that_is_served(op):
+    """sm_80 gives a block 163 KiB, sm_90 and newer 227; nothing is refused by chip, so the least of them counts."""
+    found = list(launches(next(spec for spec in all_specs() if spec.name == op)))
+    assert found
+    assert not [launch for launch in found if launch[2] > SHARED_LIMIT]
+
+
+# The gate of an op and what its records would say: each must turn it red.
+DOCTORED = [
+    (test_nothing_spills, "attention", "stack", 8),
+    (test_nothing_spills, "attention", "local", 2),
+    (test_nothing_spills, "apply_rope", "registers", 129),
+    (test_attention_multiplies_on_tensor_cores, "attention", "tensor", 0),
+    (test_attention_multiplies_on_tensor_cores, "attention", "copy16", 0),
+    (test_attention_multiplies_on_tensor_cores, "attention", "store16", 0),
+    (test_divided_attention_reads_rows_once, "divided_attention", "tensor", 0),
+    (test_divided_attention_reads_rows_once, "divided_attention", "load16", 0),
+    (test_decode_attention_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores, "decode_attention", "tensor", 0),
+    (test_decode_attention_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores, "decode_attention", "copy16", 0),
+    (test_apply_rope_moves_16_bytes_at_a_time, "apply_rope", "load16", 0),
+    (test_qkv_prologue_moves_16_bytes_at_a_time, "qkv_prologue", "store16", 0),
+    (test_kv_append_moves_16_bytes_at_a_time, "kv_append", "load16", 0),
+    (test_rearrange_moves_16_bytes_at_a_time, "rearrange", "load16", 0),
+]
+
+
+@built
+@pytest.mark.parametrize(("gate", "op", "what", "number"), DOCTORED)
+def test_a_doctored_record_turns_its_gate_red(gate, op, what, number, monkeypatch):
+    def doctored(kernel):
+        if what in kernel.instructions:
+            return replace(kernel, instructions={**kernel.instructions, what: number})
+        return replace(kernel, **{what: number})
+
+    records = tuple(map(doctored, kernels(op)))
+    monkeypatch.setattr(sys.modules[__name__], "kernels", lambda op: records)
+    with pytest.raises(AssertionError):
+        gate(op) if gate is test_nothing_spills else gate()
+
+
+@pytest.mark.skipif(library.cuda_unbuilt() is not None, reason=str(library.cuda_unbuilt()))
+def test_too_much_shared_memory_turns_its_gate_red(monkeypatch):
+    monkeypatch.setattr(library, "cuda_launches", lambda run: [("kernel", 1, 1, 128, SHARED_LIMIT + 1)])
+    with pytest.raises(AssertionError, match="kernel"):
+        test_shared_memory_fits_every_chip_that_is_served("apply_rope")
+
+
 # What each function of csrc/include/vkernels/device/ must have become.
 INSTRUCTIONS = {
     "cp.async": r"LDGSTS\.E\.BYPASS\S*\.128",
@@ -233,6 +310,28 @@ def test_a_machine_without_a_driver_is_told_so_in_a_sentence():
     else:
         assert missing is not None
         assert missing.startswith("vkernels was built without CUDA kernels (")
+
+
+@pytest.mark.skipif(library.cuda_unbuilt() is not None, reason=str(library.cuda_unbuilt()))
+def test_a_launch_that_fails_is_an_exception_that_names_op_and_kernel():
+    """The driver's absence is the failure that every machine without a GPU can show."""
+    if not hasattr(library.native(), "cuda_launches"):
+        pytest.skip(str(native_missing() or cuda_missing()))
+    if (missing := cuda_missing()) is None:
+        pytest.skip("a driver is installed, so the launch would not fail")
+    code = """
+import torch
+from vkernels import library
+library.emulator = library.native()  # the real kernels, for tensors of the CPU
+q, axis, freq = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+try:
+    torch.ops.vkernels.apply_rope.cuda(q, None, torch.zeros(1, 1, 4), axis, freq, None, None, 1.0, False, [1, 0])
+except RuntimeError as error:
+    print(error)
+"""
+    said = run(code)
+    assert said.startswith("apply_rope, turn_vectors: the kernel could not be sent to its device: "), missing
+    assert said.endswith("(cudaErrorInsufficientDriver)\n")
 
 
 class OnGpu:

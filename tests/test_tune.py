@@ -37,7 +37,7 @@ def spec():
 def found(spec, measure, **more):
     from vkernels.triton.tune import tune
 
-    options = {"device": "cpu", "faults": lambda launch, arch, spec: [], "check": False, **more}
+    options = {"device": "cpu", "faults": lambda launch, arch, spec, shape: [], "check": False, **more}
     return tune(spec, "sm90", measure=measure, **options)
 
 
@@ -62,7 +62,7 @@ def test_a_tie_keeps_what_is_there(spec):
 
 
 def test_a_candidate_with_a_fault_is_left_out(spec):
-    def faults(launch, arch, spec):
+    def faults(launch, arch, spec, shape):
         return ["8 bytes of local memory"] if launch.arguments["BLOCK_S"] == 2 else []
 
     (tuned,) = found(spec, by_tiles, faults=faults)

@@ -111,9 +111,9 @@ def compile_kernels(arguments: argparse.Namespace) -> int:
     header = ["kernel", "chip", "shape", "registers", "shared", "spills", "occupancy", "instructions", "faults"]
     rows, faulty = [], 0
     for spec in compiled_specs():
-        if spec.shapes and (not arguments.op or spec.name in arguments.op):
+        if not arguments.op or spec.name in arguments.op:
             for arch in arguments.arch:
-                for made, faults in survey(spec, arch):
+                for made, faults in survey(spec, spec.rows if arguments.rows else spec.shapes, arch):
                     used = " ".join(f"{name}:{count}" for name, count in made.instructions.items() if count)
                     numbers = [made.registers, made.shared, made.spills, f"{made.occupancy:.0%}"]
                     rows.append([made.kernel, arch, made.label, *map(str, numbers), used, "; ".join(faults) or "none"])
@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     sub = commands.add_parser("compile", help=compile_kernels.__doc__)
     sub.add_argument("--op", nargs="*")
     sub.add_argument("--arch", nargs="*", default=["sm80", "sm90", "sm100"])
+    sub.add_argument("--rows", action="store_true", help="the rows of tiles.json that no real size takes, instead")
     sub.set_defaults(run=compile_kernels)
     sub = commands.add_parser("tune", help=tune_tiles.__doc__)
     sub.add_argument("--op", nargs="*")

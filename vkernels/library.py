@@ -94,7 +94,7 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
     return f"the tensors are on {tensor.device}, this backend runs on NVIDIA GPUs"
 
 
-# The CUDA kernels compiled for the CPU, where the tests put them (docs/cuda.md); they run on CPU tensors.
+# The CUDA kernels compiled for the CPU, where the tests put them (docs/cuda-on-cpu.md); they run on CPU tensors.
 emulator: Any = None
 
 

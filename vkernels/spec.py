@@ -65,6 +65,9 @@ class Shape(Case):
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
     gradients: bool = True  # also backward, where the op has one
     tensor_cores: bool = False  # its arithmetic-bound kernels must use them
+    # Exceptions, for which `model` gives the reason:
+    spills: int = 0  # bytes of local memory its kernels may hold
+    hmma: bool = False  # HMMA will do where HGMMA is due
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class OpSpec:
     exact: bool = False  # a pure move: bit-equal to the reference
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     shapes: Sequence[Shape] = ()  # real sizes, for the kernels of a GPU
+    rows: Sequence[Shape] = ()  # small calls that take the rows of tiles.json no real size takes: only compiled
     outputs: Callable[[Any], Sequence[torch.Tensor]] | None = None  # tensors to compare; default: flatten the result
     notes: Callable[[Any], Sequence[str]] = lambda call: ()  # what `explain` adds about a Call
 

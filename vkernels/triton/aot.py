@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,9 +124,9 @@ def compile_launch(launch: Launch, arch: str, label: str = "") -> Compiled:
     )
 
 
-def launches(spec: OpSpec, arch: str) -> Iterator[tuple[Shape, torch.dtype, list[Launch]]]:
-    """What every real size of an op would launch on `arch`, backward included."""
-    for shape in spec.shapes:
+def launches(spec: OpSpec, shapes: Sequence[Shape], arch: str) -> Iterator[tuple[Shape, torch.dtype, list[Launch]]]:
+    """What calls of an op would launch on `arch`, backward included."""
+    for shape in shapes:
         for dtype in shape.dtypes:
             with recording(arch) as noted:
                 kwargs = shape.make(Blank(dtype))
@@ -138,18 +138,30 @@ def launches(spec: OpSpec, arch: str) -> Iterator[tuple[Shape, torch.dtype, list
             yield shape, dtype, noted
 
 
-def survey(spec: OpSpec, arch: str) -> list[tuple[Compiled, list[str]]]:
-    """Every kernel an op's real sizes need on `arch`, compiled once per specialisation, with its faults."""
+def survey(spec: OpSpec, shapes: Sequence[Shape], arch: str) -> list[tuple[Compiled, list[str]]]:
+    """Every kernel that calls of an op need on `arch`, compiled once per specialisation, with its faults."""
     found, seen = [], set()
-    for shape, dtype, noted in launches(spec, arch):
+    for shape, dtype, noted in launches(spec, shapes, arch):
         for launch in noted:
-            if (identity := key(launch)) in seen:
-                continue
-            seen.add(identity)
-            made = compile_launch(launch, arch, f"{shape.id} {str(dtype).removeprefix('torch.')}")
-            bound = table(spec.name)[launch.name]["bound"]
-            found.append((made, faults(made, bound, shape.tensor_cores and bound == "arithmetic")))
+            if (identity := key(launch)) not in seen:
+                seen.add(identity)
+                label = f"{shape.id} {str(dtype).removeprefix('torch.')}"
+                found.append(judged(launch, arch, table(spec.name)[launch.name]["bound"], shape, label))
     return found
+
+
+def judged(launch: Launch, arch: str, bound: str, shape: Shape, label: str = "") -> tuple[Compiled, list[str]]:
+    """A launch compiled, and its faults; not to compile is one."""
+    try:
+        made = compile_launch(launch, arch, label)
+    except Exception as failure:  # of Triton, LLVM or ptxas, whose classes differ from version to version
+        nothing = dict.fromkeys(INSTRUCTIONS, 0)
+        made = Compiled(launch.name, arch, label, 0, 0, 0, launch.options.get("num_warps", 4), nothing)
+        error: BaseException = failure
+        while error.__cause__ is not None:  # of functions a kernel calls, the innermost
+            error = error.__cause__
+        return made, [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-120:]}"]
+    return made, faults(made, bound, shape)
 
 
 @cache
@@ -169,20 +181,18 @@ def read_cubin(cubin: bytes) -> tuple[int, int, str]:
     return int(usage[1]), int(usage[2]), text
 
 
-def faults(made: Compiled, bound: str, tensor_cores_due: bool) -> list[str]:
-    """What is wrong with a compiled kernel, in sentences; empty when nothing is."""
-    found = []
+def faults(made: Compiled, bound: str, shape: Shape) -> list[str]:
+    """What is wrong with a kernel compiled for `shape`, in sentences; empty when nothing is."""
+    found, used = [], made.instructions
     if made.shared > SHARED_LIMIT[made.arch]:
         found.append(f"shared memory {made.shared} exceeds the {SHARED_LIMIT[made.arch]} bytes of {made.arch}")
-    if made.spills or made.instructions["local"]:
-        found.append(f"{made.spills} bytes of local memory, {made.instructions['local']} accesses to it")
-    due = {"sm80": "HMMA", "sm90": "HGMMA"}.get(made.arch)
-    if tensor_cores_due and (made.tensor_cores == 0 or (due is not None and made.instructions[due] == 0)):
+    if made.spills > shape.spills or (used["local"] and not shape.spills):
+        found.append(f"{made.spills} bytes of local memory, {used['local']} accesses to it")
+    due = {"sm80": "HMMA", "sm90": "HMMA" if shape.hmma else "HGMMA"}.get(made.arch)
+    tensor_cores_due = shape.tensor_cores and bound == "arithmetic"
+    if tensor_cores_due and (made.tensor_cores == 0 or (due == "HGMMA" and used["HGMMA"] == 0)):
         found.append(f"no {due or 'tensor-core'} instruction")
     stores_due = bound == "bytes"  # a kernel bound by "reads" hardly writes
-    if bound in ("bytes", "reads") and not (
-        made.instructions["load16"] and (made.instructions["store16"] or not stores_due)
-    ):
-        loads, stores = made.instructions["load16"], made.instructions["store16"]
-        found.append(f"16-byte accesses missing: {loads} loads, {stores} stores")
+    if bound in ("bytes", "reads") and not (used["load16"] and (used["store16"] or not stores_due)):
+        found.append(f"16-byte accesses missing: {used['load16']} loads, {used['store16']} stores")
     return found

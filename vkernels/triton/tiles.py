@@ -47,16 +47,25 @@ def tiles(op: str, kernel: str, arch: str, *, d: int = 0, bytes: int = 0) -> dic
         _asked.append((op, kernel, d, bytes))
     if kernel in _override:
         return _override[kernel]
-    return _row(op, kernel, arch, d, bytes)
+    return _tiles(op, kernel, arch, d, bytes)
+
+
+def rows_of(op: str, kernel: str, arch: str) -> list[dict[str, int]]:
+    """The rows `tiles` chooses from on a chip."""
+    return table(op)[kernel][_nearest(table(op)[kernel], arch)]
 
 
 @cache
-def _row(op: str, kernel: str, arch: str, d: int, bytes: int) -> dict[str, int]:
-    rows = table(op)[kernel][_nearest(table(op)[kernel], arch)]
+def _tiles(op: str, kernel: str, arch: str, d: int, bytes: int) -> dict[str, int]:
+    return {name: value for name, value in row(op, kernel, arch, d, bytes).items() if name not in LIMITS}
+
+
+def row(op: str, kernel: str, arch: str, d: int, bytes: int) -> dict[str, int]:
+    """The row that serves a call, as it stands in the table."""
     need = {"d": d, "bytes": bytes}
-    for row in rows:
+    for row in rows_of(op, kernel, arch):
         if all(row.get(limit, need[limit]) >= need[limit] for limit in LIMITS):
-            return {name: value for name, value in row.items() if name not in LIMITS}
+            return row
     raise LookupError(f"tiles.json of {op}: no row of {kernel} on {arch} serves d={d}, {bytes} bytes")
 
 

@@ -99,7 +99,7 @@ def tune(
     device: str = "cuda",
     until: float = math.inf,
     measure: Callable[[Launch], float] = median_ms,
-    faults: Callable[[Launch, str, OpSpec], list[str]] | None = None,
+    faults: Callable[[Launch, str, OpSpec, Shape], list[str]] | None = None,
     check: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Tuned]:
@@ -124,7 +124,7 @@ def tune(
                     continue
                 with overridden(kernel, row):
                     launches = [x for x in _noted(spec, shape, kwargs, arch)[0] if x.name == kernel.split(",")[0]]
-                found = [fault for launch in launches for fault in find_faults(launch, arch, spec)]
+                found = [fault for launch in launches for fault in find_faults(launch, arch, spec, shape)]
                 if found:
                     del spent[name]
                     left_out.setdefault(group, []).append(f"{name}: {found[0]}")
@@ -134,14 +134,8 @@ def tune(
     return [_checked(spec, tuned, device) for tuned in best] if check else best
 
 
-def _faults(launch: Launch, arch: str, spec: OpSpec) -> list[str]:
-    due = any(shape.tensor_cores for shape in spec.shapes)
-    bound = table(spec.name)[launch.name]["bound"]
-    try:
-        made = aot.compile_launch(launch, arch)
-    except Exception as error:
-        return [f"does not compile: {type(error).__name__}: {str(error)[:120]}"]
-    return aot.faults(made, bound, due and bound == "arithmetic")
+def _faults(launch: Launch, arch: str, spec: OpSpec, shape: Shape) -> list[str]:
+    return aot.judged(launch, arch, table(spec.name)[launch.name]["bound"], shape)[1]
 
 
 def _best(

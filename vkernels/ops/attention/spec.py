@@ -57,6 +57,8 @@ def law_constant_values_pass_through(backend: str, device: str) -> None:
     torch.testing.assert_close(out, kwargs["v"] * sees, rtol=1e-5, atol=1e-5)
 
 
+_FLOAT32 = (torch.float32,)
+
 SPEC = OpSpec(
     name="attention",
     fn=attention,
@@ -107,7 +109,24 @@ SPEC = OpSpec(
             gradients=False,
             tensor_cores=True,
         ),
-        Shape("float32", lambda m: _inputs(m, 1, 4096, 16, 64), "float32 in three tf32 products", (torch.float32,)),
+        Shape("float32", lambda m: _inputs(m, 1, 4096, 16, 64), "float32 in three tf32 products", _FLOAT32),
+    ],
+    rows=[
+        Shape(
+            "d256",
+            lambda m: _inputs(m, 1, 256, 2, 256),
+            "Gemma's head size; sums of dk and dv for the 64 keys of HGMMA leave a lane no registers",
+            tensor_cores=True,
+            hmma=True,
+        ),
+        Shape("float32-d128", lambda m: _inputs(m, 1, 256, 2, 128), "float32", _FLOAT32),
+        Shape(
+            "float32-d256",
+            lambda m: _inputs(m, 1, 256, 2, 256),
+            "16 rows of 256 float32 and their tf32 halves are 256 registers of a lane; dense scores would cost more",
+            _FLOAT32,
+            spills=192,
+        ),
     ],
     rejects=[
         Reject(

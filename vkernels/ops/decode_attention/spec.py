@@ -58,6 +58,20 @@ SPEC = OpSpec(
         Shape("qwen_int4", lambda m: _blank(m, "int4", 1, 8, (28, 4), 128, 8192, group=128, page=128), "Qwen2-VL-7B"),
         Shape("float32", lambda m: _blank(m, "fp32", 1, 1, (28, 4), 128, 4096), "float32", dtypes=(torch.float32,)),
     ],
+    rows=[
+        Shape("d256", lambda m: _blank(m, "bf16", 1, 1, (4, 4), 256, 512), "Gemma's head size"),
+        Shape("float32-d256", lambda m: _blank(m, "fp32", 1, 1, (4, 4), 256, 512), "float32", (torch.float32,)),
+        Shape("int4-d64", lambda m: _blank(m, "int4", 1, 1, (4, 4), 64, 512), "codes of a ViT's head size"),
+        Shape("int4-d112", lambda m: _blank(m, "int4", 1, 1, (4, 4), 112, 512), "codes, heads between 64 and 128"),
+        Shape("int4-d256", lambda m: _blank(m, "int4", 1, 1, (4, 4), 256, 512), "codes of Gemma's head size"),
+        Shape(
+            "int4-float32",
+            lambda m: _blank(m, "int4", 1, 1, (4, 4), 256, 512),
+            "float32 queries of 256 beside their tf32 halves",
+            (torch.float32,),
+            spills=144,
+        ),
+    ],
     rejects=[
         Reject(
             "head size",

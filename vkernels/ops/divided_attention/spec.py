@@ -12,6 +12,8 @@ from vkernels.ops.divided_attention.api import BACKENDS, Call, composed_because,
 from vkernels.rope import RopeSpec
 from vkernels.spec import Case, Cost, Maker, OpSpec, Reject, Shape
 
+_FLOAT32 = (torch.float32,)
+
 
 def _inputs(
     maker: Maker, b: int, grid: Grid, n: int, d: int, m: int | None = None, rope: Any = None, **options
@@ -29,6 +31,20 @@ def _case(case: str, *args, **options) -> Case:
 
 def _shape(model: str, case: str, *args, **options) -> Shape:
     return Shape(case, lambda maker: _inputs(maker, *args, **options), model, tensor_cores=True)
+
+
+def _rows(why: str, *sizes: int, **options) -> list[Shape]:
+    """A packed and a tiled call for each head size."""
+
+    def row(d: int, kind: str, grid: Grid, axis: str) -> Shape:
+        def make(m: Maker) -> dict:
+            return _inputs(m, 1, grid, 2, d, axis=axis, cls=1)
+
+        floats = "float32-" if options.get("dtypes") == _FLOAT32 else ""
+        return Shape(f"{floats}{kind}-d{d}", make, why, tensor_cores=not floats, **options)
+
+    packed, tiled = ("packed", Grid(8, 4, 4), "temporal"), ("tiled", Grid(2, 16, 16), "spatial")
+    return [row(d, *kind) for d in sizes for kind in (packed, tiled)]
 
 
 def _reject(case: str, error: type[Exception], match: str, **change) -> Reject:
@@ -87,6 +103,13 @@ SPEC = OpSpec(
         _shape("BT-Adapter on CLIP-L, 257", "spatial-257", 4, Grid(64, 16, 16), 16, 64, axis="spatial", cls=1),
         _shape("BT-Adapter on EVA-g, 257", "spatial-257-d88", 16, Grid(16, 16, 16), 16, 88, axis="spatial", cls=1),
         _shape("CLIP-L/336, 577", "spatial-577", 2, Grid(16, 24, 24), 16, 64, axis="spatial", cls=1, order="patch"),
+    ],
+    rows=[
+        *_rows("Gemma's head size; backward, the 64 rows of HGMMA leave a lane no registers", 256, hmma=True),
+        *_rows("CogVideoX's head size and others up to 128", 96, 128),
+        *_rows("float32", 64, dtypes=_FLOAT32),
+        *_rows("rows of float32 beside their tf32 halves nearly fit", 128, dtypes=_FLOAT32, spills=56),
+        *_rows("16 rows of 256 float32 and their tf32 halves do not fit", 256, dtypes=_FLOAT32, spills=1136),
     ],
     rejects=[
         _reject("grid", ValueError, r"grid must cover the tokens \(cls \+ t\*h\*w = 12 of them\)", grid=Grid(3, 2, 2)),

@@ -42,6 +42,10 @@ def _keep_norm(m: Maker, b: int = 32, s: int = 32 * 257, c: int = 1408) -> dict:
     }
 
 
+def _half(m: Maker, s: int, c: int) -> dict:
+    return {"x": m.randn(1, s, c), "plan": plans.keep(indices=torch.arange(0, s, 2), n=s)}
+
+
 def _assemble_embeddings(m: Maker) -> dict:
     plan = plans.assemble(
         [("text", 35), ("video", 16 * 256), ("text", 60)], video=plans.newline(16, 16, 16, mode="none")
@@ -89,6 +93,8 @@ def a_composition_is_one_run_after_the_other(backend: str, device: str) -> None:
     twice = rearrange(rearrange(x, first, backend=backend), then, backend=backend)
     torch.testing.assert_close(rearrange(x, first.compose(then), backend=backend), twice)
 
+
+_FLOAT32 = (torch.float32,)
 
 SPEC = OpSpec(
     name="rearrange",
@@ -155,6 +161,35 @@ SPEC = OpSpec(
         ),
         Shape("temporal", lambda m: {"x": m.randn(16, 32, 256, 1024), "plan": plans.from_einops("b t l c -> b l t c")}),
         Shape("channels_first", lambda m: {"x": m.randn(64, 2048, 1024), "plan": plans.from_einops("b s c -> b c s")}),
+    ],
+    rows=[
+        Shape("float32-norm", lambda m: _keep_norm(m, 1, 64, 1024), "float32", _FLOAT32),
+        Shape("float32-norm-in-parts", lambda m: _keep_norm(m, 1, 64, 12288), "float32", _FLOAT32),
+        Shape(
+            "gate-8192",
+            lambda m: {**_half(m, 64, 8192), "gate": m.randn(8192), "residual": m.randn(1, 32, 8192)},
+            "gradients of rows beyond 4,096",
+        ),
+        Shape("norm-8192", lambda m: _keep_norm(m, 1, 64, 8192), "LLaMA-2-70B's rows"),
+        Shape(
+            "float32-means",
+            lambda m: {"x": m.randn(1, 16 * 16, 1024), "plan": plans.frame_mean(16, 16)},
+            "many taps in float32",
+            _FLOAT32,
+        ),
+        Shape("float32-rows", lambda m: _half(m, 64, 1024), "float32", _FLOAT32),
+        Shape("int64-rows", lambda m: _half(m, 64, 1024), "8 bytes an element", (torch.int64,), gradients=False),
+        *(
+            Shape(
+                f"{what}-{name}",
+                lambda m, to=to: {"x": m.randn(2, 16, 64, 1024), "plan": plans.from_einops(to)},
+                why,
+                dtypes,
+                gradients=False,
+            )
+            for what, why, dtypes in (("float32", "float32", _FLOAT32), ("int64", "8 bytes an element", (torch.int64,)))
+            for name, to in (("runs", "b t l c -> b l t c"), ("turn", "b t l c -> b c l t"))
+        ),
     ],
     rejects=[
         Reject(

@@ -1,5 +1,5 @@
 // What every kernel source includes first. Compiled by nvcc, a function of this folder is one instruction; compiled by
-// g++ (tests only) it is its plain C++ twin, and the threads of a block are fibres (docs/cuda.md).
+// g++ (tests only) it is its plain C++ twin, and the threads of a block are fibres (docs/cuda-on-cpu.md).
 #pragma once
 
 #include <cstdint>
