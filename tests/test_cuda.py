@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,15 @@ def test_decode_attention_reads_16_bytes_at_a_time_and_multiplies_on_tensor_core
         assert kernel.registers <= (255 if sixteen else 128), kernel
 
 
+def forward_and_backward(spec, case, kwargs) -> None:
+    if getattr(case, "gradients", kwargs.get("cache") is None):
+        for leaf in [x for x in map(kwargs.get, spec.differentiable) if isinstance(x, torch.Tensor)]:
+            leaf.requires_grad_()
+    outputs = [x for x in tensors_of(spec, spec.fn(**kwargs, backend="cuda")) if x.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+
 def launches(spec) -> Iterator[tuple[str, str, int]]:
     """(case, kernel, bytes of shared memory) of what the CUDA kernels launch for derived cases and real sizes, forward
     and backward."""
@@ -181,17 +191,11 @@ def launches(spec) -> Iterator[tuple[str, str, int]]:
         for dtype in getattr(case, "dtypes", spec.dtypes):
             kwargs = case.make(Blank(dtype))
 
-            def run(kwargs=kwargs):
-                if getattr(case, "gradients", kwargs.get("cache") is None):
-                    for leaf in [x for x in map(kwargs.get, spec.differentiable) if isinstance(x, torch.Tensor)]:
-                        leaf.requires_grad_()
-                outputs = [x for x in tensors_of(spec, spec.fn(**kwargs, backend="cuda")) if x.requires_grad]
-                if outputs:
-                    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-
             with recording("sm80"):
                 if backend.why_not(spec.prepare(**kwargs)) is None:
-                    for name, _, _, _, shared in library.cuda_launches(run):
+                    for name, _, _, _, shared in library.cuda_launches(
+                        partial(forward_and_backward, spec, case, kwargs)
+                    ):
                         yield case.id, name, shared
 
 

@@ -93,8 +93,10 @@ def test_exceptions_from_the_rules_are_listed():
     assert {(op, shape.id): shape.spills for op, shape in shapes if shape.spills} == {
         ("attention", "float32-d256"): 192,
         ("decode_attention", "int4-float32"): 144,
+        ("divided_attention", "float32-packed-d64"): 56,
         ("divided_attention", "float32-packed-d128"): 56,
         ("divided_attention", "float32-packed-d256"): 1136,
+        ("divided_attention", "float32-tiled-d64"): 56,
         ("divided_attention", "float32-tiled-d128"): 56,
         ("divided_attention", "float32-tiled-d256"): 1136,
     }

@@ -46,6 +46,16 @@ def _half(m: Maker, s: int, c: int) -> dict:
     return {"x": m.randn(1, s, c), "plan": plans.keep(indices=torch.arange(0, s, 2), n=s)}
 
 
+def _moves(name: str, dtype: torch.dtype) -> list[Shape]:
+    def move(kind: str, to: str) -> Shape:
+        def make(m: Maker) -> dict:
+            return {"x": m.randn(2, 16, 64, 1024), "plan": plans.from_einops(to)}
+
+        return Shape(f"{name}-{kind}", make, name, (dtype,), gradients=False)
+
+    return [move("runs", "b t l c -> b l t c"), move("turn", "b t l c -> b c l t")]
+
+
 def _assemble_embeddings(m: Maker) -> dict:
     plan = plans.assemble(
         [("text", 35), ("video", 16 * 256), ("text", 60)], video=plans.newline(16, 16, 16, mode="none")
@@ -179,17 +189,8 @@ SPEC = OpSpec(
         ),
         Shape("float32-rows", lambda m: _half(m, 64, 1024), "float32", _FLOAT32),
         Shape("int64-rows", lambda m: _half(m, 64, 1024), "8 bytes an element", (torch.int64,), gradients=False),
-        *(
-            Shape(
-                f"{what}-{name}",
-                lambda m, to=to: {"x": m.randn(2, 16, 64, 1024), "plan": plans.from_einops(to)},
-                why,
-                dtypes,
-                gradients=False,
-            )
-            for what, why, dtypes in (("float32", "float32", _FLOAT32), ("int64", "8 bytes an element", (torch.int64,)))
-            for name, to in (("runs", "b t l c -> b l t c"), ("turn", "b t l c -> b c l t"))
-        ),
+        *_moves("float32", torch.float32),
+        *_moves("int64", torch.int64),
     ],
     rejects=[
         Reject(
