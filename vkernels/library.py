@@ -118,6 +118,27 @@ def cuda_why_not(tensor: torch.Tensor) -> str | None:
     return None if major >= 8 else f"the GPU is sm_{major}{minor}, this backend needs sm_80 or newer"
 
 
+# KiB of shared memory a block may have; other chips from sm_86 on give 99 (sm_86, sm_89, sm_120).
+_SHARED_KIB = {"sm80": 163, "sm87": 163, "sm90": 227, "sm100": 227, "sm103": 227}
+
+
+def shared_limit(chip: str) -> int:
+    """Bytes of shared memory a block may have on a chip such as "sm80"."""
+    return _SHARED_KIB.get(chip, 99) << 10
+
+
+def shared_why_not(tensor: torch.Tensor, needed: int) -> str | None:
+    """None where a block of `needed` bytes of shared memory runs on the GPU of `tensor`, else the sentence."""
+    if tensor.device.type == "cuda":
+        major, minor = capability(tensor.device)
+        chip = f"sm{major}{minor}"
+    else:
+        chip = recording_for or "sm90"  # the emulator's
+    if needed <= (limit := shared_limit(chip)):
+        return None
+    return f"a block takes {needed / 1024:.0f} KiB of shared memory, {chip} gives {limit >> 10}"
+
+
 _noting = False
 
 

@@ -17,12 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vkernels.library import shared_limit
 from vkernels.spec import Blank, OpSpec, Shape
 from vkernels.testing.results import tensors_of
 from vkernels.triton.launch import Launch, recording
 from vkernels.triton.tiles import table
 
-SHARED_LIMIT = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10}
 REGISTERS = 65536  # of one multiprocessor
 THREADS = {"sm80": 2048, "sm86": 1536, "sm89": 1536, "sm90": 2048, "sm100": 2048}
 POINTER = {
@@ -66,7 +66,7 @@ class Compiled:
         """Share of the chip's threads that can be resident, by registers and shared memory."""
         threads = 32 * self.warps
         by_registers = REGISTERS // (max(self.registers, 16) * threads)
-        by_shared = SHARED_LIMIT[self.arch] // self.shared if self.shared else 32
+        by_shared = shared_limit(self.arch) // self.shared if self.shared else 32
         return min(by_registers, by_shared, THREADS[self.arch] // threads, 32) * threads / THREADS[self.arch]
 
     @property
@@ -184,8 +184,8 @@ def read_cubin(cubin: bytes) -> tuple[int, int, str]:
 def faults(made: Compiled, bound: str, shape: Shape) -> list[str]:
     """What is wrong with a kernel compiled for `shape`, in sentences; empty when nothing is."""
     found, used = [], made.instructions
-    if made.shared > SHARED_LIMIT[made.arch]:
-        found.append(f"shared memory {made.shared} exceeds the {SHARED_LIMIT[made.arch]} bytes of {made.arch}")
+    if made.shared > (limit := shared_limit(made.arch)):
+        found.append(f"shared memory {made.shared} exceeds the {limit} bytes of {made.arch}")
     if made.spills > shape.spills or (used["local"] and not shape.spills):
         found.append(f"{made.spills} bytes of local memory, {used['local']} accesses to it")
     due = {"sm80": "HMMA", "sm90": "HMMA" if shape.hmma else "HGMMA"}.get(made.arch)

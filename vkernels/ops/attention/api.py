@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, choose, like
-from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, shared_why_not, triton_why_not
 from vkernels.masks import MaskPlan, VideoMask
 from vkernels.ops.apply_rope import api as rotation
 from vkernels.ops.attention import reference, torch_op
@@ -151,6 +151,9 @@ def _cpu_why_not(call: Call) -> str | None:
     return _mask_why_not(call) or cpu_why_not(call.q)
 
 
+LARGEST_BLOCK = 103384  # bytes of shared memory, in the backward of the CUDA kernels for heads above 96
+
+
 def _cuda_why_not(call: Call) -> str | None:
     if (reason := _mask_why_not(call) or cuda_why_not(call.q)) is not None:
         return reason
@@ -159,7 +162,7 @@ def _cuda_why_not(call: Call) -> str | None:
     d = call.q.shape[3]
     if d > 128 or d % 8:
         return f"the head size is {d}, this backend serves multiples of 8 up to 128"
-    return None
+    return shared_why_not(call.q, LARGEST_BLOCK) if d > 96 else None
 
 
 def _triton_why_not(call: Call) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from vkernels.check import bind, refusal, require, same_dtype
 from vkernels.dispatch import Backend, at_most, choose, like
 from vkernels.kv_cache import KVCache
-from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not, unit_stride
+from vkernels.library import cpu_why_not, cuda_why_not, op, shared_why_not, triton_why_not, unit_stride
 from vkernels.ops.decode_attention import reference, torch_op  # noqa: F401  (registers the overload)
 from vkernels.remember import remembered
 
@@ -110,6 +110,9 @@ def _triton_why_not(call: Call) -> str | None:
     return triton_why_not(call.q)
 
 
+LARGEST_BLOCK = 115248  # bytes of shared memory of the CUDA kernels
+
+
 def _cuda_why_not(call: Call) -> str | None:
     if (reason := cuda_why_not(call.q)) is not None:
         return reason
@@ -120,7 +123,7 @@ def _cuda_why_not(call: Call) -> str | None:
         return f"queries of dtype {q} on a cache of dtype {cache} are served by Triton"
     if call.cache.d > MOST_CUDA_CHANNELS:
         return f"heads of size {call.cache.d} are served by Triton, the kernel takes up to {MOST_CUDA_CHANNELS}"
-    return None
+    return shared_why_not(call.q, LARGEST_BLOCK)
 
 
 def _kind(call: Call) -> tuple[torch.device, str]:

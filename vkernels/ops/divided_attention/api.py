@@ -8,7 +8,7 @@ import torch
 
 from vkernels.check import bind, require, same_dtype
 from vkernels.dispatch import Backend, at_most, choose, like
-from vkernels.library import cpu_why_not, cuda_why_not, op, triton_why_not
+from vkernels.library import cpu_why_not, cuda_why_not, op, shared_why_not, triton_why_not
 from vkernels.masks.grid import Grid
 from vkernels.ops.apply_rope import apply_rope
 from vkernels.ops.apply_rope.api import canonical_positions
@@ -209,6 +209,9 @@ def _run_reference(c: Call) -> torch.Tensor:
     return reference.divided_attention(c.q, c.k, c.v, c.t, c.l, c.axis, c.cls, c.order, c.scale, c.frames_per_group)
 
 
+LARGEST_BLOCK = 115712  # bytes of shared memory, in the tiled backward of the CUDA kernels for heads above 96
+
+
 def _cuda_why_not(c: Call) -> str | None:
     b, s, n, d = c.q.shape
     if (reason := cuda_why_not(c.q)) is not None:
@@ -219,6 +222,9 @@ def _cuda_why_not(c: Call) -> str | None:
         return f"head size {d} is not a multiple of 8 up to 128"
     if c.scale <= 0:
         return f"scale {c.scale} is not positive"
+    packed = c.axis == "temporal" and c.frames_per_group <= torch_op.PACKED
+    if d > 96 and not packed and (reason := shared_why_not(c.q, LARGEST_BLOCK)) is not None:
+        return reason
     rows = b * n * (s + c.t * c.l + 1)
     return None if rows < 2**30 else f"b*n*s is {rows}, this backend takes less than 2^30"
 
