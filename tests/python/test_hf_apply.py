@@ -119,7 +119,7 @@ def test_a_part_of_a_model_can_be_patched_alone():
     sample = zoo.build("Qwen2.5-VL")
     report = vkt.apply(sample.model.model.visual)
     sample.model(**sample.inputs)
-    assert report.calls == {"window": 3, "norm": 4, "attention": 4, "rope": 4}
+    assert report.calls == {"patch": 1, "window": 3, "norm": 4, "attention": 4, "rope": 4}
     with pytest.raises(ValueError, match=r"not hold a part that is patched already.*visual"):
         vkt.apply(sample.model)
 
