@@ -31,3 +31,8 @@ cuda_on_cpu.install()
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """What compiles for minutes begins first: at the end one process would be busy with it and the others wait."""
+    items.sort(key=lambda item: "compiles_without_a_fault" not in item.name)
