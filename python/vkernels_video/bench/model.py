@@ -10,7 +10,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from vkernels.bench.memory import peak_mb
 from vkernels.bench.results import Stage
 from vkernels_video.model import VideoLLM, preset
 from vkernels_video.model.bt_adapter import BTAdapter
-from vkernels_video.model.config import BranchConfig, TrunkConfig
+from vkernels_video.model.config import BranchConfig, QFormerConfig, TaskConfig, TrunkConfig
 from vkernels_video.model.generation import Session
 from vkernels_video.model.masking import random_keep, tube_keep
+from vkernels_video.model.presets import gpt2
 from vkernels_video.model.sequence import Example
 from vkernels_video.model.st_llm import MVMHead, training_losses
+from vkernels_video.model.tasks import TaskModel
 from vkernels_video.model.videollm import Impl
 
 SIDES: tuple[Impl, ...] = ("eager", "vkernels")
@@ -58,11 +61,15 @@ def decode(dtype: torch.dtype) -> Side:
     return lambda impl: sessions[impl].step(token)
 
 
-def answer(dtype: torch.dtype) -> Side:
-    """Pixels of eight frames to sixteen tokens."""
-    model = VideoLLM.from_preset("small").to(dtype).eval()
-    pixels = torch.randn(8, 3, 224, 224).to(dtype)
-    return lambda impl: model.generate(pixels, "what moves?", 16, impl).logits[0]
+def answer(frames: int, **changes: Any) -> Callable[[torch.dtype], Side]:
+    """A whole model: pixels to sixteen tokens. `changes` make another paper's model of the `small` one."""
+
+    def make(dtype: torch.dtype) -> Side:
+        model = VideoLLM(replace(preset("small"), **changes)).init_weights(0).to(dtype).eval()
+        pixels = torch.randn(frames, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return lambda impl: model.generate(pixels, "what moves?", 16, impl).logits[0]
+
+    return make
 
 
 def _small(dtype: torch.dtype, frames: int) -> tuple[VideoLLM, tuple]:
@@ -118,11 +125,41 @@ def branch(b: int, t: int, kept: float | None) -> Callable[[torch.dtype], Side]:
     return make
 
 
+def task(dtype: torch.dtype) -> Side:
+    """VideoLLM's states of 1,000 units of 16 cells, as wide as GPT-2's small, and the classes of each."""
+    torch.manual_seed(0)
+    reasoner = gpt2("small", prefix=8)
+    model = TaskModel(TaskConfig("online_action_detection", features=768, classes=97, reasoner=reasoner)).to(dtype)
+    model.eval()
+    units = torch.randn(1, 1000, 16, 768).to(dtype)
+
+    def run(impl: Impl) -> Tensor:
+        with torch.inference_mode():
+            return model(units, impl=impl)["now"]
+
+    return run
+
+
+TRUNK = TrunkConfig(width=512, heads=8, layers=6, mlp=2048, projection=512)
+BT_ADAPTER: dict[str, Any] = dict(
+    encoder=TRUNK, branch=BranchConfig(layers=3), connector="linear", arrange="all", kv="none"
+)
+ST_LLM: dict[str, Any] = dict(
+    encoder=TRUNK,
+    connector="qformer",
+    qformer=QFormerConfig(source=512, width=384, heads=6, layers=6, mlp=1536, vocab=259),
+    arrange="all",
+    kv="none",
+)
+
 CASES = (
     Case("INTP, prefill of 32 frames (8.2k tokens), `small`", torch.float32, prefill, 1.5),
     Case("INTP, prefill of 32 frames (8.2k tokens), `small`", torch.bfloat16, prefill, 1.5, 5e-2),
     Case("INTP, one token after 32 frames, int4 cache, `small`", torch.float32, decode, None, 1e-1),
-    Case("INTP, 8 frames to 16 tokens, `small`", torch.float32, answer, 1.0, 1e-2),
+    Case("INTP, 8 frames to 16 tokens, `small`", torch.float32, answer(8), 1.0, 1e-2),
+    Case("BT-Adapter, 16 frames to 16 tokens, width 512", torch.float32, answer(16, **BT_ADAPTER), 1.0),
+    Case("ST-LLM, 16 frames to 16 tokens, width 512", torch.float32, answer(16, **ST_LLM), 1.0),
+    Case("VideoLLM, 1,000 units to actions, GPT-2 small", torch.float32, task, 1.0),
     Case(
         "ST-LLM, training step with masks and MVM, 4 sequences of 300 to 900, width 512", torch.float32, training, 1.5
     ),
