@@ -45,10 +45,13 @@ def eyes(encoder: EncoderConfig | TrunkConfig, seed: int) -> dict[str, Tensor]:
     return model.encoder.state_dict()
 
 
-def train(config: VideoLLMConfig, recipe: Recipe, name: str) -> VideoLLM:
-    """An arm: a model of this config, trained by this recipe on frozen eyes."""
+def train(
+    config: VideoLLMConfig, recipe: Recipe, name: str, begin: Callable[[VideoLLM], None] = lambda model: None
+) -> VideoLLM:
+    """An arm: a model of this config, trained by this recipe on frozen eyes; `begin` sets what else it begins with."""
     model = VideoLLM(config).init_weights(recipe.seed)
     model.encoder.load_state_dict(eyes(config.encoder, recipe.seed), strict=config.branch is None)
+    begin(model)
     run = Run(recipe, model)
     for step in range(recipe.steps):
         run.advance()
