@@ -54,10 +54,11 @@ def test_a_cut_cache_decodes(ranks, lengths):
     assert max(ranks(2).run(work.decoded, lengths)) < 1e-5
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("cls", [0, 1])
-def test_divided_attention_trades_places_for_frames(ranks, cls):
+def test_divided_attention_trades_places_for_frames(ranks, cls, turned):
     for world in (2, 4):
-        assert max(ranks(world).run(work.divided, cls)) < 1e-5
+        assert max(ranks(world).run(work.divided, cls, turned)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "checkpoint"])

@@ -189,29 +189,41 @@ def meshes() -> bool:
 # ---- divided attention
 
 
-def divided(cls: int) -> float:
+def divided(cls: int, turned: bool) -> float:
     """A temporal and a spatial layer with a trade between, against one process, gradients included."""
     world, rank = dist.get_world_size(), dist.get_rank()
     grid, random = vk.Grid(5, 3, 1), torch.Generator().manual_seed(5)
     x = torch.randn(2, cls + grid.tokens, 3 * 4 * 8, generator=random)
     weight = torch.randn(2, cls + grid.tokens, 4, 8, generator=random)
 
+    spec = vk.RopeSpec.build(8)
+    ropes = {"temporal": (spec, 0.5 * torch.arange(grid.t)), "spatial": (spec, torch.arange(grid.h * grid.w).float())}
+    of = {axis: dict(cls=cls, rope=rope if turned else None) for axis, rope in ropes.items()}
+
     def layer(y, run):
         return run(*y.unflatten(-1, (3, 4, 8)).unbind(2))
 
     one = x.clone().requires_grad_()
-    out = layer(one, lambda *qkv: vk.divided_attention(*qkv, grid, axis="temporal", cls=cls)).flatten(2).repeat(1, 1, 3)
-    want = layer(out, lambda *qkv: vk.divided_attention(*qkv, grid, axis="spatial", cls=cls))
+    out = (
+        layer(one, lambda *qkv: vk.divided_attention(*qkv, grid, axis="temporal", **of["temporal"]))
+        .flatten(2)
+        .repeat(1, 1, 3)
+    )
+    want = layer(out, lambda *qkv: vk.divided_attention(*qkv, grid, axis="spatial", **of["spatial"]))
     (want_grad,) = torch.autograd.grad((want * weight).sum(), one)
 
     mine = vd.take(x, grid, "temporal", cls=cls).requires_grad_()
     with vd.traffic() as sent:
-        out = layer(mine, lambda *qkv: vd.divided_attention(*qkv, grid, "temporal", cls=cls)).flatten(2).repeat(1, 1, 3)
+        out = (
+            layer(mine, lambda *qkv: vd.divided_attention(*qkv, grid, "temporal", **of["temporal"]))
+            .flatten(2)
+            .repeat(1, 1, 3)
+        )
         assert sent.bytes == 0
         traded = vd.trade(out, grid, "spatial", cls=cls)
         places, frames = vd.own_grid(grid, "temporal", world, rank).w, vd.own_grid(grid, "spatial", world, rank).t
         assert sent.bytes == 2 * places * (grid.t - frames) * out.shape[2] * 4
-        got = layer(traded, lambda *qkv: vd.divided_attention(*qkv, grid, "spatial", cls=cls))
+        got = layer(traded, lambda *qkv: vd.divided_attention(*qkv, grid, "spatial", **of["spatial"]))
     part = vd.take(weight, grid, "spatial", cls=cls)
     if cls:  # every rank has the CLS; its loss counts once
         part = torch.cat([part[:, :cls] / world, part[:, cls:]], 1)

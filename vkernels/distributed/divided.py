@@ -137,6 +137,7 @@ def divided_attention(
     *,
     cls: int = 0,
     scale: float | None = None,
+    rope: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     """`vkernels.divided_attention` of the whole video on what each rank holds for `axis` (`take`, `trade`).
@@ -146,6 +147,7 @@ def divided_attention(
         grid:    of the whole video
         axis:    "temporal": nothing is sent; "spatial": one CLS row per rank, whose outputs' mean over all frames every
                  rank gets
+        rope:    (spec, positions) of all frames, or of all patches of a frame: whole on every rank, as what attends is
         mesh, cls, scale, backend: as elsewhere
     Returns:
         (b cls+own n d)
@@ -157,9 +159,9 @@ def divided_attention(
     mine, cls = own_grid(grid, axis, world, me), named(cls)
     _check(OP, "q", q, cls + mine.tokens)
     if axis == "temporal" or cls == 0:
-        return divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)
+        return divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, rope=rope, backend=backend)
     if mine.t:
-        out = divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, backend=backend)
+        out = divided_own(q, k, v, mine, axis=axis, cls=cls, scale=scale, rope=rope, backend=backend)
     else:
         out = torch.zeros_like(q)
     first = _Sum.apply(out[:, :cls] * (mine.t / max(grid.t, 1)), group)
