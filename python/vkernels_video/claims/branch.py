@@ -38,7 +38,7 @@ def run(seed: int) -> Record:
 def _legible_time(model: VideoLLM) -> None:
     """At the scale of the table of places, times are lost among patches that differ by far more: nothing is learned of
     order in a run this short. Published branches have millions of clips to make the table larger."""
-    if model.config.branch is not None:
+    if isinstance(model.encoder, BTAdapter):
         with torch.no_grad():
             model.encoder.btadapter_time_embed.weight.mul_(TIME)
 
