@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Read when torch is imported. Two test processes of two threads each would otherwise spin for each other's cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
