@@ -15,12 +15,12 @@ constexpr int kFour = 4;
 
 // The elements with which the pieces of four pairs begin.
 struct Pieces {
-  int first, second;
+  uint32_t first, second;
 };
 
-VK_DEVICE Pieces pieces_of(const Tiled& p, int four) {
+VK_DEVICE Pieces pieces_of(const Tiled& p, uint32_t four) {
   return p.neighbours ? Pieces{2 * kFour * four, 2 * kFour * four + kFour}
-                      : Pieces{kFour * four, p.columns / 2 + kFour * four};
+                      : Pieces{kFour * four, uint32_t(p.columns) / 2 + kFour * four};
 }
 
 // Of four pairs in row `row` of the sequence.
@@ -43,7 +43,7 @@ VK_DEVICE void turn_four(float (&x)[kFour], float (&y)[kFour], const Angles<kFou
 }
 
 template <class T, int R, int C>
-VK_DEVICE HalfVector* piece_at(const Tile<T, R, C>& tile, int row, int element) {
+VK_DEVICE HalfVector* piece_at(const Tile<T, R, C>& tile, uint32_t row, uint32_t element) {
   return reinterpret_cast<HalfVector*>(vector_at(tile, row, element / 8) + element % 8);
 }
 
@@ -54,8 +54,8 @@ VK_DEVICE void turn_tile(const Tiled& p, const Block& b, const Tile<T, R, C>& ti
   constexpr int kFours = C / (2 * kFour);
 #pragma unroll 1
   for (int at = thread; at < live * kFours; at += threads) {
-    const int row = at / kFours, four = at % kFours;
-    if (2 * kFour * four >= p.columns) continue;
+    const uint32_t row = uint32_t(at) / kFours, four = uint32_t(at) % kFours;
+    if (2 * kFour * four >= uint32_t(p.columns)) continue;
     const Pieces pieces = pieces_of(p, four);
     HalfVector *one = piece_at(tile, row, pieces.first), *two = piece_at(tile, row, pieces.second);
     float x[kFour], y[kFour];
@@ -119,7 +119,7 @@ VK_DEVICE void store_turned(const Tiled& p, const Block& b, const Sums<Traits>& 
   const auto rows = token_rows<T>(b, to, head);
 #pragma unroll 1
   for (int at = me; at < 16 * kFours; at += kWarp) {
-    const int row = at / kFours, four = at % kFours;
+    const int row = int(uint32_t(at) / kFours), four = int(uint32_t(at) % kFours);
     if (2 * kFour * four >= p.columns || b.first + row >= p.where.length) continue;
     const Pieces pieces = pieces_of(p, four);
     float x[kFour], y[kFour];
@@ -130,7 +130,6 @@ VK_DEVICE void store_turned(const Tiled& p, const Block& b, const Sums<Traits>& 
     store_piece<T, kFour>(out + pieces.first, narrow_piece<T>(x));
     store_piece<T, kFour>(out + pieces.second, narrow_piece<T>(y));
   }
-  sync_warp();  // the rows may be filled again
 }
 
 }  // namespace

@@ -8,6 +8,13 @@ of frames that share the first one's, the frame not counted, all samples by the 
 vector behind the head. Turning: k left out (halves; neighbours), halves taken for neighbours, the other half of 128 one
 chunk on. Gradients: dq or dk not turned back, dv turned back, turned on instead of back (halves; neighbours). In
 vkernels/ops/divided_attention/: the spec's scale left out, the kind of pairs exchanged, angles lost for the backward.
+In tiles. Waiting: no barrier after a tile is turned, none before (forward, queries, keys), rows held not waited for or
+not committed, no barrier of the warp before they are turned or before floats are read. Turning: the second tile by
+the rows of the first, rows held by those of the first warp, v for k, rows behind the last 16 or the last row left out,
+rows held left out, a tile that stays turned again, a partner one piece before, the second piece of neighbours by the
+first's angles, a four behind the head, frames of groups or samples shared. Gradients: dq or dk not turned back, turned
+on, by the rows of the first warp, not scaled, a row behind the last stored. Choice: packed though a pair lies in two
+lanes or heads share a key, 129 frames taken, the kind of pairs lost.
 """
 
 from __future__ import annotations
