@@ -35,6 +35,14 @@ using PlainTraits = PackedTraits<T, kChunks, false>;
 template <class T, int kChunks>
 using TurnedTraits = PackedTraits<T, kChunks, true>;
 
+template <class Params>
+void turn_by(Params& p, const Turn& turn) {
+  if (!turn.angles.given) return;
+  p.angles = turn.angles.ptr<const float>();
+  p.angles_b = turn.angles.size(0) == 1 ? 0 : int(turn.angles.size(1));
+  p.neighbours = turn.neighbours;
+}
+
 Packed pack(const DividedAttention& d, const Turn& turn, int64_t heads) {
   const ShortAttention& a = d.groups;
   Packed p{};
@@ -49,17 +57,13 @@ Packed pack(const DividedAttention& d, const Turn& turn, int64_t heads) {
   p.scale = a.scale;
   p.scale_log2 = a.scale * kLog2e;
   p.cls = d.zero_first;
-  if (turn.angles.given) {
-    p.angles = turn.angles.ptr<const float>();
-    p.angles_b = turn.angles.size(0) == 1 ? 0 : int(turn.angles.size(1));
-    p.neighbours = turn.neighbours;
-  }
+  turn_by(p, turn);
   return p;
 }
 
 device::Grid warps(const Packed& p) { return {(p.units + kPackedWarps - 1) / kPackedWarps, 1, kPackedWarps * kWarp}; }
 
-Tiled tile(const DividedAttention& d) {
+Tiled tile(const DividedAttention& d, const Turn& turn) {
   const ShortAttention& a = d.groups;
   Tiled p{};
   p.q = heads_of(a.q), p.k = heads_of(a.k), p.v = heads_of(a.v);
@@ -72,6 +76,7 @@ Tiled tile(const DividedAttention& d) {
   p.scale = a.scale;
   p.scale_log2 = a.scale * kLog2e;
   p.cls = a.q_rows.shared != 0;
+  turn_by(p, turn);
   return p;
 }
 
@@ -92,8 +97,6 @@ void for_columns(int64_t d, const Run& run) {
   if (d <= 96) return run(Traits<T, 3>{});
   run(Traits<T, 4>{});
 }
-
-bool is_packed(const ShortAttention& a) { return !a.q_rows.shared && a.len_q <= kPackedLength; }
 
 bool has_no_tokens(const ShortAttention& a) { return a.groups() == 0 || a.len_q == 0; }
 
@@ -122,7 +125,7 @@ void run_forward(const DividedAttention& d, const Turn& turn, const Stream& stre
   const ShortAttention& a = d.groups;
   const int64_t n = a.q.size(2), columns = a.q.size(3);
   if (has_no_tokens(a)) return finish_cls<T>(d, {{a.o, nullptr}}, stream);
-  if (is_packed(a)) {
+  if (is_packed(a, turn)) {
     Packed p = pack(d, turn, n);
     p.o = heads_of(a.o);
     const auto run = [&](auto traits) {
@@ -130,7 +133,7 @@ void run_forward(const DividedAttention& d, const Turn& turn, const Stream& stre
     };
     return p.angles ? for_columns<TurnedTraits, T>(columns, run) : for_columns<PlainTraits, T>(columns, run);
   }
-  Tiled p = tile(d);
+  Tiled p = tile(d, turn);
   p.o = heads_of(a.o);
   p.part = a.shared_q;
   for_columns<TiledTraits, T>(columns, [&](auto traits) {
@@ -151,7 +154,7 @@ void run_backward(const DividedAttention& d, const Turn& turn, float* stats, con
     p.o = heads_of(a.grad_o);
     p.dq = heads_of(a.dq), p.dk = heads_of(a.dk), p.dv = heads_of(a.dv);
   };
-  if (is_packed(a)) {
+  if (is_packed(a, turn)) {
     Packed p = pack(d, turn, m);
     name_gradients(p);
     const auto run = [&](auto kernel) { launch("divided_attention, packed_backward", kernel, warps(p), stream, p); };
@@ -159,7 +162,7 @@ void run_backward(const DividedAttention& d, const Turn& turn, float* stats, con
     if (p.angles) return for_columns<TurnedTraits, T>(columns, [&](auto t) { run(packed_backward<decltype(t)>); });
     return for_columns<PlainTraits, T>(columns, [&](auto t) { run(packed_backward<decltype(t)>); });
   }
-  Tiled p = tile(d);
+  Tiled p = tile(d, turn);
   name_gradients(p);
   p.stats = reinterpret_cast<Stats*>(stats);
   p.part = a.shared_q, p.part_k = a.shared_k, p.part_v = a.shared_v;

@@ -5,8 +5,7 @@
 
 namespace vk {
 
-// The rotation of q and k, where it happens inside: served for packed sequences in time, each head with keys of its
-// own, and pairs of neighbours, or of halves at heads of 64 and 128.
+// The rotation of q and k, where it happens inside: in time, of whole heads.
 struct Turn {
   TensorRef angles;  // b|1 t d float32, contiguous: cosines of the pairs of a frame, then sines; absent: none
   bool neighbours = false;
@@ -18,7 +17,14 @@ void divided_attention_forward_cuda(const DividedAttention& p, const Turn& turn,
 void divided_attention_backward_cuda(const DividedAttention& p, const Turn& turn, float* stats,
                                      const device::Stream& stream);
 
-// Sequences up to this length are packed, several to a warp; they need no stats.
-inline constexpr int64_t kPackedLength = 16;
+inline constexpr int64_t kPackedLength = 16, kTurnedLength = 128;
+
+// Short sequences are packed, several to a warp, and need no stats. Those that are turned, if both elements of a pair
+// lie in one lane and no gradients of heads are summed.
+inline bool is_packed(const ShortAttention& a, const Turn& turn) {
+  if (a.q_rows.shared || a.len_q > kPackedLength) return false;
+  const int64_t d = a.q.size(3);
+  return !turn.angles.given || (a.q.size(2) == a.k.size(2) && (turn.neighbours || d == 64 || d == 128));
+}
 
 }  // namespace vk

@@ -30,11 +30,9 @@ void check_for_gpu(const DividedAttention& p) {
 void check_turn(const DividedAttention& p, const Turn& turn, int64_t t, bool spatial) {
   const TensorRef &x = turn.angles, &q = p.groups.q;
   if (!x.given) return;
-  const bool packed = !spatial && p.groups.len_q <= kPackedLength && q.size(2) == p.groups.k.size(2);
-  VK_CHECK(packed, kOp, "angles", "be given in time only, for at most 16 frames and as many heads of k as of q",
-           shape_text(q));
   const int64_t d = q.size(3);
-  VK_CHECK(turn.neighbours || d == 64 || d == 128, kOp, "angles", "be of neighbours unless heads are of 64 or 128", d);
+  VK_CHECK(!spatial && p.groups.len_q <= kTurnedLength, kOp, "angles",
+           "be given in time only, for at most 128 frames that attend together", shape_text(q));
   check_rank(kOp, "angles", x, 3);
   check_dtype(kOp, "angles", x, Dtype::f32);
   VK_CHECK(x.size(0) == 1 || x.size(0) == q.size(0), kOp, "angles", "have b or 1 samples", shape_text(x));
@@ -92,8 +90,7 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   p.groups.shared_q = scratch("part_q", part_q, shared, row * q.size(2));
   p.groups.shared_k = scratch("part_k", part_k, shared, row * k.size(2));
   p.groups.shared_v = scratch("part_v", part_v, shared, row * k.size(2));
-  float* rows =
-      scratch("stats", stats, shared || a.len_q > kPackedLength, 2 * q.size(0) * a.groups() * q.size(2) * a.len_q);
+  float* rows = scratch("stats", stats, !is_packed(a, turn), 2 * q.size(0) * a.groups() * q.size(2) * a.len_q);
   divided_attention_backward_cuda(p, turn, rows, {device, reinterpret_cast<void*>(stream)});
 }
 

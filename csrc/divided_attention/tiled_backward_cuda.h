@@ -2,7 +2,7 @@
 // and for dq; what it leaves of them the second one reads, for dk and dv.
 #pragma once
 
-#include "tiled_cuda.h"
+#include "tiled_turn_cuda.h"
 
 namespace vk {
 namespace {
@@ -54,14 +54,18 @@ VK_DEVICE void as_queries(const Tiled& p, const Block& b, const Room<Traits, 2>&
   using T = typename Traits::T;
   const auto kv = others<T>(b, p.k, p.v, quotient(head, p.per_key));
   const auto stage_of = [&](int i) { return p.tiles > 1 ? i % 2 : 0; };
-  const auto start = [&](int i) {  // a single tile stays for the second walk
-    if (i < 2 * p.tiles && (p.tiles > 1 || i == 0))
-      copy_others(p, b, room, stage_of(i), i < p.tiles ? i : i - p.tiles, kv);
+  const auto comes = [&](int i) {  // in the second walk, too, unless all tiles stay
+    return i < p.tiles || (p.tiles > 2 && i < 2 * p.tiles);
+  };
+  const auto start = [&](int i) {
+    if (comes(i)) copy_others(p, b, room, stage_of(i), i < p.tiles ? i : i - p.tiles, kv);
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.q, head);
   copy_held<Traits>(p, b, rows_in(room, 1), p.o, head);
+  commit_copies();
   start(0);
+  turn_held(p, b, room);
 
   Held<Traits, kInRegisters> q, g;
   Seen row;
@@ -74,6 +78,7 @@ VK_DEVICE void as_queries(const Tiled& p, const Block& b, const Room<Traits, 2>&
     start(i + 1);
     wait_for_copies<1>();
     sync_block();
+    if (comes(i)) turn_others(p, b, room, stage, tile);
     if (i == 0) {
       hold(q, rows_in(room, 0));
       hold(g, rows_in(room, 1));
@@ -133,7 +138,10 @@ VK_DEVICE void as_queries(const Tiled& p, const Block& b, const Room<Traits, 2>&
     if (lane() % 4 == 0 && b.first + at < p.where.length + p.cls)
       store(stats + at, Stats{lse[half], delta[half] * share});
   }
-  store_sums<Traits>(p, b, dq, factor, rows_in(room, 0), p.dq, head, part_of(p, b, p.part, p.n, head));
+  if (p.angles)
+    store_turned(p, b, dq, p.scale, room, p.dq, head);
+  else
+    store_sums<Traits>(p, b, dq, factor, rows_in(room, 0), p.dq, head, part_of(p, b, p.part, p.n, head));
 }
 
 // Weights and ds of 16 keys (rows) and 8 queries (columns), in place of scores and dp. Queries from `live` on see
@@ -163,7 +171,9 @@ VK_DEVICE void as_keys(const Tiled& p, const Block& b, const Room<Traits, 2>& ro
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.k, b.head);
   copy_held<Traits>(p, b, rows_in(room, 1), p.v, b.head);
+  commit_copies();
   start(0, end - per_key, 0);
+  turn_held(p, b, room);
 
   const Held<Traits, false> k{rows_in(room, 0), {}}, v{rows_in(room, 1), {}};  // registers are for the sums
   Sums<Traits> dk{}, dv{};
@@ -175,6 +185,7 @@ VK_DEVICE void as_keys(const Tiled& p, const Block& b, const Room<Traits, 2>& ro
     start(stage ^ 1, next_head, next_tile);
     wait_for_copies<1>();
     sync_block();
+    turn_others(p, b, room, stage, tile);
     if (p.cls && tile == 0) {  // a query more, whose output is a mean
       float weight[2], ds[2];
       const Stats of = load(stats + p.where.length);
@@ -208,7 +219,10 @@ VK_DEVICE void as_keys(const Tiled& p, const Block& b, const Room<Traits, 2>& ro
     tile = next_tile;
   }
   const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
-  store_sums<Traits>(p, b, dk, scale, rows_in(room, 0), p.dk, b.head, part_of(p, b, p.part_k, p.m, b.head));
+  if (p.angles)
+    store_turned(p, b, dk, p.scale, room, p.dk, b.head);
+  else
+    store_sums<Traits>(p, b, dk, scale, rows_in(room, 0), p.dk, b.head, part_of(p, b, p.part_k, p.m, b.head));
   store_sums<Traits>(p, b, dv, one, rows_in(room, 1), p.dv, b.head, part_of(p, b, p.part_v, p.m, b.head));
 }
 

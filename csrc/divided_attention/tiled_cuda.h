@@ -31,6 +31,9 @@ struct Tiled {
   bool cls;
   Stats* stats;                   // sequences n length+cls
   float *part, *part_k, *part_v;  // b n|m outer d: what the sequences leave for the CLS
+  const float* angles;            // b|1 frames d, where q and k are turned
+  int angles_b;                   // frames, or 0 where samples share them
+  bool neighbours;                // are pairs, else halves
 };
 
 template <class Element, int kChunks>
@@ -38,6 +41,8 @@ struct TiledTraits {
   using T = Element;
   static constexpr int kColumns = 32 * kChunks, kSteps = kColumns / 16;
   static constexpr int kBlocks = kChunks == 2 ? 2 : 1;  // at least, on a multiprocessor
+  // Forward: 128 registers, as for blocks of 256 threads, so that four blocks of 64 rows are on a multiprocessor.
+  static constexpr int kForwardThreads = kChunks == 2 ? 256 : kMostThreads;
   using Rows = Tile<T, 16, kColumns>;
   using Others = Tile<T, kTileRows, kColumns>;
 };
@@ -310,7 +315,7 @@ VK_DEVICE void store_sums(const Tiled& p, const Block& b, const Sums<Traits>& su
   const auto rows = token_rows<T>(b, to, head);
   device::store_rows<16, kWarp>(
       through, 0, p.columns,
-      [&](int row) { return b.first + row < p.where.length ? row_of(p, rows, b.first + row) : nullptr; }, lane());
+      [&](int row) { return b.first + row < p.where.length ? row_of(p, rows, b.first + row) : nullptr; }, anew(lane()));
   sync_warp();  // the rows may be filled again
 }
 

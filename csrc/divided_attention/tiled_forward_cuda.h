@@ -1,6 +1,6 @@
 #pragma once
 
-#include "tiled_cuda.h"
+#include "tiled_turn_cuda.h"
 
 namespace vk {
 namespace {
@@ -25,7 +25,7 @@ VK_DEVICE void score_tile(FragmentC (&s)[kTileRows / 8], const Tiled& p, const H
 }
 
 template <class Traits>
-VK_KERNEL(kMostThreads, Traits::kBlocks)
+VK_KERNEL(Traits::kForwardThreads, Traits::kBlocks)
 tiled_forward(const Tiled p) {
   using T = typename Traits::T;
   const Block b = block_of(p);
@@ -36,7 +36,9 @@ tiled_forward(const Tiled p) {
     commit_copies();
   };
   copy_held<Traits>(p, b, rows_in(room, 0), p.q, b.head);
+  commit_copies();
   start(0);
+  turn_held(p, b, room);
 
   OnlineSoftmax row;
   Sums<Traits> o{};
@@ -45,6 +47,7 @@ tiled_forward(const Tiled p) {
     start(tile + 1);
     wait_for_copies<1>();
     sync_block();
+    turn_others(p, b, room, stage, tile);
     Held<Traits, true> q;
     hold(q, rows_in(room, 0));  // of every tile anew: the registers serve the sums in between
     if (p.cls && tile == 0) {   // a key more: the softmax starts with it

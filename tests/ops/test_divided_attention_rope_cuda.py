@@ -8,11 +8,19 @@ of frames that share the first one's, the frame not counted, all samples by the 
 vector behind the head. Turning: k left out (halves; neighbours), halves taken for neighbours, the other half of 128 one
 chunk on. Gradients: dq or dk not turned back, dv turned back, turned on instead of back (halves; neighbours). In
 vkernels/ops/divided_attention/: the spec's scale left out, the kind of pairs exchanged, angles lost for the backward.
+In tiles. Waiting: no barrier after a tile is turned, none before (forward, queries, keys), rows held not waited for or
+not committed, no barrier of the warp before they are turned or before floats are read. Turning: the second tile by
+the rows of the first, rows held by those of the first warp, v for k, rows behind the last 16 or the last row left out,
+rows held left out, a tile that stays turned again, a partner one piece before, the second piece of neighbours by the
+first's angles, a four behind the head, frames of groups or samples shared. Gradients: dq or dk not turned back, turned
+on, by the rows of the first warp, not scaled, a row behind the last stored. Choice: packed though a pair lies in two
+lanes or heads share a key, 129 frames taken, the kind of pairs lost.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,16 +32,17 @@ from tests.ops.test_divided_attention_rope import LINE, rope_by_hand, with_gradi
 from vkernels import RopeSpec, library
 from vkernels.ops.divided_attention import api, torch_op
 
-TIMES = torch.tensor([0, 1, 3, 4, 8, 9, 10, 15, 16, 20, 21, 22, 23, 30, 31, 40, 41])
+TIMES = torch.arange(129) + torch.arange(129) // 3 * 2  # 0 1 2 5 6 7 10 ..
 
 
 def spec_of(d, layout, **more):
     return RopeSpec.build(d, 50.0, layout=layout, **more)
 
 
-def inputs(b, grid, n, d, dtype, cls=0):
+def inputs(b, grid, n, d, dtype, cls=0, m=None):
     """q, k, v as slices of one packed row."""
-    return make(b, cls + grid.tokens, 3 * n, d)[0].to(dtype).split(n, dim=2)
+    m = m or n
+    return make(b, cls + grid.tokens, n + 2 * m, d)[0].to(dtype).split([n, m, m], dim=2)
 
 
 def run(q, k, v, grid, rope, **options):
@@ -76,6 +85,87 @@ def test_inside(monkeypatch, d, layout, grid, options, dtype):
     assert torch.equal(got[3], composed[3])
 
 
+# Longer sequences are turned where their tiles pass by: 16 rows to a warp, 6 warps to a block, 64 rows to a tile.
+TILED = [
+    ("one more than packed", 64, "half", vk.Grid(17, 1, 2), {"cls": 1}),
+    ("three warps", 72, "half", vk.Grid(33, 1, 1), {"order": "patch", "cls": 1}),
+    ("a tile", 80, "half", vk.Grid(64, 1, 1), {}),
+    ("a row in the second tile", 88, "half", vk.Grid(65, 1, 1), {}),
+    ("a block", 96, "half", vk.Grid(96, 1, 1), {}),
+    ("a row in the second block", 64, "half", vk.Grid(97, 1, 1), {"cls": 1}),
+    ("two tiles, two blocks", 128, "half", vk.Grid(128, 1, 1), {}),
+    ("neighbours of 128", 128, "pair", vk.Grid(17, 1, 1), {}),
+    ("neighbours of 96", 96, "pair", vk.Grid(33, 1, 1), {}),
+    ("neighbours of 88, patch-major", 88, "pair", vk.Grid(18, 1, 2), {"order": "patch", "cls": 1}),
+    ("neighbours of 80", 80, "pair", vk.Grid(65, 1, 1), {}),
+    ("neighbours of 72", 72, "pair", vk.Grid(96, 1, 1), {}),
+    ("neighbours of 64", 64, "pair", vk.Grid(128, 1, 1), {"order": "patch"}),
+    ("groups keep their frames", 24, "half", vk.Grid(40, 1, 2), {"frames_per_group": 20, "cls": 1}),
+    ("heads share a key", 40, "half", vk.Grid(70, 1, 1), {"m": 1}),
+    ("heads share a key over two blocks", 8, "pair", vk.Grid(100, 1, 1), {"m": 1}),
+]
+# Short ones, too, where a pair lies in two lanes or the gradients of heads are summed.
+SHORT = [
+    ("halves of 88", 88, "half", vk.Grid(16, 1, 1), {"order": "patch"}),
+    ("halves of 72, groups", 72, "half", vk.Grid(6, 1, 2), {"frames_per_group": 3, "cls": 1}),
+    ("heads share a key", 64, "half", vk.Grid(4, 1, 2), {"m": 1}),
+    ("neighbours of heads that share a key", 16, "pair", vk.Grid(5, 1, 1), {"m": 1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("d", "layout", "grid", "options"), [pytest.param(*c[1:], id=f"{c[3].t}, {c[0]}") for c in TILED + SHORT]
+)
+def test_inside_tiles(monkeypatch, d, layout, grid, options):
+    """As above, in the kernels of tiles; among them are bf16 and f16, samples with positions of their own."""
+    options = dict(options)
+    m, b, dtype = options.pop("m", None), 1 + (grid.t < 40), torch.float16 if layout == "half" else torch.bfloat16
+    rope = spec_of(d, layout), torch.stack([TIMES[: grid.t] + 3 * i * i for i in range(b)])
+    q, k, v = inputs(b, grid, 2 if m else 1, d, dtype, options.get("cls", 0), m)
+    got, names = run(q, k, v, grid, rope, **options)
+    assert names[0].startswith("apply_rope")
+    assert names[1] == "divided_attention, tiled_forward"
+    close(got, with_gradients(lambda *x: rope_by_hand(*x, grid, rope, **options), q, k, v), dtype)
+    if options.get("frames_per_group", grid.t) > torch_op.PACKED:
+        monkeypatch.setattr(api, "composed_because", lambda call: "asked to")
+        composed, _ = run(q, k, v, grid, rope, **options)
+        assert torch.equal(got[0], composed[0])
+        assert torch.equal(got[3], composed[3])
+
+
+@pytest.mark.parametrize(
+    ("t", "names"),
+    [
+        (16, ["packed_forward", "packed_backward"]),
+        (17, ["tiled_forward", "tiled_backward"]),
+        (97, ["tiled_forward", "tiled_dq", "tiled_dkv"]),
+    ],
+)
+def test_nothing_but_angles_goes_before(t, names):
+    grid = vk.Grid(t, 1, 1)
+    q, k, v = inputs(1, grid, 1, 64, torch.bfloat16)
+    rope = spec_of(64, "half"), TIMES[:t]
+    call = partial(vk.divided_attention, grid=grid, rope=rope, backend="cuda")
+    noted = [launch[0] for launch in library.cuda_launches(lambda: with_gradients(call, q, k, v))]
+    assert noted[0].startswith("apply_rope")
+    assert noted[1:] == [f"divided_attention, {name}" for name in names]
+
+
+def test_the_order_of_threads_does_not_matter():
+    """Rows are turned by threads that do not multiply them."""
+    set_order = library.emulator.module.set_order
+    grid, found = vk.Grid(70, 1, 1), []
+    q, k, v = inputs(1, grid, 1, 24, torch.bfloat16)
+    try:
+        for order in (0, 1, 2):  # forward, backward, shuffled
+            set_order(order)
+            found.append(run(q, k, v, grid, (spec_of(24, "half"), TIMES[:70]))[0])
+    finally:
+        set_order(3)  # mixed
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize(("layout", "second"), [("half", 32), ("pair", 1)])
 def test_two_frames_worked_by_hand(layout, second):
     # As in test_divided_attention_rope.py: a frame turns by 60 degrees, k stands at 30. Scores of frame 0: ln 3 and 0.
@@ -106,12 +196,10 @@ def test_positions_of_every_kind(layout):
 
 FIRST = [
     ("the axis is spatial", 64, LINE, vk.Grid(2, 1, 3), {"axis": "spatial", "cls": 1}, 1),
-    ("17 frames attend together", 64, spec_of(64, "half"), vk.Grid(17, 1, 1), {}, 1),
-    ("heads of q share one of k", 64, spec_of(64, "half"), vk.Grid(4, 1, 2), {}, 2),
-    ("they rotate whole heads", 64, spec_of(32, "half"), vk.Grid(4, 1, 2), {"cls": 1}, 1),
+    ("129 frames attend together", 8, spec_of(8, "half"), vk.Grid(129, 1, 1), {}, 1),
+    ("they rotate whole heads", 64, spec_of(32, "half"), vk.Grid(4, 1, 2), {"cls": 1}, 2),
     ("they rotate whole heads, all alike", 8, RopeSpec.build(8, axes=((0,) * 4,) * 2), vk.Grid(2, 1, 1), {}, 1),
-    ("pairs lie as 'half' in heads of 88", 88, spec_of(88, "half"), vk.Grid(4, 1, 2), {"order": "patch"}, 1),
-    ("pairs lie as 'axial' in heads of 64", 64, RopeSpec.grid((32, 32), layout="axial"), vk.Grid(2, 1, 1), {}, 1),
+    ("pairs lie as 'axial'", 64, RopeSpec.grid((32, 32), layout="axial"), vk.Grid(2, 1, 1), {}, 1),
 ]
 
 
@@ -154,13 +242,14 @@ def test_angles_are_those_of_the_spec():
 def test_a_direct_call_is_refused_before_it_could_read_outside():
     q, k, v = (x.half() for x in make(2, 8, 2, 64))
     layout, angles = [4, 2, 0, 0, 0, 4], torch.zeros(1, 4, 64)
-    wide = [x.half() for x in make(2, 34, 2, 64)]
+    long, halves = (*(x.half() for x in make(1, 129, 1, 8)), 1.0), (*(x.half() for x in make(1, 34, 1, 8)), 1.0)
     for message, args in (
         ("angles must be given in time only", (q, k, v, 1.0, [4, 2, 0, 1, 0, 1], angles, False)),
-        ("angles must be given in time only", (*wide, 1.0, [17, 2, 0, 0, 0, 17], torch.zeros(1, 17, 64), False)),
-        ("angles must be given in time only", (q, k[:, :, :1], v[:, :, :1], 1.0, layout, angles, False)),
-        ("angles must be of neighbours unless heads are of 64 or 128, got 32",
-         (q[..., :32], k[..., :32], v[..., :32], 1.0, layout, angles[..., :32].contiguous(), False)),
+        ("angles must be given in time only, for at most 128 frames",
+         (*long, [129, 1, 0, 0, 0, 129], torch.zeros(1, 129, 8), False)),
+        ("angles must have size 34", (*halves, [34, 1, 0, 0, 0, 17], torch.zeros(1, 17, 8), False)),
+        ("angles must have size 8", (*halves, [34, 1, 0, 0, 0, 34], torch.zeros(1, 34, 4), False)),
+        ("angles must have dtype", (*halves, [34, 1, 0, 0, 0, 34], torch.zeros(1, 34, 8).half(), False)),
         ("angles must have rank 3", (q, k, v, 1.0, layout, angles[0], False)),
         ("angles must have dtype", (q, k, v, 1.0, layout, angles.double(), False)),
         ("angles must have b or 1 samples", (q, k, v, 1.0, layout, angles.expand(3, 4, 64).contiguous(), False)),

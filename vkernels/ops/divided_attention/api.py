@@ -177,17 +177,14 @@ def _turned(c: Call, backend: str) -> Call:
 def composed_because(c: Call) -> str | None:
     """None where the CUDA kernels rotate q and k themselves, else the sentence that says why they do not."""
     spec, _ = c.rope
-    d, frames = c.q.shape[3], c.frames_per_group
     if c.axis != "temporal":
         return "the axis is spatial, they rotate along time"
-    if frames > torch_op.PACKED:
-        return f"{frames} frames attend together, they rotate up to {torch_op.PACKED}"
-    if c.q.shape[2] != c.k.shape[2]:
-        return "heads of q share one of k"
-    if 2 * spec.pairs != d or len(spec.axis_rows) > 1:
+    if c.frames_per_group > torch_op.TURNED:
+        return f"{c.frames_per_group} frames attend together, they rotate up to {torch_op.TURNED}"
+    if 2 * spec.pairs != c.q.shape[3] or len(spec.axis_rows) > 1:
         return "they rotate whole heads, all alike"
-    if spec.layout != "pair" and (spec.layout != "half" or d not in (64, 128)):
-        return f"pairs lie as {spec.layout!r} in heads of {d}, they rotate halves of 64 and 128, and neighbours"
+    if spec.layout not in ("half", "pair"):
+        return f"pairs lie as {spec.layout!r}, they rotate halves and neighbours"
     return None
 
 

@@ -93,6 +93,7 @@ SPEC = OpSpec(
         _case("spatial", 2, Grid(2, 1, 5), 3, 8, axis="spatial"),
         _case("temporal-rope", 1, Grid(3, 1, 2), 1, 64, cls=1, rope=(RopeSpec.build(64), torch.arange(3))),
         _case("temporal-rope-pairs", 2, Grid(3, 1, 1), 1, 24, order="patch", rope=(_YARN, _TIMES)),
+        _case("temporal-rope-long", 1, Grid(17, 1, 1), 2, 24, m=1, rope=(RopeSpec.build(24), torch.arange(17))),
         _case("empty", 0, Grid(2, 2, 2), 2, 64, axis="spatial"),
     ],
     shapes=[

@@ -17,7 +17,8 @@ from vkernels.check import require
 from vkernels.library import fresh, lazily, native, op, ref, register, run_cuda, unit_stride, whole_vectors
 from vkernels.rope import RopeSpec
 
-PACKED = 16  # frames that attend together, up to which the CUDA kernels rotate (csrc: kPackedLength)
+PACKED = 16  # frames that attend together, up to which a warp of the CUDA kernels has several (csrc: kPackedLength)
+TURNED = 128  # up to which they rotate q and k (csrc: kTurnedLength)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
