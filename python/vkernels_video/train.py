@@ -197,7 +197,9 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mvm", action="store_true", default=None, help="with ST-LLM's second pass and its loss")
     parser.add_argument("--tubes", type=float, help="share of the patches the branch does not see (default: 0.7)")
     parser.add_argument("--ship", type=Path, help="also write an ST-LLM in half precision, with its story, here")
-    parser.add_argument("--threads", type=int, default=1, help="a second helps only where nothing else runs (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="a second helps only where nothing else runs (default: 1)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where the folder's checkpoint stopped")
     arguments = parser.parse_args(argv)
     if arguments.ship and arguments.what != "st_llm":
