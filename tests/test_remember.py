@@ -35,6 +35,7 @@ MORE_CALLS = {  # two ops; two ops, and positions of tokens; pages of two sequen
     ("attention", "rope"): 115,
     ("divided_attention", "temporal-rope"): 130,
     ("divided_attention", "temporal-rope-pairs"): 130,
+    ("divided_attention", "temporal-rope-long"): 130,
     ("kv_append", "int4-paged"): 135,
 }
 
