@@ -29,7 +29,7 @@ Move = tuple[Any, tuple[int, ...], tuple[int | None, ...], dict[str, Any]]  # ke
 
 
 @triton.jit
-def _split(at, index, size, step, ALIGN: tl.constexpr):
+def _split(at, index, size, step, ALIGN: tl.constexpr = 1):
     """One factor, innermost first: its part of `index` moved into the offset `at`."""
     if size is None:
         return at, index
@@ -63,18 +63,37 @@ def _copy_runs_kernel(
 
 
 _TURN_SIZES = [f"{field}{i}" for field in "nst" for i in range(6)]
-_TURN_SIZES += ["size_i", "size_j", "stride_xi", "stride_xj", "stride_yi"]
+_TURN_SIZES += ["size_i", "size_j", "stride_xi", "stride_xj", "stride_yi", "wide_x", "wide_y"]
+
+
+@triton.jit
+def _tile(base, i, j, size_i, size_j, stride_i, stride_j, UNIT: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of a tile [j, i], and which lie inside. What WIDTH divides is written so that the compiler sees it."""
+    inside = (j < size_j)[:, None] & (i < size_i // WIDTH * WIDTH)[None, :]
+    along = i if UNIT else i * stride_i
+    return base // WIDTH * WIDTH + (j * (stride_j // WIDTH * WIDTH))[:, None] + along[None, :], inside
+
+
+@triton.jit
+def _load_tile(ptr, base, i, j, size_i, size_j, stride_i, stride_j, UNIT: tl.constexpr, WIDTH: tl.constexpr):
+    at, inside = _tile(base, i, j, size_i, size_j, stride_i, stride_j, UNIT, WIDTH)
+    return tl.load(ptr + at, mask=inside, other=0)
+
+
+@triton.jit
+def _store_tile(ptr, base, value, i, j, size_i, size_j, stride_j, WIDTH: tl.constexpr):
+    at, inside = _tile(base, i, j, size_i, size_j, 1, stride_j, True, WIDTH)
+    tl.store(ptr + at, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=_TURN_SIZES)
 def _turn_kernel(
     x_ptr, y_ptr, n0, n1, n2, n3, n4, n5, s0, s1, s2, s3, s4, s5, t0, t1, t2, t3, t4, t5,
-    size_i, size_j, stride_xi, stride_xj, stride_yi,
-    X_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
-    I_ALIGN: tl.constexpr, J_ALIGN: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    size_i, size_j, stride_xi, stride_xj, stride_yi, wide_x, wide_y,
+    X_UNIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """i is the factor along which x is contiguous, j the one along which y is."""
-    size_i, size_j = size_i * I_ALIGN, size_j * J_ALIGN
+    """i is the factor along which x is contiguous, j the one along which y is. Either side moves WIDTH elements at a
+    time where that divides its sizes and strides: a branch, as two kernels would compile anew for another length."""
     block = tl.program_id(0).to(tl.int64)
     parts_i, parts_j = (size_i + BLOCK_I - 1) // BLOCK_I, (size_j + BLOCK_J - 1) // BLOCK_J
     i = block % parts_i * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -82,24 +101,28 @@ def _turn_kernel(
     index = block // parts_i // parts_j
     from_x, to_y = index * 0, index * 0
     left = index
-    from_x, left = _split(from_x, left, n0, s0, X_ALIGN)
-    from_x, left = _split(from_x, left, n1, s1, X_ALIGN)
-    from_x, left = _split(from_x, left, n2, s2, X_ALIGN)
-    from_x, left = _split(from_x, left, n3, s3, X_ALIGN)
-    from_x, left = _split(from_x, left, n4, s4, X_ALIGN)
-    from_x, left = _split(from_x, left, n5, s5, X_ALIGN)
+    from_x, left = _split(from_x, left, n0, s0)
+    from_x, left = _split(from_x, left, n1, s1)
+    from_x, left = _split(from_x, left, n2, s2)
+    from_x, left = _split(from_x, left, n3, s3)
+    from_x, left = _split(from_x, left, n4, s4)
+    from_x, left = _split(from_x, left, n5, s5)
     left = index
-    to_y, left = _split(to_y, left, n0, t0, Y_ALIGN)
-    to_y, left = _split(to_y, left, n1, t1, Y_ALIGN)
-    to_y, left = _split(to_y, left, n2, t2, Y_ALIGN)
-    to_y, left = _split(to_y, left, n3, t3, Y_ALIGN)
-    to_y, left = _split(to_y, left, n4, t4, Y_ALIGN)
-    to_y, left = _split(to_y, left, n5, t5, Y_ALIGN)
-    x_i = i if X_UNIT else i * (stride_xi * X_ALIGN)
-    x_at = x_ptr + from_x + (j * (stride_xj * X_ALIGN))[:, None] + x_i[None, :]
-    x = tl.load(x_at, mask=(j < size_j)[:, None] & (i < size_i)[None, :], other=0)
-    y_at = y_ptr + to_y + (i * (stride_yi * Y_ALIGN))[:, None] + j[None, :]
-    tl.store(y_at, tl.trans(x), mask=(i < size_i)[:, None] & (j < size_j)[None, :])
+    to_y, left = _split(to_y, left, n0, t0)
+    to_y, left = _split(to_y, left, n1, t1)
+    to_y, left = _split(to_y, left, n2, t2)
+    to_y, left = _split(to_y, left, n3, t3)
+    to_y, left = _split(to_y, left, n4, t4)
+    to_y, left = _split(to_y, left, n5, t5)
+    if wide_x != 0:
+        x = _load_tile(x_ptr, from_x, i, j, size_i, size_j, stride_xi, stride_xj, X_UNIT, WIDTH)
+    else:
+        x = _load_tile(x_ptr, from_x, i, j, size_i, size_j, stride_xi, stride_xj, X_UNIT, 1)
+    y = tl.trans(x)
+    if wide_y != 0:
+        _store_tile(y_ptr, to_y, y, j, i, size_j, size_i, stride_yi, WIDTH)
+    else:
+        _store_tile(y_ptr, to_y, y, j, i, size_j, size_i, stride_yi, 1)
 
 
 def _factors(x: Tensor, axes: list[int], sizes: list[int], steps: list[int], shape: list[int]) -> list[Factor]:
@@ -216,17 +239,12 @@ def _turn(x: Tensor, factors: list[Factor]) -> Move:
     here = dict(tiles(OP, "_turn_kernel", arch(x.device), bytes=x.element_size()))
     block_i, block_j = _sides(i[0], j[0], here.pop("BLOCK"), here.pop("SIDE"))
     size = x.element_size()
-    x_align = _wide(size, [f[1] for f in (*rest, j)] + ([] if i[1] == 1 else [i[1]]))
-    y_align = _wide(size, [f[2] for f in (*rest, i)])
-    i_align, j_align = _wide(size, [i[0]]), _wide(size, [j[0]])
+    wide_x = i[1] == 1 and _wide(size, [i[0], *(f[1] for f in (*rest, j))]) > 1
+    wide_y = _wide(size, [j[0], *(f[2] for f in (*rest, i))]) > 1
     numbers = (
-        *_padded([f[0] for f in rest], OUTER - 1), *_padded([f[1] // x_align for f in rest], OUTER - 1),
-        *_padded([f[2] // y_align for f in rest], OUTER - 1),
-        i[0] // i_align, j[0] // j_align, i[1] // x_align, j[1] // x_align, i[2] // y_align,
+        *_padded([f[0] for f in rest], OUTER - 1), *_padded([f[1] for f in rest], OUTER - 1),
+        *_padded([f[2] for f in rest], OUTER - 1), i[0], j[0], i[1], j[1], i[2], int(wide_x), int(wide_y),
     )  # fmt: skip
-    meta = {
-        "X_UNIT": i[1] == 1, "X_ALIGN": x_align, "Y_ALIGN": y_align, "I_ALIGN": i_align, "J_ALIGN": j_align,
-        "BLOCK_I": block_i, "BLOCK_J": block_j, **here,
-    }  # fmt: skip
+    meta = {"X_UNIT": i[1] == 1, "WIDTH": _wide(size, []), "BLOCK_I": block_i, "BLOCK_J": block_j, **here}
     count = cdiv(i[0], block_i) * cdiv(j[0], block_j) * math.prod(f[0] for f in rest)
     return _turn_kernel, (count,), numbers, meta
