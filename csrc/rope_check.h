@@ -36,13 +36,15 @@ inline void check_positions(const char* op, const TensorRef& pos) {
 inline void check_rope_shapes(const char* op, const RopeArgs& r, int64_t b, int64_t s, int64_t d) {
   if (r.cos.given) {
     for (const auto& [name, table] : {std::pair{"cos", r.cos}, std::pair{"sin", r.sin}}) {
-      check_rank(op, name, table, 3);
+      check_rank(op, name, table, r.apart() ? 4 : 3);
       check_dtype(op, name, table, Dtype::f32);
       check_unit_stride(op, name, table);
       VK_CHECK(table.size(0) == 1 || table.size(0) == b, op, name, "have b or 1 rows of tables", shape_text(table));
       check_size(op, name, table, 1, s);
-      check_size(op, name, table, 2, r.cos.size(2));
+      check_size(op, name, table, table.rank - 1, r.pairs());
+      if (r.apart()) check_size(op, name, table, 2, 2);
     }
+    VK_CHECK(!r.apart() || r.blocks == 0, op, "layout", "pair neighbours where each has an angle of its own", r.blocks);
   } else {
     check_rank(op, "pos", r.pos, 3);
     check_rank(op, "axis", r.axis, 2);

@@ -25,14 +25,10 @@ def position_angles(
 
 
 @triton.jit
-def table_angles(
-    cos_ptr, sin_ptr, stride_cb, stride_cs, stride_sb, stride_ss, sample, token, live, pair, PAIRS: tl.constexpr
-):
-    """Cosines and sines [tokens, pairs] from the caller's tables."""
+def table(ptr, stride_b, stride_s, sample, token, live, pair, PAIRS: tl.constexpr):
+    """The caller's cosines or sines, [tokens, pairs]."""
     inside = live[:, None] & (pair < PAIRS)[None, :]
-    c = tl.load(cos_ptr + (sample * stride_cb + token * stride_cs)[:, None] + pair[None, :], mask=inside, other=0.0)
-    s = tl.load(sin_ptr + (sample * stride_sb + token * stride_ss)[:, None] + pair[None, :], mask=inside, other=0.0)
-    return c, s
+    return tl.load(ptr + (sample * stride_b + token * stride_s)[:, None] + pair[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

@@ -60,15 +60,16 @@ struct RopeArgs {
   TensorRef pos;   // axes b|1 s: int32, int64, float32 or float64; absent when a table is given
   TensorRef axis;  // heads r int32: the axis pair j of a head follows, -1 for none; heads divides every number of heads
   TensorRef freq;  // r int64: turns * 2^64, as bits
-  TensorRef cos;   // b|1 s r float: the caller's table
+  TensorRef cos;   // b|1 s r float: the caller's table; b|1 s 2 r: each member of a pair turns by an angle of its own
   TensorRef sin;
   double scale = 1;
   bool inverse = false;
   int64_t blocks = 1;  // half layout inside each of `blocks` equal parts; 0: neighbouring elements are a pair
   int64_t offset = 0;  // first rotated element of a head
 
-  int64_t pairs() const { return cos.given ? cos.size(2) : freq.given ? freq.size(0) : 0; }
+  int64_t pairs() const { return cos.given ? cos.size(-1) : freq.given ? freq.size(0) : 0; }
   int64_t heads() const { return cos.given || !axis.given ? 1 : axis.size(0); }
+  bool apart() const { return cos.given && cos.rank == 4; }
 };
 
 }  // namespace vk

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     k: torch.Tensor | None
     spec: RopeSpec
     pos: torch.Tensor | None  # axes b|1 s
-    cos: torch.Tensor | None  # b|1 s r
+    cos: torch.Tensor | None  # b|1 s r, or b|1 s 2 r
     sin: torch.Tensor | None
     inverse: bool
     scale: float
@@ -83,8 +83,10 @@ def float32_table(spec: RopeSpec, pos: torch.Tensor) -> tuple[torch.Tensor, torc
 def tables_of(
     name: str, spec: RopeSpec, angle: tuple[torch.Tensor, torch.Tensor], b: int, s: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The caller's tables as float32 [b|1, s, r]."""
+    """The caller's tables as float32 [b|1, s, r] or [b|1, s, 2, r]."""
     require(len(angle) == 2, name, "angle", "be exact, hf_fp32 or (cos, sin)", angle)
+    if angle[0].dim() == 4:
+        return tables_of_members(name, spec, *angle, b, s)
     tables = []
     for argument, table in zip(("cos", "sin"), angle, strict=True):
         if table.dim() == 2:
@@ -101,6 +103,18 @@ def tables_of(
             )
         tables.append(table.float())
     return tables[0], tables[1]
+
+
+def tables_of_members(
+    name: str, spec: RopeSpec, cos: torch.Tensor, sin: torch.Tensor, b: int, s: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caller's tables of angles for each member of a pair, as float32 [b|1, s, 2, r]."""
+    for argument, table in (("cos", cos), ("sin", sin)):
+        good = table.dim() == 4 and table.shape[0] in (1, b) and table.shape[1:] == (s, 2, spec.pairs)
+        require(good, name, argument, f"have shape (b|1, s={s}, 2, r={spec.pairs})", tuple(table.shape))
+    layout = spec.layout
+    require(layout == "pair", name, "spec", "have layout='pair' where each member has its own angle", repr(layout))
+    return cos.float(), sin.float()
 
 
 def angles_of(
@@ -139,6 +153,8 @@ def prepare(
             rule = f"have a multiple of the {heads} heads of spec"
             require(False, name, "q" if argument == "n" else "k", rule, sizes[argument])
     pos, cos, sin = angles_of(name, spec, pos, angle, sizes["b"], sizes["s"])
+    if cos is not None and cos.dim() == 4:
+        require(not inverse, name, "inverse", "be False where each member of a pair has its own angle", inverse)
     for argument, given in (("pos", pos), ("cos", cos), ("sin", sin)):
         if given is not None and given.device != q.device:
             require(False, name, argument, f"be on the device of q ({q.device})", given.device, TypeError)
@@ -210,7 +226,8 @@ def apply_rope(
         inverse: undo the rotation (and the attention scale).
         inplace: mutate `q` and `k` and return them; refused where a gradient would need them.
         angle: "exact"; "hf_fp32", the float32 table Hugging Face computes; or the caller's `(cos, sin)` tables
-            `[b|1, s, r]` or with r repeated to 2 r. A given table is still multiplied by `spec.scale`.
+            `[b|1, s, r]` or with r repeated to 2 r; `[b|1, s, 2, r]` turns each member of a neighbouring pair by an
+            angle of its own (V-JEPA2's positions). A given table is still multiplied by `spec.scale`.
         backend: None takes the first that can run the call.
 
     Returns:
@@ -255,9 +272,15 @@ def _reference(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     return call.q, call.k
 
 
+def _cuda_why_not(call: Call) -> str | None:
+    if call.cos is not None and call.cos.dim() == 4:
+        return "each member of a pair has an angle of its own, this backend turns both by one"
+    return cuda_why_not(call.q)
+
+
 BACKENDS = (
     Backend("cpu", lambda c: cpu_why_not(c.q), lambda c: _registered(c, "cpu")),
-    Backend("cuda", lambda c: cuda_why_not(c.q), lambda c: _registered(c, "cuda"), lambda c: like(c.q)),
+    Backend("cuda", _cuda_why_not, lambda c: _registered(c, "cuda"), lambda c: like(c.q)),
     Backend("triton", lambda c: triton_why_not(c.q), lambda c: _registered(c, "triton")),
     Backend("reference", lambda c: None, _reference),
 )

@@ -18,22 +18,25 @@ def angles(spec: RopeSpec, pos: torch.Tensor) -> torch.Tensor:
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: RopeSpec, inverse: bool, scale: float
 ) -> torch.Tensor:
-    """`x` [b, s, n, d] by tables [heads, b|1, s, r]."""
+    """`x` [b, s, n, d] by tables [heads, b|1, s, r], or [1, b|1, s, 2, r]: each member of a pair by its own angle."""
     inner = torch.promote_types(x.dtype, torch.float32)
     group = x.shape[2] // cos.shape[0]
-    c, w = (t.to(inner).permute(1, 2, 0, 3).repeat_interleave(group, 2) * scale for t in (cos, sin))  # b s n r
+    if cos.dim() == 4:
+        cos, sin = (t.unsqueeze(-2).expand(*t.shape[:-1], 2, -1) for t in (cos, sin))
+    c, w = (t.to(inner).permute(1, 2, 0, 3, 4).repeat_interleave(group, 2) * scale for t in (cos, sin))  # b s n 2 r
     if inverse:
         w = -w
+    c0, c1, w0, w1 = *c.unbind(-2), *w.unbind(-2)
     head, turned, tail = x.to(inner).split(
         [spec.offset, spec.rotary_dim, x.shape[-1] - spec.offset - spec.rotary_dim], -1
     )
     if spec.layout == "pair":
         x0, x1 = turned.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([x0 * c - x1 * w, x1 * c + x0 * w], -1).flatten(-2)
+        turned = torch.stack([x0 * c0 - x1 * w0, x1 * c1 + x0 * w1], -1).flatten(-2)
     else:
         x0, x1 = turned.unflatten(-1, (spec.blocks, 2, -1)).unbind(-2)
-        c, w = (t.unflatten(-1, (spec.blocks, -1)) for t in (c, w))
-        turned = torch.stack([x0 * c - x1 * w, x1 * c + x0 * w], -2).flatten(-3)
+        c0, c1, w0, w1 = (t.unflatten(-1, (spec.blocks, -1)) for t in (c0, c1, w0, w1))
+        turned = torch.stack([x0 * c0 - x1 * w0, x1 * c1 + x0 * w1], -2).flatten(-3)
     return torch.cat([head, turned, tail], -1).to(x.dtype)
 
 

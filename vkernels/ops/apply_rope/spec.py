@@ -23,6 +23,7 @@ def _cost(call: Call) -> Cost:
 _MROPE = RopeSpec.build(128, 1e6, axes="mrope", sections=(16, 24, 24))
 _VIDEO = RopeSpec.build(64, axes="videorope", sections=(8, 12, 12))
 _YARN = RopeSpec.build(36, 1e6, "yarn", factor=4, original=32768, layout="pair", offset=8)
+_PART = RopeSpec.build(24, layout="pair", offset=4)
 _HEADS = RopeSpec.build(16, axes=((0,) * 8, (1,) * 8, (-1,) * 8))
 
 SPEC = OpSpec(
@@ -46,6 +47,10 @@ SPEC = OpSpec(
         ),
         Case("inverse", lambda m: {**_inputs(m, 1, 5, 2, 2, 48, RopeSpec.build(32)), "inverse": True}),
         Case("hf_fp32", lambda m: {**_inputs(m, 1, 5, 2, 2, 32, RopeSpec.build(32)), "angle": "hf_fp32"}),
+        Case(
+            "two_angles",
+            lambda m: {**_inputs(m, 2, 5, 3, 1, 32, _PART), "angle": (m.randn(2, 5, 2, 12), m.randn(1, 5, 2, 12))},
+        ),
         Case("empty", lambda m: _inputs(m, 1, 0, 3, 1, 64, RopeSpec.build(64))),
     ],
     shapes=[
@@ -62,6 +67,14 @@ SPEC = OpSpec(
                 m, 8, 729, 16, 16, 72, RopeSpec.grid((36, 36), layout="pair"), torch.zeros(2, 729, dtype=torch.int64)
             ),
             "a vision tower with head size 72",
+        ),
+        Shape(
+            "vjepa2",
+            lambda m: {
+                **_inputs(m, 8, 2048, 16, 0, 64, RopeSpec.build(60, layout="pair")),
+                "angle": (m.randn(1, 2048, 2, 30), m.randn(1, 2048, 2, 30)),
+            },
+            "V-JEPA2's neighbours, each by an angle of its own",
         ),
         Shape(
             "videorope",
@@ -87,6 +100,22 @@ SPEC = OpSpec(
             lambda m: _inputs(m, 1, 2, 2, 1, 8, RopeSpec.build(8), torch.tensor([0.0, float("nan")])),
             ValueError,
             "apply_rope: pos must be finite and below 2\\^31 in magnitude, got nan",
+        ),
+        Reject(
+            "two_angles_of_halves",
+            lambda m: {**_inputs(m, 1, 2, 2, 1, 8, RopeSpec.build(8)), "angle": (m.randn(1, 2, 2, 4),) * 2},
+            ValueError,
+            "apply_rope: spec must have layout='pair' where each member has its own angle, got 'half'",
+        ),
+        Reject(
+            "two_angles_undone",
+            lambda m: {
+                **_inputs(m, 1, 5, 2, 1, 32, _PART),
+                "angle": (m.randn(1, 5, 2, 12),) * 2,
+                "inverse": True,
+            },
+            ValueError,
+            "apply_rope: inverse must be False where each member of a pair has its own angle, got True",
         ),
     ],
     cost=_cost,

@@ -53,8 +53,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dq, dk):
+    *angles, sin = ctx.saved_tensors
+    if sin is not None and sin.dim() == 4:
+        sin = sin.flip(2)  # the transposed matrix: each member takes what the other gave
     dq, dk = op("apply_rope", ctx.backend)(
-        dq, dk if ctx.has_k else None, *ctx.saved_tensors, ctx.scale, not ctx.inverse, ctx.layout
+        dq, dk if ctx.has_k else None, *angles, sin, ctx.scale, not ctx.inverse, ctx.layout
     )
     return dq, (dk if ctx.has_k else None), *[None] * 8
 

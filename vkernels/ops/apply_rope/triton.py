@@ -14,15 +14,16 @@ from vkernels.check import FLOATS, bind, require, same_dtype
 from vkernels.library import unit_stride
 from vkernels.remember import planned
 from vkernels.triton.launch import alignment, arch, blueprint, cdiv, launch, power_of_2
-from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table_angles, turn
+from vkernels.triton.rotate import load_pairs, position_angles, store_pairs, table
 from vkernels.triton.tiles import tiles
 
 
 @triton.jit
 def _turn_heads(
     x_ptr, out_ptr, stride_xb, stride_xs, stride_xn, stride_ob, stride_os, stride_on,
-    sample, token, live, first, heads, c, s, pair, rest,
-    OFFSET: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, HAS_REST: tl.constexpr,
+    sample, token, live, first, heads, c0, s0, c1, s1, pair, rest,
+    OFFSET: tl.constexpr, PAIRS: tl.constexpr, HELD: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_REST: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rotate heads first .. first + heads of a block of tokens, and copy what of them does not turn.
@@ -36,9 +37,13 @@ def _turn_heads(
         wide = (first + head).to(tl.int64)
         x_at = x_row + (wide * stride_xn * ALIGN)[None, :, None]
         out_at = out_row + (wide * stride_on * ALIGN)[None, :, None]
-        x0, x1 = load_pairs(x_ptr, x_at + OFFSET, inside, pair, PAIRS, R, BLOCKS)
-        y0, y1 = turn(x0, x1, c[:, None, :], s[:, None, :])
-        store_pairs(out_ptr, out_at + OFFSET, y0, y1, inside, pair, PAIRS, R, BLOCKS)
+        x0, x1 = load_pairs(x_ptr, x_at + OFFSET, inside, pair, HELD, R, BLOCKS)
+        y0 = x0 * c0[:, None, :] - x1 * s0[:, None, :]
+        y1 = x1 * c1[:, None, :] + x0 * s1[:, None, :]
+        if HELD > PAIRS:
+            y0 = tl.where((pair < PAIRS)[None, None, :], y0, x0)
+            y1 = tl.where((pair < PAIRS)[None, None, :], y1, x1)
+        store_pairs(out_ptr, out_at + OFFSET, y0, y1, inside, pair, HELD, R, BLOCKS)
         if HAS_REST:
             still = inside & ((rest < OFFSET) | (rest >= OFFSET + 2 * PAIRS))
             x = tl.load(x_ptr + x_at + rest, mask=still, other=0.0)
@@ -46,15 +51,17 @@ def _turn_heads(
 
 
 # What grows with the number of tokens must not be specialised on, or every length would compile anew.
-@triton.jit(do_not_specialize=["tokens", "s", "stride_pa", "stride_pb", "stride_cb", "stride_sb"])
+@triton.jit(
+    do_not_specialize=["tokens", "s", "stride_pa", "stride_pb", "stride_cb", "stride_cm", "stride_sb", "stride_sm"]
+)
 def _apply_rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, pos_ptr, axis_ptr, freq_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kn,
     stride_qob, stride_qos, stride_qon, stride_kob, stride_kos, stride_kon,
-    stride_pa, stride_pb, stride_ps, axes, stride_cb, stride_cs, stride_sb, stride_ss,
+    stride_pa, stride_pb, stride_ps, axes, stride_cb, stride_cs, stride_cm, stride_sb, stride_ss, stride_sm,
     tokens, s, n, m, scale, sign,
-    ROWS: tl.constexpr, D: tl.constexpr, OFFSET: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr,
-    TABLE: tl.constexpr, HAS_K: tl.constexpr, HAS_REST: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, OFFSET: tl.constexpr, PAIRS: tl.constexpr, HELD: tl.constexpr,
+    BLOCKS: tl.constexpr, TABLE: tl.constexpr, APART: tl.constexpr, HAS_K: tl.constexpr, HAS_REST: tl.constexpr,
     R: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -65,43 +72,57 @@ def _apply_rope_kernel(
     rest = tl.where(rest < D, rest, OFFSET)  # past the head: a column that turns, never copied
     for spec_row in tl.static_range(ROWS):
         if TABLE:
-            c, w = table_angles(
-                cos_ptr, sin_ptr, stride_cb, stride_cs, stride_sb, stride_ss, sample, token, live, pair, PAIRS
-            )
+            c = table(cos_ptr, stride_cb, stride_cs, sample, token, live, pair, PAIRS)
+            w = table(sin_ptr, stride_sb, stride_ss, sample, token, live, pair, PAIRS)
         else:
             axis_row = axis_ptr + spec_row * PAIRS
             c, w = position_angles(
                 pos_ptr, stride_pa, stride_pb, stride_ps, axes, axis_row, freq_ptr, sample, token, live, pair, PAIRS
             )
         c, w = c * scale, w * sign
+        c1, w1 = c, w
+        if APART:
+            c1 = table(cos_ptr + stride_cm, stride_cb, stride_cs, sample, token, live, pair, PAIRS) * scale
+            w1 = table(sin_ptr + stride_sm, stride_sb, stride_ss, sample, token, live, pair, PAIRS) * sign
         _turn_heads(
             q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qn, stride_qob, stride_qos, stride_qon,
-            sample, token, live, spec_row * (n // ROWS), n // ROWS, c, w, pair, rest,
-            OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
+            sample, token, live, spec_row * (n // ROWS), n // ROWS, c, w, c1, w1, pair, rest,
+            OFFSET, PAIRS, HELD, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
         )  # fmt: skip
         if HAS_K:
             _turn_heads(
                 k_ptr, k_out_ptr, stride_kb, stride_ks, stride_kn, stride_kob, stride_kos, stride_kon,
-                sample, token, live, spec_row * (m // ROWS), m // ROWS, c, w, pair, rest,
-                OFFSET, PAIRS, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
+                sample, token, live, spec_row * (m // ROWS), m // ROWS, c, w, c1, w1, pair, rest,
+                OFFSET, PAIRS, HELD, R, BLOCKS, HAS_REST, ALIGN, BLOCK_H,
             )  # fmt: skip
 
 
 def _check(q: Tensor, k: Tensor | None, pos, axis, freq, cos, sin, layout: list[int]) -> None:
     """What keeps the kernel inside its tensors, for callers who come past the public function."""
-    tables: tuple[tuple[str, Tensor | None, str], ...] = (("cos", cos, "x p r"), ("sin", sin, "x p r"))
+    tables: tuple[tuple[str, Tensor | None, str], ...]
     if cos is None:
         tables = (("axis", axis, "h r"), ("freq", freq, "r"), ("pos", pos, "a x p"))
+    else:
+        row = "p r" if cos.dim() == 3 else "p e r"
+        tables = (("cos", cos, "x " + row), ("sin", sin, "y " + row))
     axes = bind("apply_rope", ("q", q, "b s n d"), ("k", k, "b s m d"), *tables)
     if q.dtype not in FLOATS or (k is not None and k.dtype != q.dtype):
         same_dtype("apply_rope", ("q", q), ("k", k))
-    name, samples = "pos" if cos is None else "cos", (axes["x"], axes["p"])
     b, s, d, pairs = axes["b"], axes["s"], axes["d"], axes["r"]
-    if samples not in ((1, s), (b, s)):
-        require(False, "apply_rope", name, f"speak of 1 or {b} samples of {s} tokens", samples)
+    for name, samples in (("pos" if cos is None else "cos", axes["x"]), ("sin", axes.get("y", 1))):
+        if axes["p"] != s or samples not in (1, b):
+            require(False, "apply_rope", name, f"speak of 1 or {b} samples of {s} tokens", (samples, axes["p"]))
     blocks, offset = layout
+    if "e" in axes and (axes["e"] != 2 or blocks):
+        require(False, "apply_rope", "cos", "have an angle for each of two neighbours", tuple(cos.shape))
     if offset < 0 or blocks < 0 or offset + 2 * pairs > d or pairs % max(blocks, 1):
         require(False, "apply_rope", "layout", f"rotate {2 * pairs} of d={d} elements", layout)
+
+
+def _table_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of samples, tokens and members of a pair."""
+    b, s, *rest = _by_sample(x, 0)
+    return b, s, rest[0] if x is not None and x.dim() == 4 else 0
 
 
 def _by_sample(x: Tensor | None, axis: int) -> tuple[int, ...]:
@@ -118,7 +139,7 @@ def _plan(q, k, pos, axis, freq, cos, sin, layout: list[int], in_place: bool) ->
     b, s, n, d = q.shape
     m = 0 if k is None else k.shape[2]
     blocks, offset = layout
-    pairs = freq.shape[0] if cos is None else cos.shape[2]
+    pairs = freq.shape[0] if cos is None else cos.shape[-1]
     here = tiles("apply_rope", "_apply_rope_kernel", arch(q.device), d=d)
     both = (q, q if k is None else k)
     written = both if in_place else map(blueprint, both)
@@ -127,12 +148,16 @@ def _plan(q, k, pos, axis, freq, cos, sin, layout: list[int], in_place: bool) ->
     grid = (cdiv(b * s, here["BLOCK_S"]),)
     numbers = (
         *[stride // align for stride in strides],
-        *_by_sample(pos, 1), 0 if pos is None else pos.shape[0], *_by_sample(cos, 0)[:2], *_by_sample(sin, 0)[:2],
+        *_by_sample(pos, 1), 0 if pos is None else pos.shape[0], *_table_strides(cos), *_table_strides(sin),
         b * s, s, n, m,
     )  # fmt: skip
+    # Neighbours that begin with the head: what follows them is held like pairs, in the same whole vectors.
+    whole = blocks == 0 and offset == 0 and d % 2 == 0 and d <= 2 * power_of_2(pairs)
     meta = {
-        "ROWS": 1 if axis is None else axis.shape[0], "D": d, "OFFSET": offset, "PAIRS": pairs, "BLOCKS": blocks,
-        "TABLE": cos is not None, "HAS_K": k is not None, "HAS_REST": d > 2 * pairs and not in_place,
+        "ROWS": 1 if axis is None else axis.shape[0], "D": d, "OFFSET": offset, "PAIRS": pairs,
+        "HELD": d // 2 if whole else pairs, "BLOCKS": blocks,
+        "TABLE": cos is not None, "APART": cos is not None and cos.dim() == 4, "HAS_K": k is not None,
+        "HAS_REST": d > 2 * pairs and not in_place and not whole,
         "R": power_of_2(pairs), "BLOCK_D": power_of_2(d), "ALIGN": align, **here,
     }  # fmt: skip
 

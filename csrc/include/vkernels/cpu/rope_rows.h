@@ -38,6 +38,7 @@ class TokenAngles {
 
   void set(int64_t ib, int64_t is) {
     const float scale = static_cast<float>(r_.scale), sign = r_.inverse ? -scale : scale;
+    if (r_.apart()) return set_apart(ib, is, scale, sign);
     for (int64_t h = 0; h < r_.heads(); ++h) {
       if (r_.cos.given) {
         const int64_t row = (r_.cos.size(0) == 1 ? 0 : ib) * r_.cos.stride(0) + is * r_.cos.stride(1);
@@ -111,6 +112,20 @@ class TokenAngles {
     i32v order;
     for (int i = 0; i < kLanes; ++i) order[i] = i ^ 1;
     return __builtin_shuffle(v, order);
+  }
+
+  // Neighbours, each by an angle of its own.
+  void set_apart(int64_t ib, int64_t is, float scale, float sign) {
+    for (int64_t member = 0; member < 2; ++member) {
+      const auto row = [&](const TensorRef& t) {
+        return t.ptr<const float>() + (t.size(0) == 1 ? 0 : ib) * t.stride(0) + is * t.stride(1) + member * t.stride(2);
+      };
+      const float *c = row(r_.cos), *s = row(r_.sin), side = member == 0 ? -sign : sign;
+      for (int64_t j = 0; j < pairs_; ++j) {
+        cos_[2 * j + member] = c[j] * scale;
+        sin_[2 * j + member] = s[j] * side;
+      }
+    }
   }
 
   void set_phases(int64_t h, int64_t ib, int64_t is) {

@@ -1,8 +1,8 @@
 """V-JEPA2's rotary positions, which are no rotation: neighbours are a pair, but each member turns by its own angle.
 
 Element e of an axis of D elements has frequency e mod D/2, so the members 2j and 2j+1 of a pair turn by the angles of
-frequencies 2j and 2j+1. That is the first member of one rotation and the second member of another: two passes of
-`apply_rope`, half of either. Checkpoints were trained so; the tables are computed in the dtype they were trained in.
+frequencies 2j and 2j+1, which is what `apply_rope` does with tables of two angles a pair. Checkpoints were trained so;
+the tables are computed in the dtype they were trained in.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from torch import Tensor
 import vkernels as vk
 from vkernels_video.integrations.transformers.seams import Seam
 
-Tables = tuple[Tensor, Tensor, Tensor, Tensor]  # cos and sin of even members, then of odd ones: b|1 s pairs
+Tables = tuple[Tensor, Tensor]  # cos and sin: b|1 s 2 pairs
 
 
 def rotary(module: Any, seam: Seam) -> Any:
     sizes = (module.d_dim, module.h_dim, module.w_dim)
     end = sum(sizes)
     spec = vk.RopeSpec((0.0,) * (end // 2), layout="pair")
-    first = torch.arange(module.attention_head_size) % 2 == 0  # whose element comes from the first rotation
 
     def apply_rotary_embeddings(self: Any, qk: Tensor, pos_ids: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         seam.called()
@@ -31,11 +30,8 @@ def rotary(module: Any, seam: Seam) -> Any:
             tables = _of_a_whole_clip(pos_ids[0].shape[0], self.grid_size, sizes, qk.dtype, qk.device)
         else:
             tables = _tables(pos_ids, sizes, qk.dtype)
-        x = qk.transpose(1, 2)
-        even: Any
-        odd: Any
-        even, odd = (vk.apply_rope(x, None, spec, angle=pair) for pair in (tables[:2], tables[2:]))
-        return torch.where(first.to(x.device), even, odd).transpose(1, 2)
+        turned: Any = vk.apply_rope(qk.transpose(1, 2), None, spec, angle=tables)
+        return turned.transpose(1, 2)
 
     return apply_rotary_embeddings
 
@@ -59,7 +55,7 @@ def _tables(positions: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, int, int
         omega /= size / 2.0
         angles.append((position.unsqueeze(-1) * (1.0 / 10000**omega)).repeat(*[1] * position.dim(), 2))
     angle = torch.cat(angles, -1)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    if cos.dim() == 2:
-        cos, sin = cos[None], sin[None]
-    return cos[..., ::2], sin[..., ::2], cos[..., 1::2], sin[..., 1::2]
+    if angle.dim() == 2:
+        angle = angle[None]
+    by_member = angle.unflatten(-1, (-1, 2)).transpose(-1, -2).contiguous()
+    return by_member.cos().float(), by_member.sin().float()
