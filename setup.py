@@ -32,11 +32,12 @@ if X86:
         "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
     }
 
-# Machine code for what the kernels are written for, and PTX that the driver compiles for anything newer.
+# Machine code for what the kernels are written for, and PTX that the driver compiles for anything newer: that of sm_80,
+# which is made on the way to its machine code. No kernel asks for an instruction of sm_90 yet.
 CUDA_TARGETS = {
     "80": "arch=compute_80,code=sm_80",
     "90a": "arch=compute_90a,code=sm_90a",
-    "ptx": "arch=compute_90,code=compute_90",
+    "ptx": "arch=compute_80,code=compute_80",
 }
 CUDA_ARCHITECTURES = (os.environ.get("VKERNELS_CUDA_ARCHS") or ",".join(CUDA_TARGETS)).split(",")
 if unknown := set(CUDA_ARCHITECTURES) - set(CUDA_TARGETS):

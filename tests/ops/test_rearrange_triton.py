@@ -376,7 +376,7 @@ print(json.dumps({name: [[n for n, _ in kept[-1]], len({k for call in kept for _
 
 
 def test_turned_lengths_do_not_compile_anew():
-    """There and back, whatever 16 bytes divide. Of a factor of at most 8 elements the tiles are long: another kernel."""
+    """There and back, whatever 16 bytes divide. Of a factor of up to 8 elements the tiles are long: another kernel."""
     code = """
 kept = noted(lambda s: vk.rearrange(empty(2, s, 64), plans.from_einops("b s c -> b c s"), backend="triton"), %s)
 print(json.dumps(len({k for call in kept for _, k in call})))
