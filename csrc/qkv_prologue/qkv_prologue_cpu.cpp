@@ -1,5 +1,7 @@
 // One piece of work is a range of tokens. A token's angles turn all heads of q and k; a unit (one head, or all of them
 // where one norm spans them) is added, normalised and turned in a float row that stays in L1 or L2.
+#include <algorithm>
+
 #include "qkv_prologue.h"
 #include "vkernels/cpu/rope_rows.h"
 
@@ -7,17 +9,11 @@ namespace vk::VK_ISA {
 namespace {
 
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs beyond the caches are written past them
-enum Slot { kAngles, kInverse, kRow, kGradient };
+enum Slot { kAngles, kInverse, kRow, kGradient, kStaged };
 
-template <bool kStream, class T>
-VK_INLINE void put(T* to, f32v v, int64_t count) {
-  if (kStream && count >= kLanes) return store_streaming(to, v);
-  VK_ISA::store(to, v, count);
-}
-
-template <bool kStream, class T>
+template <class T>
 VK_INLINE void copy(T* to, const float* from, int64_t count) {
-  for (int64_t j = 0; j < count; j += kLanes) put<kStream>(to + j, VK_ISA::load(from + j, count - j), count - j);
+  for (int64_t j = 0; j < count; j += kLanes) VK_ISA::store(to + j, VK_ISA::load(from + j, count - j), count - j);
 }
 
 // row = x + bias
@@ -87,14 +83,14 @@ VK_INLINE T* row_of(const TensorRef& x, int64_t ib, int64_t is) {
 VK_INLINE const float* floats(const TensorRef& x, int64_t at) { return x.given ? x.ptr<const float>() + at : nullptr; }
 
 VK_INLINE void turn(const TokenAngles& angles, float* row, int64_t head, int64_t heads, const Shape& z, int64_t group) {
-  for (int64_t h = 0; h < heads; ++h) angles.rotate<false>(row + h * z.d, row + h * z.d, (head + h) / group);
+  for (int64_t h = 0; h < heads; ++h) angles.rotate(row + h * z.d, row + h * z.d, (head + h) / group);
 }
 
-template <class T, bool kStream>
+// Heads head .. head + heads of a token; `to` is where its first head goes, and the next one `to_head` elements on.
+template <class T>
 void forward_unit(const QkvPrologueParams& p, const Shape& z, const TokenAngles& angles, float* row, int i,
-                  int64_t head, int64_t heads, int64_t ib, int64_t is) {
+                  int64_t head, int64_t heads, int64_t ib, int64_t is, T* to, int64_t to_head) {
   const int64_t column = z.first(i) + head * z.d, count = heads * z.d;
-  const TensorRef& out = p.out[i];
   add_bias(row, row_of<const T>(p.qkv, ib, is) + column, floats(p.bias, column), count);
   const bool turns = i < 2 && p.rope.pairs() > 0, norms = i < 2 && p.norm[i].given;
   const int64_t group = z.heads(i) / p.rope.heads();
@@ -102,36 +98,43 @@ void forward_unit(const QkvPrologueParams& p, const Shape& z, const TokenAngles&
   if (norms) normalise(row, p.norm[i].ptr<const float>(), count, p.eps);
   const bool turns_out = turns && !(norms && p.post);
   const int64_t begin = p.rope.offset, end = begin + 2 * p.rope.pairs();
-  for (int64_t h = 0; h < heads; ++h) {
+  to += head * to_head;
+  for (int64_t h = 0; h < heads; ++h, to += to_head) {
     const float* from = row + h * z.d;
-    T* to = row_of<T>(out, ib, is) + (head + h) * out.stride(2);
     if (turns_out) {
-      angles.rotate<kStream>(from, to, (head + h) / group);
-      copy<false>(to, from, begin);
-      copy<false>(to + end, from + end, z.d - end);
+      angles.rotate(from, to, (head + h) / group);
+      copy(to, from, begin);
+      copy(to + end, from + end, z.d - end);
     } else {
-      copy<kStream>(to, from, z.d);
+      copy(to, from, z.d);
     }
   }
 }
 
-template <class T, bool kStream>
-void forward(const QkvPrologueParams& p) {
+// Where `streams`, a token's heads are put together in the cache and leave in whole lines.
+template <class T>
+void forward(const QkvPrologueParams& p, bool streams) {
   const Shape z(p);
   parallel_for(0, z.tokens, 8, [&](int64_t begin, int64_t end) {
     TokenAngles angles(p.rope, kAngles);
     float* row = static_cast<float*>(
         scratch(kRow, sizeof(float) * static_cast<size_t>((p.all_heads ? z.n + z.m : 1) * z.d + kLanes)));
+    T* const staged = streams
+                          ? static_cast<T*>(scratch(kStaged, sizeof(T) * static_cast<size_t>(std::max(z.n, z.m) * z.d)))
+                          : nullptr;
     for (int64_t token = begin; token < end; ++token) {
       const int64_t ib = token / z.s, is = token % z.s;
       if (p.rope.pairs() > 0) angles.set(ib, is);
       for (int i = 0; i < 3; ++i) {
         const int64_t heads = p.all_heads && i < 2 ? z.heads(i) : 1;
+        T* const out = row_of<T>(p.out[i], ib, is);
         for (int64_t head = 0; head < z.heads(i); head += heads)
-          forward_unit<T, kStream>(p, z, angles, row, i, head, heads, ib, is);
+          forward_unit(p, z, angles, row, i, head, heads, ib, is, streams ? staged : out,
+                       streams ? z.d : p.out[i].stride(2));
+        if (streams) copy_streaming(out, staged, sizeof(T) * static_cast<size_t>(z.heads(i) * z.d));
       }
     }
-    if (kStream) streaming_fence();
+    if (streams) streaming_fence();
   });
 }
 
@@ -161,7 +164,7 @@ void backward_unit(const QkvPrologueBackwardParams& b, const Shape& z, const Tok
   }
   if (turns && late) turn(inverse, g, head, heads, z, group);
   if (sums.bias != nullptr) add_bias(sums.bias + column, sums.bias + column, g, count);
-  copy<false>(row_of<T>(b.dqkv, ib, is) + column, g, count);
+  copy(row_of<T>(b.dqkv, ib, is) + column, g, count);
 }
 
 template <class T>
@@ -204,14 +207,15 @@ void backward(const QkvPrologueBackwardParams& b) {
 
 void qkv_prologue(const QkvPrologueParams& p) {
   const int64_t size = p.qkv.dtype == Dtype::f32 ? 4 : 2;
-  const bool stream = p.qkv.numel() * size > kStreamBytes;
+  bool streams = p.qkv.numel() * size > kStreamBytes;
+  for (const TensorRef& out : p.out) streams &= out.stride(2) == out.size(3);  // a token's heads lie together
   switch (p.qkv.dtype) {
     case Dtype::bf16:
-      return stream ? forward<bf16, true>(p) : forward<bf16, false>(p);
+      return forward<bf16>(p, streams);
     case Dtype::f16:
-      return stream ? forward<f16, true>(p) : forward<f16, false>(p);
+      return forward<f16>(p, streams);
     default:
-      return stream ? forward<float, true>(p) : forward<float, false>(p);
+      return forward<float>(p, streams);
   }
 }
 

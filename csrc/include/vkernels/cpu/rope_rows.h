@@ -73,7 +73,7 @@ class TokenAngles {
   }
 
   // y = the rotated part of x (both point at the head's first element); `head` counts the spec's heads. x may be y.
-  template <bool kStream, class X, class Y>
+  template <class X, class Y>
   __attribute__((always_inline)) void rotate(const X* x, Y* y, int64_t head) const {
     const float *cos = cos_ + head * stride_, *sin = sin_ + head * stride_;
     x += r_.offset;
@@ -82,7 +82,7 @@ class TokenAngles {
       for (int64_t j = 0; j < 2 * pairs_; j += kLanes) {
         const int64_t count = 2 * pairs_ - j;
         const f32v v = VK_ISA::load(x + j, count);
-        put<kStream>(y + j, v * VK_ISA::load(cos + j) + swap_neighbours(v) * VK_ISA::load(sin + j), count);
+        VK_ISA::store(y + j, v * VK_ISA::load(cos + j) + swap_neighbours(v) * VK_ISA::load(sin + j), count);
       }
       return;
     }
@@ -94,19 +94,13 @@ class TokenAngles {
         const f32v x0 = VK_ISA::load(x + j, count), x1 = VK_ISA::load(x + half + j, count);
         f32v y0, y1;
         turn_pair(x0, x1, c, s, y0, y1);
-        put<kStream>(y + j, y0, count);
-        put<kStream>(y + half + j, y1, count);
+        VK_ISA::store(y + j, y0, count);
+        VK_ISA::store(y + half + j, y1, count);
       }
   }
 
  private:
   static int64_t round_up(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-  template <bool kStream, class Y>
-  __attribute__((always_inline)) static void put(Y* y, f32v v, int64_t count) {
-    if (kStream && count >= kLanes) return store_streaming(y, v);
-    VK_ISA::store(y, v, count);
-  }
 
   __attribute__((always_inline)) static f32v swap_neighbours(f32v v) {
     i32v order;

@@ -134,22 +134,10 @@ VK_INLINE void put(T* to, f32v x, int64_t count, bool stream) {
   store(to, x, count);
 }
 
-// Elements that lie together: whole cache lines past the caches if `stream`, the ends through them.
+// Elements that lie together.
 template <class T>
-VK_INLINE void copy_out(T* to, const T* from, int64_t count, [[maybe_unused]] bool stream) {
-#if defined(__AVX512F__)
-  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-  if (stream && count >= 2 * kLine) {
-    const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64) / int64_t(sizeof(T));
-    const int64_t lead = skew ? kLine - skew : 0;
-    memcpy(to, from, sizeof(T) * static_cast<size_t>(lead));
-    int64_t i = lead;
-    for (; i + kLine <= count; i += kLine)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-    memcpy(to + i, from + i, sizeof(T) * static_cast<size_t>(count - i));
-    return;
-  }
-#endif
+VK_INLINE void copy_out(T* to, const T* from, int64_t count, bool stream) {
+  if (stream) return copy_streaming(to, from, sizeof(T) * static_cast<size_t>(count));
   memcpy(to, from, sizeof(T) * static_cast<size_t>(count));
 }
 

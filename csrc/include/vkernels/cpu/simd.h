@@ -79,10 +79,11 @@ VK_INLINE f32v load(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+VK_INLINE f32v from_bf16(u16v h) { return (f32v)(__builtin_convertvector(h, u32v) << 16); }
 VK_INLINE f32v load(const bf16* p) {
   u16v h;
   memcpy(&h, p, sizeof h);
-  return (f32v)(__builtin_convertvector(h, u32v) << 16);
+  return from_bf16(h);
 }
 VK_INLINE f32v load(const f16* p) {
 #if defined(__AVX512F__)
@@ -129,10 +130,10 @@ VK_INLINE f32v load(const T* p, int64_t count) {
   const __mmask16 m = static_cast<__mmask16>((1u << count) - 1u);
   if constexpr (sizeof(T) == 4) {
     return (f32v)_mm512_maskz_loadu_ps(m, p);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return from_bf16((u16v)_mm256_maskz_loadu_epi16(m, p));
   } else {
-    T buffer[kLanes];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(m, p));
-    return load(buffer);
+    return (f32v)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
   }
 #else
   T buffer[kLanes] = {};
@@ -143,9 +144,19 @@ VK_INLINE f32v load(const T* p, int64_t count) {
 template <class T>
 VK_INLINE void store(T* p, f32v x, int64_t count) {
   if (count >= kLanes) return store(p, x);
+#if defined(__AVX512F__)
+  const __mmask16 m = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, m, (__m512)x);
+  else if constexpr (std::is_same_v<T, bf16>)
+    _mm256_mask_storeu_epi16(p, m, (__m256i)to_bf16(x));
+  else
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
   T buffer[kLanes];
   store(buffer, x);
   memcpy(p, buffer, sizeof(T) * static_cast<size_t>(count));
+#endif
 }
 
 // Bypasses the caches where the address allows it; for outputs larger than the last-level cache.
@@ -169,6 +180,29 @@ VK_INLINE void store_streaming(T* p, f32v x) {
   }
 #endif
   store(p, x);
+}
+
+// Copies past the caches in whole lines. A line that is written in part, or by both kinds of stores, would be read from
+// memory first: rows that are no multiple of a line are put together before they leave.
+VK_INLINE void copy_streaming(void* to, const void* from, size_t bytes) {
+#if defined(__AVX2__)
+  char* y = static_cast<char*>(to);
+  const char* x = static_cast<const char*>(from);
+  const size_t before = (64 - (reinterpret_cast<uintptr_t>(y) & 63)) & 63, head = before < bytes ? before : bytes;
+  memcpy(y, x, head);
+  for (y += head, x += head, bytes -= head; bytes >= 64; y += 64, x += 64, bytes -= 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(y), _mm512_loadu_si512(x));
+#else
+    for (int half = 0; half < 64; half += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(y + half),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + half)));
+#endif
+  }
+  memcpy(y, x, bytes);
+#else
+  memcpy(to, from, bytes);
+#endif
 }
 VK_INLINE void streaming_fence() {
 #if defined(__x86_64__)
