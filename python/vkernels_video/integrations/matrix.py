@@ -80,7 +80,8 @@ def measure(name: str) -> Row:
         tokens = model.generate(**arguments)
         with report.suspended():
             same = torch.equal(tokens, model.generate(**arguments))
-    if verified.idle or any(seam.stock_calls for seam in report.seams):
+    refused = [seam for seam in report.seams if seam.stock_calls and seam.kind != "mlp"]  # whole where gradients are
+    if verified.idle or refused:
         raise AssertionError(f"{name}: a seam was not used\n{report}")
     classes = dict.fromkeys(seam.where for seam in report.seams)
     kinds = {name: ", ".join(seam.kind for seam in report.seams if seam.where == name) for name in classes}

@@ -18,7 +18,7 @@ from torch import Tensor
 import vkernels as vk
 from vkernels.rearrangement import RearrangePlan, from_einops, merge_order, pool
 from vkernels.rearrangement.plan import gather
-from vkernels_video.integrations.transformers import divided, vjepa2
+from vkernels_video.integrations.transformers import divided, mlp, vjepa2
 from vkernels_video.integrations.transformers.merge import marking
 from vkernels_video.integrations.transformers.seams import Seam
 
@@ -266,11 +266,26 @@ METHODS: dict[str, tuple[Method, ...]] = {
             "rope",
             "apply_rotary_embeddings",
             ("qk", "pos_ids"),
-            "two vkernels.apply_rope, halves of either",
+            "vkernels.apply_rope, an angle for each member of a pair",
             vjepa2.rotary,
         ),
     ),
 }
+
+for _name, _argument in {
+    "CLIPMLP": "hidden_states",
+    "SiglipMLP": "hidden_states",
+    "VisionMlp": "x",
+    "Qwen2_5_VLMLP": "hidden_state",
+    "Qwen3VLVisionMLP": "hidden_state",
+    "VideoLlama3VisionMLP": "hidden_states",
+    "InternVLVisionMLP": "hidden_states",
+    "SmolVLMVisionMLP": "hidden_states",
+    "InstructBlipVideoMLP": "hidden_states",
+    "VivitMLP": "hidden_states",
+    "VJEPA2MLP": "hidden_state",
+}.items():
+    METHODS[_name] = (Method("mlp", "forward", (_argument,), f"the same, {mlp.ROWS:,} tokens at a time", mlp.sliced),)
 
 _MERGE = Method("merge", "get_placeholder_mask", ("input_ids", "inputs_embeds"), _REARRANGE, marking)
 for _name in (
