@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("transformers")
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
-
 from vkernels_video.integrations import transformers as vkt
 from vkernels_video.integrations.transformers import mlp
 
