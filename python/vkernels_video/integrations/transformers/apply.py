@@ -46,8 +46,8 @@ def apply(
         attention: every module that reads transformers' attention registry; masks stay structured, vision towers with
                    packed windows make one call per layer
         rope:      rotary positions of text and vision attention
-        vision:    patch embeddings, window gathers, pooling, pixel shuffles, residual + norm, divided blocks, MLPs a slice of
-                   tokens at a time
+        vision:    patch embeddings, window gathers, pooling, pixel shuffles, residual + norm, divided space-time
+                   blocks, MLPs a slice of tokens at a time
         cache:     "int8", "int4" or "int2": `generate` keeps keys and values as codes and attends on them
         strict:    raise where a class this adapter knows has lost a seam; False leaves it and says so in the report
     Returns:
