@@ -1,7 +1,8 @@
 """Heads of any size as two power-of-two parts: 72 = 64 + 8 of a masked 16, 80 = 64 + 16, 88 = 64 + 24 of 32, 128 = 128.
 
 A head padded to the next power of two wastes up to half of its products. In two parts a head of 72 costs 80 columns,
-not 128. `B == 0` says that there is no second part; then part b is part a again, and nobody reads it.
+not 128. Wide heads are halved: every warp holds its rows of a part whole for a product, and those of float32 twice, as
+tf32 halves. `B == 0` says that there is no second part; then part b is part a again, and nobody reads it.
 """
 
 from functools import cache
@@ -15,12 +16,13 @@ from vkernels.triton.rounding import rounded
 
 
 @cache
-def parts(d: int) -> tuple[int, int]:
-    """(A, B): the columns of the two parts of a head of `d`; B = 0 where one part does as well."""
+def parts(d: int, widest: int) -> tuple[int, int]:
+    """(A, B): the columns of the two parts of a head of `d`; B = 0 where one part does as well, and is not wider than
+    `widest`."""
     whole = max(16, power_of_2(d))
     a = whole // 2
     b = max(16, power_of_2(d - a)) if d > a else 0
-    return (a, b) if a >= 16 and 0 < b < a else (whole, 0)
+    return (a, b) if a >= 16 and (0 < b < a or whole > widest) else (whole, 0)
 
 
 @triton.jit

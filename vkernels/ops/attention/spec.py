@@ -125,7 +125,7 @@ SPEC = OpSpec(
             lambda m: _inputs(m, 1, 256, 2, 256),
             "16 rows of 256 float32 and their tf32 halves are 256 registers of a lane; dense scores would cost more",
             _FLOAT32,
-            spills=192,
+            spills=32,
         ),
     ],
     rejects=[

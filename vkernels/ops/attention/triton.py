@@ -106,7 +106,7 @@ class _Problem:
         self.intervals = 0 if ranges is None else ranges.shape[-1] // 2
         self.bounds = [*bounds, *[0] * (2 * MAX_RELATIONS - len(bounds))]
         self.row: dict[str, Any] = {"arch": arch(q.device), "d": d, "bytes": q.element_size()}
-        a, b = parts(d)
+        a, b = parts(d, widest=128)
         self.meta: dict[str, Any] = {"R": self.intervals, "RELATIONS": len(bounds) // 2, "D": d, "A": a, "B": b}
 
     def tiles(self, kernel: str) -> dict[str, int]:

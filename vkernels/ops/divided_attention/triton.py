@@ -85,7 +85,7 @@ class _Plan:
         self.where = sequences(layout)
         self.cls = bool(layout[2])
         self.shared = bool(layout[2] and layout[3])
-        a, b = parts(self.d)
+        a, b = parts(self.d, widest=256 // q.element_size())
         self.head = {"D": self.d, "A": a, "B": b}
         self.meta = {**self.head, "PER_KEY": self.n // self.m, "RUNS": self.where.runs}
 
