@@ -243,3 +243,23 @@ def test_longrope_past_the_original_window_with_keys_already_cached(backend):
     scores, mixed = ((query * keys).sum(-1) for keys in (again, cached))
     torch.testing.assert_close(scores, (query * want).sum(-1), rtol=0, atol=3e-5)
     assert (mixed - scores).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "n", "m"), [(72, 16, 3), (80, 5, 16), (90, 7, 7)])
+def test_what_is_written_past_the_caches_is_what_is_written_through_them(dtype, d, n, m):
+    """Outputs beyond 8 MB leave in whole lines, token by token; those of a few tokens do not."""
+    from vkernels import qkv_prologue
+
+    spec, s = RopeSpec.build(d - 8, offset=5), 7000
+    qkv = torch.randn(1, s, (n + 2 * m) * d).to(dtype)
+    assert s * max(n, m) * d * dtype.itemsize > 8 << 20
+    q, k = qkv[..., : n * d].unflatten(-1, (n, d)), qkv[..., n * d : (n + m) * d].unflatten(-1, (m, d))
+    pos, bias = torch.arange(s), torch.randn((n + 2 * m) * d).to(dtype)
+    whole = apply_rope(q, k, spec, pos, backend="cpu")
+    packed = qkv_prologue(qkv, n=n, m=m, spec=spec, pos=pos, bias=bias, backend="cpu")
+    for part in (slice(0, 100), slice(2950, 3050), slice(s - 100, s)):
+        few = apply_rope(q[:, part], k[:, part], spec, pos[part], backend="cpu")
+        assert all(torch.equal(a[:, part], b) for a, b in zip(whole, few, strict=True))
+        few = qkv_prologue(qkv[:, part], n=n, m=m, spec=spec, pos=pos[part], bias=bias, backend="cpu")
+        assert all(torch.equal(a[:, part], b) for a, b in zip(packed, few, strict=True))

@@ -29,12 +29,25 @@ Move = tuple[Any, tuple[int, ...], tuple[int | None, ...], dict[str, Any]]  # ke
 
 
 @triton.jit
-def _split(at, index, size, step, ALIGN: tl.constexpr = 1):
+def _split(at, index, size, step, ALIGN: tl.constexpr):
     """One factor, innermost first: its part of `index` moved into the offset `at`."""
     if size is None:
         return at, index
     else:
         return at + index % size * (step * ALIGN), index // size
+
+
+@triton.jit
+def _offset(index, n0, n1, n2, n3, n4, n5, n6, s0, s1, s2, s3, s4, s5, s6, ALIGN: tl.constexpr):
+    """Where the outer factors of `index` begin: sizes n, steps s in units of ALIGN elements; None is no factor."""
+    at, left = _split(index * 0, index, n0, s0, ALIGN)
+    at, left = _split(at, left, n1, s1, ALIGN)
+    at, left = _split(at, left, n2, s2, ALIGN)
+    at, left = _split(at, left, n3, s3, ALIGN)
+    at, left = _split(at, left, n4, s4, ALIGN)
+    at, left = _split(at, left, n5, s5, ALIGN)
+    at, left = _split(at, left, n6, s6, ALIGN)
+    return at
 
 
 _RUN_SIZES = ["n0", "n1", "n2", "n3", "n4", "n5", "n6", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "rows", "run"]
@@ -50,13 +63,7 @@ def _copy_runs_kernel(
     block = tl.program_id(0).to(tl.int64)
     row = block // parts * BLOCK_R + tl.arange(0, BLOCK_R)
     column = block % parts * BLOCK_C + tl.arange(0, BLOCK_C)
-    at, left = _split(row * 0, row, n0, s0, ALIGN)
-    at, left = _split(at, left, n1, s1, ALIGN)
-    at, left = _split(at, left, n2, s2, ALIGN)
-    at, left = _split(at, left, n3, s3, ALIGN)
-    at, left = _split(at, left, n4, s4, ALIGN)
-    at, left = _split(at, left, n5, s5, ALIGN)
-    at, left = _split(at, left, n6, s6, ALIGN)
+    at = _offset(row, n0, n1, n2, n3, n4, n5, n6, s0, s1, s2, s3, s4, s5, s6, ALIGN)
     inside = (row < rows)[:, None] & (column < run)[None, :]
     x = tl.load(x_ptr + at[:, None] + column[None, :], mask=inside, other=0)
     tl.store(y_ptr + (row * run)[:, None] + column[None, :], x, mask=inside)
@@ -99,21 +106,8 @@ def _turn_kernel(
     i = block % parts_i * BLOCK_I + tl.arange(0, BLOCK_I)
     j = block // parts_i % parts_j * BLOCK_J + tl.arange(0, BLOCK_J)
     index = block // parts_i // parts_j
-    from_x, to_y = index * 0, index * 0
-    left = index
-    from_x, left = _split(from_x, left, n0, s0)
-    from_x, left = _split(from_x, left, n1, s1)
-    from_x, left = _split(from_x, left, n2, s2)
-    from_x, left = _split(from_x, left, n3, s3)
-    from_x, left = _split(from_x, left, n4, s4)
-    from_x, left = _split(from_x, left, n5, s5)
-    left = index
-    to_y, left = _split(to_y, left, n0, t0)
-    to_y, left = _split(to_y, left, n1, t1)
-    to_y, left = _split(to_y, left, n2, t2)
-    to_y, left = _split(to_y, left, n3, t3)
-    to_y, left = _split(to_y, left, n4, t4)
-    to_y, left = _split(to_y, left, n5, t5)
+    from_x = _offset(index, n0, n1, n2, n3, n4, n5, None, s0, s1, s2, s3, s4, s5, None, 1)
+    to_y = _offset(index, n0, n1, n2, n3, n4, n5, None, t0, t1, t2, t3, t4, t5, None, 1)
     if wide_x != 0:
         x = _load_tile(x_ptr, from_x, i, j, size_i, size_j, stride_xi, stride_xj, X_UNIT, WIDTH)
     else:
