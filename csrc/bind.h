@@ -1,4 +1,4 @@
-// Shared by module.cpp and the <op>_bind.cpp files: how a Python tensor arrives in C++.
+// Shared by the <op>_bind.h files and who binds them: how a Python tensor arrives in C++.
 #pragma once
 
 #include <pybind11/pybind11.h>

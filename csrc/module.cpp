@@ -1,22 +1,20 @@
-// vkernels._C: build facts, threads, and one bind_<op> per folder. No torch: tensors arrive as TensorRef.
+// vkernels._C: build facts, threads, and one bind per op. No torch: tensors arrive as TensorRef.
+// pybind11 costs a compiler as much as all of an op's bindings do, so theirs are headers of two objects: this one and
+// cuda/bindings.cpp.
+#include "apply_rope/apply_rope_bind.h"
+#include "attention/attention_bind.h"
 #include "bind.h"
 #include "cpu/scratch.h"
-#include "cuda/launches.h"
+#include "cuda/bindings.h"
 #include "cuda/missing.h"
+#include "decode_attention/decode_attention_bind.h"
+#include "divided_attention/divided_attention_bind.h"
+#include "kv_append/kv_append_bind.h"
+#include "qkv_prologue/qkv_prologue_bind.h"
+#include "rearrange/rearrange_bind.h"
 #include "vkernels/cpu/isa.h"
 #include "vkernels/cpu/parallel.h"
 #include "vkernels/cpu/tiles.h"
-
-namespace vk {
-#define VK_OP(name) void bind_##name(py::module_& m);
-#include "ops.inc"
-#undef VK_OP
-#if !defined(VK_CUDA_ABSENT)
-#define VK_OP(name) void bind_##name##_cuda(py::module_& m);
-#include "ops_cuda.inc"
-#undef VK_OP
-#endif
-}  // namespace vk
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vkernels. Use the functions of the vkernels package; these check less.";
@@ -42,13 +40,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages",
         [](uintptr_t address, size_t bytes) { vk::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
 
-#define VK_OP(name) vk::bind_##name(m);
-#include "ops.inc"
-#undef VK_OP
+  vk::apply_rope_bind::bind(m);
+  vk::attention_bind::bind(m);
+  vk::decode_attention_bind::bind(m);
+  vk::divided_attention_bind::bind(m);
+  vk::kv_append_bind::bind(m);
+  vk::qkv_prologue_bind::bind(m);
+  vk::rearrange_bind::bind(m);
 #if !defined(VK_CUDA_ABSENT)
-  vk::bind_launches(m);
-#define VK_OP(name) vk::bind_##name##_cuda(m);
-#include "ops_cuda.inc"
-#undef VK_OP
+  vk::bind_cuda(m);
 #endif
 }

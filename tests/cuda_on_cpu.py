@@ -41,7 +41,7 @@ def ninja_file(output: str) -> str:
         f"  command = {os.environ.get('CXX', 'g++')} $in -o $out -shared {sanitize}",
     ]
     sources = [*(ROOT / "tests/cuda").glob("*.cpp"), *(ROOT / "csrc").rglob("*_cuda.cu")]
-    sources += (ROOT / "csrc").rglob("*_cuda_bind.cpp")
+    sources.append(ROOT / "csrc/cuda/bindings.cpp")
     objects = []
     for source in sorted(sources):
         objects.append(f"{source.stem}.o")

@@ -1,29 +1,31 @@
+#pragma once
+
 #include "qkv_prologue_check.h"
 
-namespace vk {
-namespace {
+namespace vk::qkv_prologue_bind {
 
 constexpr const char* kOp = "qkv_prologue";
 
-QkvPrologueParams checked(const TensorRef& qkv, const TensorRef& bias, const TensorRef& q_norm, const TensorRef& k_norm,
-                          const TensorRef& q, const TensorRef& k, const TensorRef& v, const TensorRef& pos,
-                          const TensorRef& axis, const TensorRef& freq, double scale, double eps,
-                          const std::vector<int64_t>& layout) {
+inline QkvPrologueParams checked(const TensorRef& qkv, const TensorRef& bias, const TensorRef& q_norm,
+                                 const TensorRef& k_norm, const TensorRef& q, const TensorRef& k, const TensorRef& v,
+                                 const TensorRef& pos, const TensorRef& axis, const TensorRef& freq, double scale,
+                                 double eps, const std::vector<int64_t>& layout) {
   const QkvPrologueParams p =
       checked_qkv_prologue(qkv, bias, q_norm, k_norm, q, k, v, pos, axis, freq, scale, eps, layout);
   if (pos.given) check_rope(kOp, p.rope, qkv.size(0), qkv.size(1), layout[2]);
   return p;
 }
 
-void forward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef q, TensorRef k, TensorRef v,
-             TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps, std::vector<int64_t> layout) {
+inline void forward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef q, TensorRef k,
+                    TensorRef v, TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps,
+                    std::vector<int64_t> layout) {
   const QkvPrologueParams p = checked(qkv, bias, q_norm, k_norm, q, k, v, pos, axis, freq, scale, eps, layout);
   VK_DISPATCH(qkv_prologue, p);
 }
 
-void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef dq, TensorRef dk,
-              TensorRef dv, TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps,
-              std::vector<int64_t> layout, TensorRef dqkv, TensorRef partials, TensorRef sums) {
+inline void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef dq, TensorRef dk,
+                     TensorRef dv, TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps,
+                     std::vector<int64_t> layout, TensorRef dqkv, TensorRef partials, TensorRef sums) {
   QkvPrologueBackwardParams p;
   p.forward = checked(qkv, bias, q_norm, k_norm, dq, dk, dv, pos, axis, freq, scale, eps, layout);
   p.dqkv = dqkv;
@@ -47,12 +49,10 @@ void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm,
   VK_DISPATCH(qkv_prologue_bwd, p);
 }
 
-}  // namespace
-
-void bind_qkv_prologue(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("qkv_prologue", &forward, release_gil());
   m.def("qkv_prologue_bwd", &backward, release_gil());
   m.attr("QKV_PROLOGUE_PARTIALS") = kPartials;
 }
 
-}  // namespace vk
+}  // namespace vk::qkv_prologue_bind

@@ -1,13 +1,14 @@
+#pragma once
+
 #include "divided_attention_check.h"
 #include "divided_attention_cuda.h"
 
-namespace vk {
-namespace {
+namespace vk::divided_attention_cuda_bind {
 
 constexpr const char* kOp = "divided_attention";
 
 // Rows are read and written 16 bytes at a time.
-void check_vectors(const char* name, const TensorRef& x) {
+inline void check_vectors(const char* name, const TensorRef& x) {
   bool whole = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   for (int dim = 0; dim < 3; ++dim) whole = whole && (x.size(dim) == 1 || x.stride(dim) % 8 == 0);
   VK_CHECK(whole || x.numel() == 0, kOp, name, "lie at a multiple of 16 bytes, as all its strides do",
@@ -16,7 +17,7 @@ void check_vectors(const char* name, const TensorRef& x) {
     VK_CHECK(x.size(dim) == 1 || x.stride(dim) <= INT32_MAX / 2, kOp, name, "have strides below 2^30", x.stride(dim));
 }
 
-void check_for_gpu(const DividedAttention& p) {
+inline void check_for_gpu(const DividedAttention& p) {
   const ShortAttention& a = p.groups;
   VK_CHECK(a.q.dtype != Dtype::f32, kOp, "q", "have dtype bfloat16 or float16", "float32");
   VK_CHECK(a.q.size(3) % 8 == 0 && a.q.size(3) >= 8 && a.q.size(3) <= 128, kOp, "q",
@@ -27,7 +28,7 @@ void check_for_gpu(const DividedAttention& p) {
   for (const auto& [name, x] : {std::pair{"q", a.q}, std::pair{"k", a.k}, std::pair{"v", a.v}}) check_vectors(name, x);
 }
 
-void check_turn(const DividedAttention& p, const Turn& turn, int64_t t, bool spatial) {
+inline void check_turn(const DividedAttention& p, const Turn& turn, int64_t t, bool spatial) {
   const TensorRef &x = turn.angles, &q = p.groups.q;
   if (!x.given) return;
   const int64_t d = q.size(3);
@@ -44,7 +45,7 @@ void check_turn(const DividedAttention& p, const Turn& turn, int64_t t, bool spa
 }
 
 // Float memory of `count` elements, where the kernels of this call use some.
-float* scratch(const char* name, const TensorRef& x, bool used, int64_t count) {
+inline float* scratch(const char* name, const TensorRef& x, bool used, int64_t count) {
   if (!used) return nullptr;
   const bool whole = x.given && x.dtype == Dtype::f32 && x.numel() >= count;
   VK_CHECK(whole && reinterpret_cast<uintptr_t>(x.data) % 16 == 0, kOp, name,
@@ -52,8 +53,8 @@ float* scratch(const char* name, const TensorRef& x, bool used, int64_t count) {
   return x.ptr<float>();
 }
 
-void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef part, TensorRef angles, float scale,
-             std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
+inline void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef part, TensorRef angles, float scale,
+                    std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
   DividedAttention p = lay_out(kOp, q, k, v, scale, layout);
   check_like(kOp, "o", o, q);
   if (q.numel() == 0) return;
@@ -67,9 +68,9 @@ void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef part,
   divided_attention_forward_cuda(p, turn, {device, reinterpret_cast<void*>(stream)});
 }
 
-void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef dq, TensorRef dk, TensorRef dv,
-              TensorRef stats, TensorRef part_q, TensorRef part_k, TensorRef part_v, TensorRef angles, float scale,
-              std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
+inline void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef dq, TensorRef dk, TensorRef dv,
+                     TensorRef stats, TensorRef part_q, TensorRef part_k, TensorRef part_v, TensorRef angles,
+                     float scale, std::vector<int64_t> layout, bool neighbours, int device, uintptr_t stream) {
   DividedAttention p = lay_out(kOp, q, k, v, scale, layout);
   check_like(kOp, "grad_o", grad_o, q);
   check_like(kOp, "dq", dq, q);
@@ -94,11 +95,9 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   divided_attention_backward_cuda(p, turn, rows, {device, reinterpret_cast<void*>(stream)});
 }
 
-}  // namespace
-
-void bind_divided_attention_cuda(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("divided_attention_fwd_cuda", &forward, release_gil());
   m.def("divided_attention_bwd_cuda", &backward, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::divided_attention_cuda_bind

@@ -1,17 +1,18 @@
+#pragma once
+
 #include <memory>
 
 #include "bind.h"
 #include "divided_attention_check.h"
 
-namespace vk {
-namespace {
+namespace vk::divided_attention_bind {
 
-std::unique_ptr<float[]> parts(const ShortAttention& p, int64_t heads) {
+inline std::unique_ptr<float[]> parts(const ShortAttention& p, int64_t heads) {
   const int64_t count = p.q_rows.shared ? p.q.size(0) * p.groups() * heads * p.q.size(3) : 0;
   return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]);
 }
 
-void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, float scale, std::vector<int64_t> layout) {
+inline void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, float scale, std::vector<int64_t> layout) {
   constexpr const char* op = "divided_attention";
   DividedAttention p = lay_out(op, q, k, v, scale, layout);
   check_like(op, "o", o, q);
@@ -22,8 +23,8 @@ void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, float scale, st
   VK_DISPATCH(divided_attention_forward, p);
 }
 
-void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef dq, TensorRef dk, TensorRef dv,
-              float scale, std::vector<int64_t> layout) {
+inline void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef dq, TensorRef dk, TensorRef dv,
+                     float scale, std::vector<int64_t> layout) {
   constexpr const char* op = "divided_attention";
   DividedAttention p = lay_out(op, q, k, v, scale, layout);
   check_like(op, "grad_o", grad_o, q);
@@ -38,13 +39,11 @@ void backward(TensorRef grad_o, TensorRef q, TensorRef k, TensorRef v, TensorRef
   VK_DISPATCH(divided_attention_backward, p);
 }
 
-}  // namespace
-
-void bind_divided_attention(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("divided_attention_fwd", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("scale"),
         py::arg("layout"), release_gil());
   m.def("divided_attention_bwd", &backward, py::arg("grad_o"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("dq"),
         py::arg("dk"), py::arg("dv"), py::arg("scale"), py::arg("layout"), release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::divided_attention_bind

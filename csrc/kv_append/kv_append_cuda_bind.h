@@ -1,10 +1,12 @@
+#pragma once
+
 #include "bind.h"
 #include "kv_append_cuda.h"
 #include "kv_cache_check.h"
 
-namespace vk {
+namespace vk::kv_append_cuda_bind {
 
-static void kv_append_on_gpu(TensorRef k, TensorRef v, TensorRef count, TensorRef length, TensorRef table,
+inline void kv_append_on_gpu(TensorRef k, TensorRef v, TensorRef count, TensorRef length, TensorRef table,
                              TensorRef k_rows, TensorRef v_rows, TensorRef k_codes, TensorRef k_scale,
                              TensorRef v_codes, TensorRef v_scale, TensorRef k_recent, TensorRef v_recent,
                              TensorRef k_sink, TensorRef v_sink, std::vector<int64_t> layout, int device,
@@ -32,6 +34,6 @@ static void kv_append_on_gpu(TensorRef k, TensorRef v, TensorRef count, TensorRe
   kv_append_cuda({k, v, count, cache}, {device, reinterpret_cast<void*>(stream)});
 }
 
-void bind_kv_append_cuda(py::module_& m) { m.def("kv_append_cuda", &kv_append_on_gpu, release_gil()); }
+inline void bind(py::module_& m) { m.def("kv_append_cuda", &kv_append_on_gpu, release_gil()); }
 
-}  // namespace vk
+}  // namespace vk::kv_append_cuda_bind

@@ -1,13 +1,14 @@
+#pragma once
+
 #include "attention_check.h"
 #include "bind.h"
 
-namespace vk {
-namespace {
+namespace vk::attention_bind {
 
 using namespace attention;
 
 // Every row of the map names a token, each at most once, so that no two tasks write one row.
-void check_rows(const char* name, const TensorRef& t) {
+inline void check_rows(const char* name, const TensorRef& t) {
   if (!t) return;
   const int64_t tokens = t.size(1);
   std::vector<bool> taken;
@@ -22,10 +23,10 @@ void check_rows(const char* name, const TensorRef& t) {
   }
 }
 
-void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, double scale,
-             std::vector<int64_t> layout, TensorRef q_rows, TensorRef k_rows, TensorRef q_count, TensorRef k_count,
-             TensorRef ranges, TensorRef q_attr, TensorRef k_attr, std::vector<int64_t> bounds, TensorRef q_global,
-             TensorRef k_global) {
+inline void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, double scale,
+                    std::vector<int64_t> layout, TensorRef q_rows, TensorRef k_rows, TensorRef q_count,
+                    TensorRef k_count, TensorRef ranges, TensorRef q_attr, TensorRef k_attr,
+                    std::vector<int64_t> bounds, TensorRef q_global, TensorRef k_global) {
   check_inputs(q, k, v, o, lse);
   AttentionParams p{q, k, v, o, lse, scale, {}, {}, {}, {}, {}, {}};
   p.mask = make_mask(q, k, layout, q_rows, k_rows, q_count, k_count, ranges, q_attr, k_attr, std::move(bounds),
@@ -36,10 +37,11 @@ void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, 
   VK_DISPATCH(attention_forward, p, tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 
-void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse,
-              TensorRef dq, TensorRef dk, TensorRef dv, double scale, std::vector<int64_t> layout, TensorRef q_rows,
-              TensorRef k_rows, TensorRef q_count, TensorRef k_count, TensorRef ranges, TensorRef q_attr,
-              TensorRef k_attr, std::vector<int64_t> bounds, TensorRef q_global, TensorRef k_global) {
+inline void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse,
+                     TensorRef dq, TensorRef dk, TensorRef dv, double scale, std::vector<int64_t> layout,
+                     TensorRef q_rows, TensorRef k_rows, TensorRef q_count, TensorRef k_count, TensorRef ranges,
+                     TensorRef q_attr, TensorRef k_attr, std::vector<int64_t> bounds, TensorRef q_global,
+                     TensorRef k_global) {
   check_inputs(q, k, v, o, lse);
   check_gradients(q, k, lse, dout, dlse, dq, dk, dv);
   AttentionParams p{q, k, v, o, lse, scale, {}, dout, dlse, dq, dk, dv};
@@ -51,11 +53,9 @@ void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRe
   VK_DISPATCH(attention_backward, p, tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 
-}  // namespace
-
-void bind_attention(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("attention_forward", &forward, release_gil());
   m.def("attention_backward", &backward, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::attention_bind

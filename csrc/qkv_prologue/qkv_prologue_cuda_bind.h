@@ -1,28 +1,30 @@
+#pragma once
+
 #include "qkv_prologue_check.h"
 #include "qkv_prologue_cuda.h"
 
-namespace vk {
-namespace {
+namespace vk::qkv_prologue_cuda_bind {
 
 constexpr const char* kOp = "qkv_prologue";
 
-void check_for_gpu(const QkvPrologueParams& p) {
+inline void check_for_gpu(const QkvPrologueParams& p) {
   VK_CHECK(p.out[0].size(3) <= kLongestHead, kOp, "layout", "have heads of at most 256 elements", p.out[0].size(3));
   VK_CHECK(p.rope.heads() <= kMostAxisRows, kOp, "axis", "have at most 64 rows", p.rope.heads());
 }
 
-void forward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef q, TensorRef k, TensorRef v,
-             TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps, std::vector<int64_t> layout,
-             int device, uintptr_t stream) {
+inline void forward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef q, TensorRef k,
+                    TensorRef v, TensorRef pos, TensorRef axis, TensorRef freq, double scale, double eps,
+                    std::vector<int64_t> layout, int device, uintptr_t stream) {
   const QkvPrologueParams p =
       checked_qkv_prologue(qkv, bias, q_norm, k_norm, q, k, v, pos, axis, freq, scale, eps, layout);
   check_for_gpu(p);
   qkv_prologue_cuda(p, {device, reinterpret_cast<void*>(stream)});
 }
 
-void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef dq, TensorRef dk,
-              TensorRef dv, TensorRef pos, TensorRef axis, TensorRef freq, TensorRef dqkv, TensorRef stats,
-              TensorRef partials, double scale, double eps, std::vector<int64_t> layout, int device, uintptr_t stream) {
+inline void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm, TensorRef dq, TensorRef dk,
+                     TensorRef dv, TensorRef pos, TensorRef axis, TensorRef freq, TensorRef dqkv, TensorRef stats,
+                     TensorRef partials, double scale, double eps, std::vector<int64_t> layout, int device,
+                     uintptr_t stream) {
   QkvPrologueCudaBackward p;
   p.forward = checked_qkv_prologue(qkv, bias, q_norm, k_norm, dq, dk, dv, pos, axis, freq, scale, eps, layout);
   check_for_gpu(p.forward);
@@ -48,11 +50,9 @@ void backward(TensorRef qkv, TensorRef bias, TensorRef q_norm, TensorRef k_norm,
   qkv_prologue_bwd_cuda(p, {device, reinterpret_cast<void*>(stream)});
 }
 
-}  // namespace
-
-void bind_qkv_prologue_cuda(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("qkv_prologue_cuda", &forward, release_gil());
   m.def("qkv_prologue_bwd_cuda", &backward, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::qkv_prologue_cuda_bind

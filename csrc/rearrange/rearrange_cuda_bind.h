@@ -1,21 +1,22 @@
+#pragma once
+
 #include "rearrange_check.h"
 #include "rearrange_cuda.h"
 
-namespace vk {
-namespace {
+namespace vk::rearrange_cuda_bind {
 
 using namespace rearrange;
 using device::Stream;
 
-Stream stream_of(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
+inline Stream stream_of(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
 
-void set_sources(RearrangeRowsParams& p, const std::array<TensorRef, 4>& x) {
+inline void set_sources(RearrangeRowsParams& p, const std::array<TensorRef, 4>& x) {
   VK_CHECK(x[0].given, kOp, "x", "be 1 to 4 tensors", 0);
   for (const TensorRef& t : x)
     if (t.given) p.x[p.sources++] = t;
 }
 
-int row_axes(const TensorRef& t) {
+inline int row_axes(const TensorRef& t) {
   int count = 0;
   int64_t runs_on = 0;
   for (int d = 1; d + 1 < t.rank; ++d) {
@@ -27,7 +28,7 @@ int row_axes(const TensorRef& t) {
 }
 
 // Everything but the outputs; returns n_out. Values of the plan are the kernel's to check.
-int64_t check_forward(const RearrangeRowsParams& p, int64_t b) {
+inline int64_t check_forward(const RearrangeRowsParams& p, int64_t b) {
   const int64_t c = p.x[0].rank >= 3 ? p.x[0].size(-1) : 0;
   const int64_t n_rows = check_sources(p, b, c);
   VK_CHECK(n_rows < INT32_MAX, kOp, "x", "have fewer than 2^31 rows", n_rows);
@@ -39,10 +40,10 @@ int64_t check_forward(const RearrangeRowsParams& p, int64_t b) {
   return n_out;
 }
 
-void rows_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, TensorRef ptr, TensorRef idx, TensorRef weight,
-                 TensorRef bias, TensorRef gate, TensorRef residual, TensorRef norm_weight, TensorRef norm_bias,
-                 TensorRef rows, TensorRef y, TensorRef sum, int reduce, int norm, float scale, float eps,
-                 bool accumulate, int device, uintptr_t stream) {
+inline void rows_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, TensorRef ptr, TensorRef idx,
+                        TensorRef weight, TensorRef bias, TensorRef gate, TensorRef residual, TensorRef norm_weight,
+                        TensorRef norm_bias, TensorRef rows, TensorRef y, TensorRef sum, int reduce, int norm,
+                        float scale, float eps, bool accumulate, int device, uintptr_t stream) {
   RearrangeRowsParams p;
   set_sources(p, {x0, x1, x2, x3});
   p.ptr = ptr, p.idx = idx, p.weight = weight, p.bias = bias, p.gate = gate, p.residual = residual;
@@ -55,10 +56,11 @@ void rows_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, TensorR
   rearrange_rows_cuda(p, stream_of(device, stream));
 }
 
-void rows_bwd_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, TensorRef ptr, TensorRef idx,
-                     TensorRef weight, TensorRef bias, TensorRef gate, TensorRef residual, TensorRef norm_weight,
-                     TensorRef norm_bias, TensorRef dy, TensorRef dsum, TensorRef du, TensorRef dv, TensorRef partial,
-                     int reduce, int norm, float scale, float eps, int device, uintptr_t stream) {
+inline void rows_bwd_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, TensorRef ptr, TensorRef idx,
+                            TensorRef weight, TensorRef bias, TensorRef gate, TensorRef residual, TensorRef norm_weight,
+                            TensorRef norm_bias, TensorRef dy, TensorRef dsum, TensorRef du, TensorRef dv,
+                            TensorRef partial, int reduce, int norm, float scale, float eps, int device,
+                            uintptr_t stream) {
   RearrangeRowsBwdParams q;
   RearrangeRowsParams& p = q.forward;
   set_sources(p, {x0, x1, x2, x3});
@@ -75,18 +77,16 @@ void rows_bwd_on_gpu(TensorRef x0, TensorRef x1, TensorRef x2, TensorRef x3, Ten
   rearrange_rows_bwd_cuda(q, stream_of(device, stream));
 }
 
-void affine_on_gpu(TensorRef x, TensorRef y, std::vector<int64_t> axes, std::vector<int64_t> sizes,
-                   std::vector<int64_t> steps, int device, uintptr_t stream) {
+inline void affine_on_gpu(TensorRef x, TensorRef y, std::vector<int64_t> axes, std::vector<int64_t> sizes,
+                          std::vector<int64_t> steps, int device, uintptr_t stream) {
   const RearrangeAffineParams p = checked_affine(x, axes, sizes, steps, y);
   if (p.rank >= 0) rearrange_affine_cuda(p, stream_of(device, stream));
 }
 
-}  // namespace
-
-void bind_rearrange_cuda(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("rearrange_rows_cuda", &rows_on_gpu, release_gil());
   m.def("rearrange_rows_bwd_cuda", &rows_bwd_on_gpu, release_gil());
   m.def("rearrange_affine_cuda", &affine_on_gpu, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::rearrange_cuda_bind

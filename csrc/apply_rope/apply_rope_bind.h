@@ -1,8 +1,10 @@
+#pragma once
+
 #include "apply_rope_check.h"
 
-namespace vk {
+namespace vk::apply_rope_bind {
 
-static void apply_rope_cpu(TensorRef q, TensorRef k, TensorRef q_out, TensorRef k_out, TensorRef pos, TensorRef axis,
+inline void apply_rope_cpu(TensorRef q, TensorRef k, TensorRef q_out, TensorRef k_out, TensorRef pos, TensorRef axis,
                            TensorRef freq, TensorRef cos, TensorRef sin, double scale, bool inverse, int64_t blocks,
                            int64_t offset) {
   const ApplyRopeParams p{{q, k}, {q_out, k_out}, {pos, axis, freq, cos, sin, scale, inverse, blocks, offset}};
@@ -11,6 +13,6 @@ static void apply_rope_cpu(TensorRef q, TensorRef k, TensorRef q_out, TensorRef 
   VK_DISPATCH(apply_rope, p);
 }
 
-void bind_apply_rope(py::module_& m) { m.def("apply_rope", &apply_rope_cpu, release_gil()); }
+inline void bind(py::module_& m) { m.def("apply_rope", &apply_rope_cpu, release_gil()); }
 
-}  // namespace vk
+}  // namespace vk::apply_rope_bind

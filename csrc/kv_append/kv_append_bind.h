@@ -1,9 +1,11 @@
+#pragma once
+
 #include "bind.h"
 #include "kv_append.h"
 
-namespace vk {
+namespace vk::kv_append_bind {
 
-static void kv_append_cpu(TensorRef k, TensorRef v, TensorRef count, TensorRef length, TensorRef table,
+inline void kv_append_cpu(TensorRef k, TensorRef v, TensorRef count, TensorRef length, TensorRef table,
                           std::vector<TensorRef> storage, std::vector<int64_t> layout) {
   constexpr const char* op = "kv_append";
   check_rank(op, "k", k, 4);
@@ -24,9 +26,9 @@ static void kv_append_cpu(TensorRef k, TensorRef v, TensorRef count, TensorRef l
   VK_DISPATCH(kv_append, {k, v, counts, cache});
 }
 
-void bind_kv_append(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("kv_append", &kv_append_cpu, py::arg("k"), py::arg("v"), py::arg("count"), py::arg("length"), py::arg("table"),
         py::arg("storage"), py::arg("layout"), release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::kv_append_bind

@@ -1,9 +1,11 @@
+#pragma once
+
 #include "apply_rope_check.h"
 #include "apply_rope_cuda.h"
 
-namespace vk {
+namespace vk::apply_rope_cuda_bind {
 
-static void apply_rope_on_gpu(TensorRef q, TensorRef k, TensorRef q_out, TensorRef k_out, TensorRef pos, TensorRef axis,
+inline void apply_rope_on_gpu(TensorRef q, TensorRef k, TensorRef q_out, TensorRef k_out, TensorRef pos, TensorRef axis,
                               TensorRef freq, TensorRef cos, TensorRef sin, double scale, bool inverse, int64_t blocks,
                               int64_t offset, int device, uintptr_t stream) {
   const ApplyRopeParams p{{q, k}, {q_out, k_out}, {pos, axis, freq, cos, sin, scale, inverse, blocks, offset}};
@@ -15,6 +17,6 @@ static void apply_rope_on_gpu(TensorRef q, TensorRef k, TensorRef q_out, TensorR
   apply_rope_cuda(p, {device, reinterpret_cast<void*>(stream)});
 }
 
-void bind_apply_rope_cuda(py::module_& m) { m.def("apply_rope_cuda", &apply_rope_on_gpu, release_gil()); }
+inline void bind(py::module_& m) { m.def("apply_rope_cuda", &apply_rope_on_gpu, release_gil()); }
 
-}  // namespace vk
+}  // namespace vk::apply_rope_cuda_bind

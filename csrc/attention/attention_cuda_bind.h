@@ -1,20 +1,21 @@
+#pragma once
+
 #include "attention_check.h"
 #include "attention_cuda.h"
 #include "bind.h"
 
-namespace vk {
-namespace {
+namespace vk::attention_cuda_bind {
 
 using namespace attention;
 
 // Rows are copied 16 bytes at a time.
-void check_vectors(const char* name, const TensorRef& t) {
+inline void check_vectors(const char* name, const TensorRef& t) {
   bool whole = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   for (int i = 0; i < 3; ++i) whole = whole && (t.size(i) == 1 || t.stride(i) % 8 == 0);
   VK_CHECK(whole || t.numel() == 0, op, name, "lie at 16-byte addresses, row by row", shape_text(t));
 }
 
-void check_call(const TensorRef& q, const TensorRef& k, const TensorRef& v) {
+inline void check_call(const TensorRef& q, const TensorRef& k, const TensorRef& v) {
   VK_CHECK(q.dtype == Dtype::bf16 || q.dtype == Dtype::f16, op, "q", "have dtype bfloat16, float16",
            static_cast<int>(q.dtype));
   VK_CHECK(q.size(3) <= 128 && q.size(3) % 8 == 0, op, "q", "have a head size of at most 128 that is a multiple of 8",
@@ -22,10 +23,10 @@ void check_call(const TensorRef& q, const TensorRef& k, const TensorRef& v) {
   for (const auto& [name, t] : {std::pair{"q", q}, std::pair{"k", k}, std::pair{"v", v}}) check_vectors(name, t);
 }
 
-void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, TensorRef q_rows, TensorRef k_rows,
-             TensorRef q_count, TensorRef k_count, TensorRef ranges, TensorRef q_attr, TensorRef k_attr,
-             TensorRef q_global, TensorRef k_global, double scale, std::vector<int64_t> layout,
-             std::vector<int64_t> bounds, int device, uintptr_t stream) {
+inline void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, TensorRef q_rows,
+                    TensorRef k_rows, TensorRef q_count, TensorRef k_count, TensorRef ranges, TensorRef q_attr,
+                    TensorRef k_attr, TensorRef q_global, TensorRef k_global, double scale, std::vector<int64_t> layout,
+                    std::vector<int64_t> bounds, int device, uintptr_t stream) {
   check_inputs(q, k, v, o, lse);
   check_call(q, k, v);
   check_vectors("o", o);
@@ -35,18 +36,18 @@ void forward(TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse, 
   attention_forward_cuda(p, {device, reinterpret_cast<void*>(stream)});
 }
 
-void check_room(const char* name, const TensorRef& t, Dtype dtype, int64_t elements) {
+inline void check_room(const char* name, const TensorRef& t, Dtype dtype, int64_t elements) {
   check_rank(op, name, t, 1);
   check_dtype(op, name, t, dtype);
   check_contiguous(name, t);
   VK_CHECK(t.size(0) >= elements, op, name, "hold " + std::to_string(elements) + " elements", t.size(0));
 }
 
-void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse,
-              TensorRef dq, TensorRef dk, TensorRef dv, TensorRef stats, TensorRef spans, TensorRef q_rows,
-              TensorRef k_rows, TensorRef q_count, TensorRef k_count, TensorRef ranges, TensorRef q_attr,
-              TensorRef k_attr, TensorRef q_global, TensorRef k_global, double scale, std::vector<int64_t> layout,
-              std::vector<int64_t> bounds, int device, uintptr_t stream) {
+inline void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRef v, TensorRef o, TensorRef lse,
+                     TensorRef dq, TensorRef dk, TensorRef dv, TensorRef stats, TensorRef spans, TensorRef q_rows,
+                     TensorRef k_rows, TensorRef q_count, TensorRef k_count, TensorRef ranges, TensorRef q_attr,
+                     TensorRef k_attr, TensorRef q_global, TensorRef k_global, double scale,
+                     std::vector<int64_t> layout, std::vector<int64_t> bounds, int device, uintptr_t stream) {
   check_inputs(q, k, v, o, lse);
   check_call(q, k, v);
   check_gradients(q, k, lse, dout, dlse, dq, dk, dv);
@@ -62,11 +63,9 @@ void backward(TensorRef dout, TensorRef dlse, TensorRef q, TensorRef k, TensorRe
   attention_backward_cuda(p, {stats, spans}, {device, reinterpret_cast<void*>(stream)});
 }
 
-}  // namespace
-
-void bind_attention_cuda(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("attention_cuda", &forward, release_gil());
   m.def("attention_backward_cuda", &backward, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::attention_cuda_bind

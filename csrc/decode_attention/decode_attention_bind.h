@@ -1,9 +1,11 @@
+#pragma once
+
 #include "bind.h"
 #include "decode_attention_check.h"
 
-namespace vk {
+namespace vk::decode_attention_bind {
 
-static void decode_attention_cpu(TensorRef q, TensorRef length, TensorRef table, std::vector<TensorRef> storage,
+inline void decode_attention_cpu(TensorRef q, TensorRef length, TensorRef table, std::vector<TensorRef> storage,
                                  double scale, int64_t window, std::vector<int64_t> layout, TensorRef o,
                                  TensorRef lse) {
   const int64_t m = check_decode_attention(q, storage, scale, window, layout, o, lse);
@@ -12,10 +14,10 @@ static void decode_attention_cpu(TensorRef q, TensorRef length, TensorRef table,
   VK_DISPATCH(decode_attention, {q, cache, static_cast<float>(scale), window, o, lse});
 }
 
-void bind_decode_attention(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("decode_attention", &decode_attention_cpu, py::arg("q"), py::arg("length"), py::arg("table"),
         py::arg("storage"), py::arg("scale"), py::arg("window"), py::arg("layout"), py::arg("o"), py::arg("lse"),
         release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::decode_attention_bind

@@ -1,19 +1,21 @@
+#pragma once
+
 #include "bind.h"
 #include "decode_attention_check.h"
 #include "decode_attention_cuda.h"
 #include "kv_cache_check.h"
 
-namespace vk {
+namespace vk::decode_attention_cuda_bind {
 
-static constexpr const char* kOp = "decode_attention";
+constexpr const char* kOp = "decode_attention";
 
 // Rows are read 16 bytes at a time.
-static void check_aligned(const char* name, const TensorRef& t) {
+inline void check_aligned(const char* name, const TensorRef& t) {
   VK_CHECK(reinterpret_cast<uintptr_t>(t.data) % 16 == 0, kOp, name, "start at a multiple of 16 bytes",
            reinterpret_cast<uintptr_t>(t.data) % 16);
 }
 
-static void check_work(const DecodeWorkspace& work, const CacheRef& c, int64_t shared) {
+inline void check_work(const DecodeWorkspace& work, const CacheRef& c, int64_t shared) {
   VK_CHECK(work.splits >= 1 && work.splits <= 512, kOp, "splits", "be 1 to 512", work.splits);
   for (const auto& [name, t, dtype, least] :
        {std::tuple{"part", &work.part, Dtype::f32, decode_part_floats(c, shared, work.splits)},
@@ -26,7 +28,7 @@ static void check_work(const DecodeWorkspace& work, const CacheRef& c, int64_t s
   }
 }
 
-static void decode_attention_on_gpu(TensorRef q, TensorRef length, TensorRef table, TensorRef k_rows, TensorRef v_rows,
+inline void decode_attention_on_gpu(TensorRef q, TensorRef length, TensorRef table, TensorRef k_rows, TensorRef v_rows,
                                     TensorRef k_codes, TensorRef k_scale, TensorRef v_codes, TensorRef v_scale,
                                     TensorRef k_recent, TensorRef v_recent, TensorRef k_sink, TensorRef v_sink,
                                     TensorRef o, TensorRef lse, TensorRef part, TensorRef counter, double scale,
@@ -55,8 +57,6 @@ static void decode_attention_on_gpu(TensorRef q, TensorRef length, TensorRef tab
                         {device, reinterpret_cast<void*>(stream)});
 }
 
-void bind_decode_attention_cuda(py::module_& m) {
-  m.def("decode_attention_cuda", &decode_attention_on_gpu, release_gil());
-}
+inline void bind(py::module_& m) { m.def("decode_attention_cuda", &decode_attention_on_gpu, release_gil()); }
 
-}  // namespace vk
+}  // namespace vk::decode_attention_cuda_bind

@@ -1,12 +1,14 @@
+#pragma once
+
 #include "rearrange_check.h"
 
-namespace vk {
-namespace {
+namespace vk::rearrange_bind {
 
 using namespace rearrange;
 
 // Row numbers, row pointers and shapes of a plan: everything that becomes an address. Returns n_out.
-int64_t check_plan(const TensorRef& ptr, const TensorRef& idx, const TensorRef& weight, int64_t n_rows, int64_t b) {
+inline int64_t check_plan(const TensorRef& ptr, const TensorRef& idx, const TensorRef& weight, int64_t n_rows,
+                          int64_t b) {
   const int64_t n_out = check_plan_shapes(ptr, idx, weight, b), nnz = idx.size(1);
   const int32_t lowest = ptr.given ? 0 : -1;
   for (int64_t i = 0; i < idx.size(0); ++i) {
@@ -27,13 +29,13 @@ int64_t check_plan(const TensorRef& ptr, const TensorRef& idx, const TensorRef& 
   return n_out;
 }
 
-void set_sources(RearrangeRowsParams& p, const std::vector<TensorRef>& x) {
+inline void set_sources(RearrangeRowsParams& p, const std::vector<TensorRef>& x) {
   VK_CHECK(!x.empty() && x.size() <= RearrangeRowsParams::kMaxSources, kOp, "x", "be 1 to 8 tensors", x.size());
   for (const TensorRef& t : x) p.x[p.sources++] = t;
 }
 
 // Checks everything but the outputs; returns (b, n_out, c).
-std::array<int64_t, 3> check_forward(const RearrangeRowsParams& p, int64_t b) {
+inline std::array<int64_t, 3> check_forward(const RearrangeRowsParams& p, int64_t b) {
   const int64_t c = p.x[0].rank >= 3 ? p.x[0].size(-1) : 0;
   const int64_t n_out = check_plan(p.ptr, p.idx, p.weight, check_sources(p, b, c), b);
   check_epilogue(p, b, n_out, c);
@@ -41,7 +43,7 @@ std::array<int64_t, 3> check_forward(const RearrangeRowsParams& p, int64_t b) {
 }
 
 // Scatter targets: inside y, and no two output rows of a sample on the same one (they would race).
-void check_targets(const TensorRef& rows, int64_t n_out, int64_t n_target) {
+inline void check_targets(const TensorRef& rows, int64_t n_out, int64_t n_target) {
   for (int64_t i = 0; i < rows.size(0); ++i) {
     std::vector<bool> taken(static_cast<size_t>(n_target));
     const int32_t* row = rows.ptr<const int32_t>() + i * rows.stride(0);
@@ -54,9 +56,9 @@ void check_targets(const TensorRef& rows, int64_t n_out, int64_t n_target) {
   }
 }
 
-void rows_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx, TensorRef weight, TensorRef bias,
-              TensorRef gate, TensorRef residual, TensorRef norm_weight, TensorRef norm_bias, TensorRef rows,
-              int reduce, int norm, float scale, float eps, bool accumulate, TensorRef y, TensorRef sum) {
+inline void rows_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx, TensorRef weight, TensorRef bias,
+                     TensorRef gate, TensorRef residual, TensorRef norm_weight, TensorRef norm_bias, TensorRef rows,
+                     int reduce, int norm, float scale, float eps, bool accumulate, TensorRef y, TensorRef sum) {
   RearrangeRowsParams p;
   set_sources(p, x);
   p.ptr = ptr, p.idx = idx, p.weight = weight, p.bias = bias, p.gate = gate, p.residual = residual;
@@ -70,9 +72,10 @@ void rows_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx, Ten
   VK_DISPATCH(rearrange_rows, p);
 }
 
-void rows_bwd_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx, TensorRef weight, TensorRef bias,
-                  TensorRef gate, TensorRef residual, TensorRef norm_weight, TensorRef norm_bias, int reduce, int norm,
-                  float scale, float eps, TensorRef dy, TensorRef dsum, TensorRef du, TensorRef dv, TensorRef partial) {
+inline void rows_bwd_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx, TensorRef weight,
+                         TensorRef bias, TensorRef gate, TensorRef residual, TensorRef norm_weight, TensorRef norm_bias,
+                         int reduce, int norm, float scale, float eps, TensorRef dy, TensorRef dsum, TensorRef du,
+                         TensorRef dv, TensorRef partial) {
   RearrangeRowsBwdParams q;
   RearrangeRowsParams& p = q.forward;
   set_sources(p, x);
@@ -86,7 +89,7 @@ void rows_bwd_cpu(const std::vector<TensorRef>& x, TensorRef ptr, TensorRef idx,
   VK_DISPATCH(rearrange_rows_bwd, q);
 }
 
-void max_bwd_cpu(TensorRef x, TensorRef ptr, TensorRef idx, TensorRef dy, TensorRef dx) {
+inline void max_bwd_cpu(TensorRef x, TensorRef ptr, TensorRef idx, TensorRef dy, TensorRef dx) {
   check_rank(kOp, "x", x, 3);
   VK_CHECK(ptr.given, kOp, "ptr", "be given", "nothing");
   const int64_t n_out = check_plan(ptr, idx, {}, x.size(1), x.size(0));
@@ -97,20 +100,18 @@ void max_bwd_cpu(TensorRef x, TensorRef ptr, TensorRef idx, TensorRef dy, Tensor
   VK_DISPATCH(rearrange_max_bwd, {x, ptr, idx, dy, dx});
 }
 
-void affine_cpu(TensorRef x, std::vector<int64_t> axes, std::vector<int64_t> sizes, std::vector<int64_t> steps,
-                TensorRef y) {
+inline void affine_cpu(TensorRef x, std::vector<int64_t> axes, std::vector<int64_t> sizes, std::vector<int64_t> steps,
+                       TensorRef y) {
   const RearrangeAffineParams p = checked_affine(x, axes, sizes, steps, y);
   if (p.rank < 0) return;
   VK_DISPATCH(rearrange_affine, p);
 }
 
-}  // namespace
-
-void bind_rearrange(py::module_& m) {
+inline void bind(py::module_& m) {
   m.def("rearrange_rows", &rows_cpu, release_gil());
   m.def("rearrange_rows_bwd", &rows_bwd_cpu, release_gil());
   m.def("rearrange_max_bwd", &max_bwd_cpu, release_gil());
   m.def("rearrange_affine", &affine_cpu, release_gil());
 }
 
-}  // namespace vk
+}  // namespace vk::rearrange_bind
