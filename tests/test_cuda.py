@@ -417,9 +417,9 @@ def test_cuda_can_be_left_out_or_insisted_on():
 def test_cuda_can_be_compiled_for_one_gpu():
     code = f"{ASK_SETUP}\nprint(*(word for word in module.NVCC_FLAGS if word.startswith('arch=')))"
     for archs, flags in {
-        "": "arch=compute_80,code=sm_80 arch=compute_90a,code=sm_90a arch=compute_80,code=compute_80",
-        "90a": "arch=compute_90a,code=sm_90a",
-        "80,ptx": "arch=compute_80,code=sm_80 arch=compute_80,code=compute_80",
+        "": "arch=compute_80,code=[sm_80,sm_90a,compute_80]",
+        "90a": "arch=compute_80,code=[sm_90a]",
+        "80,ptx": "arch=compute_80,code=[sm_80,compute_80]",
     }.items():
         assert run(code, VKERNELS_CUDA="0", VKERNELS_CUDA_ARCHS=archs).endswith(f"\n{flags}\n")
     with pytest.raises(AssertionError, match="VKERNELS_CUDA_ARCHS must name 80, 90a, ptx, got 70"):
