@@ -97,8 +97,18 @@ void forward(const AttentionParams& p, const AttentionTask* tasks, int64_t count
       for (int64_t i = live; i < len_q; ++i)
         p.lse.ptr<float>()[batch * p.lse.stride(0) + head * p.lse.stride(1) + map[i]] = -kInf;
   }
-  parallel_tasks(count,
-                 [&](int64_t i) { attention_forward(problem<T>(p, tasks[i]), tasks[i].q_begin, tasks[i].q_end); });
+  const auto run = [&](int64_t i, auto products) {
+    attention_forward<decltype(products)>(problem<T>(p, tasks[i]), tasks[i].q_begin, tasks[i].q_end);
+  };
+#if defined(VK_HAS_TILES)
+  if constexpr (kMultiplyPairs<T>)
+    if (active_isa() == Isa::amx)
+      return parallel_tasks(count, [&](int64_t i) {
+        const Tiles::Configured tiles;
+        run(i, Tiles{});
+      });
+#endif
+  parallel_tasks(count, [&](int64_t i) { run(i, Vectors<kMultiplyPairs<T>>{}); });
 }
 
 template <class T>

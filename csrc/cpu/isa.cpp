@@ -4,11 +4,30 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vk {
 namespace {
 
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
+
+// Tiles of bf16, and the system's leave to use them: their 8 KiB of registers are given to a process that asks.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // of leaf 7, edx
+  constexpr long kAskFor = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool usable(Isa isa) {
 #if defined(__x86_64__)
@@ -26,6 +45,10 @@ bool usable(Isa isa) {
     case Isa::avx512_bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
              __builtin_cpu_supports("avx512vbmi");
+    case Isa::amx: {
+      static const bool tiles = has_tiles();
+      return tiles && usable(Isa::avx512_bf16);
+    }
   }
   return false;
 #else

@@ -10,9 +10,9 @@ namespace vk::VK_ISA {
 TileSizes tile_sizes() {
   static constexpr TileSize kSizes[] = {
       {"apply_rope", "elements of a vector", kLanes},
-      {"attention", "queries of a strip", kStrip},
+      {"attention", "queries of a strip", Vectors<false>::kRows},
       {"attention", "keys of a panel", kPanel},
-      {"attention", "keys of a slab", kSlab},
+      {"attention", "keys of a slab", Vectors<false>::kSlab},
       {"attention", "bytes of packed keys and values", kChunkBytes},
       {"attention", "backward: queries of a block", kBlock},
       {"attention", "backward: keys of a slab", kBackSlab},

@@ -39,7 +39,7 @@ VK_INLINE float dot(const T* a, const T* b, int64_t d) {
 // What every interval of a strip leaves of one slab.
 enum class Sight { none, part, all };
 
-VK_INLINE Sight sight(const StripRanges* ranges, int intervals, const BoxRows& box, const BoxStrip& strip,
+VK_INLINE Sight sight(const StripRanges<kStrip>* ranges, int intervals, const BoxRows& box, const BoxStrip<kStrip>& strip,
                       const BoxChunk& keys, int64_t from, int64_t to) {
   bool any = false, all = false;
   for (int r = 0; r < intervals; ++r) {
@@ -106,8 +106,8 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
   }
   const Scale scale(p.scale);
   const int intervals = p.ranges ? p.intervals : 1;
-  StripRanges ranges[kStrips][kMaxIntervals];
-  BoxStrip strip_box[kStrips];
+  StripRanges<kStrip> ranges[kStrips][kMaxIntervals];
+  BoxStrip<kStrip> strip_box[kStrips];
   Sight sights[kStrips];
   int64_t begin = k_begin;
   do {
@@ -116,8 +116,8 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     const bool first = begin == k_begin, last = end == k_end;
     const auto k_row = [&](int64_t i) { return p.k + p.k_rows[begin + i] * p.k_token; };
     const auto v_row = [&](int64_t i) { return p.v + p.k_rows[begin + i] * p.v_token; };
-    pack_columns<kPairs>(k_row, end - begin, d, k_columns);
-    pack_columns<kPairs>(v_row, end - begin, d, v_columns);
+    pack_columns<kPairs>(k_row, end - begin, d, d_words, k_columns);
+    pack_columns<kPairs>(v_row, end - begin, d, d_words, v_columns);
     if (want_q) pack_rows<kPairs>(k_row, end - begin, padded, d, k_rows, k_panel);
     if (want_kv) memset(dk, 0, sizeof(float) * static_cast<size_t>(padded * d_pad));
     if (want_kv) memset(dv, 0, sizeof(float) * static_cast<size_t>(padded * d_pad));
@@ -133,8 +133,8 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
       for (int t = 0; t < strips; ++t) {
         const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;
         for (int r = 0; r < intervals; ++r) {
-          const StripRanges& range = ranges[t][r] =
-              strip_ranges(p, at, count, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
+          const StripRanges<kStrip>& range = ranges[t][r] =
+              strip_ranges<kStrip>(p, at, count, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
           if (range.max_end <= range.min_begin) continue;
           seen_begin = range.min_begin < seen_begin ? range.min_begin : seen_begin;
           seen_end = range.max_end > seen_end ? range.max_end : seen_end;
@@ -151,8 +151,10 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
         const T *q = p.q + head * p.q_head, *dout = g.dout + head * g.dout_head, *o = p.o + head * p.o_head;
         for (int t = 0; t < strips && seen_begin < seen_end; ++t) {
           const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;
-          pack_strip<kPairs>(q, p.q_token, p.q_rows, at, count, d, scale.sign, q_strips + t * kStrip * d_words);
-          pack_strip<kPairs>(dout, g.dout_token, p.q_rows, at, count, d, 1.0f, do_strips + t * kStrip * d_words);
+          pack_strip<kPairs, kStrip>(q, p.q_token, p.q_rows, at, count, d, d_words, scale.sign,
+                                       q_strips + t * kStrip * d_words);
+          pack_strip<kPairs, kStrip>(dout, g.dout_token, p.q_rows, at, count, d, d_words, 1.0f,
+                                       do_strips + t * kStrip * d_words);
           for (int i = 0; i < kStrip; ++i) {
             const int64_t token = p.q_rows[i < count ? at + i : at];
             const float lse = i < count ? p.lse[head * p.lse_head + token] : -kInf;

@@ -9,7 +9,7 @@
 // Only panels that some row of the strip can see are visited; only slabs that some row sees in part are compared.
 #pragma once
 
-#include "vkernels/cpu/panel.h"
+#include "vkernels/cpu/products.h"
 #include "vkernels/mask.h"
 
 namespace vk::VK_ISA {
@@ -53,8 +53,6 @@ struct AttentionProblem {
 };
 
 inline constexpr int kMaxIntervals = 3;
-inline constexpr int64_t kSlab = 512;            // keys whose scores are held at once
-inline constexpr int64_t kSlabRow = kSlab + 16;  // rows not a multiple of 4 KiB apart
 inline constexpr int64_t kChunkBytes = 512 << 10;
 inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -112,18 +110,19 @@ VK_INLINE KeyRange key_span(const AttentionProblem<T>& p, int64_t begin, int64_t
 }
 
 // What the rows of a strip see of a chunk through one interval: keys relative to the chunk.
+template <int kRows>
 struct StripRanges {
-  int32_t begin[kStrip], end[kStrip];
+  int32_t begin[kRows], end[kRows];
   int32_t min_begin, max_begin, min_end, max_end;
 };
 
-template <class T>
-VK_INLINE StripRanges strip_ranges(const AttentionProblem<T>& p, int64_t row, int64_t rows, int interval,
+template <int kRows, class T>
+VK_INLINE StripRanges<kRows> strip_ranges(const AttentionProblem<T>& p, int64_t row, int64_t rows, int interval,
                                    int32_t chunk_begin, int32_t chunk_end) {
-  StripRanges s;
+  StripRanges<kRows> s;
   s.min_begin = s.min_end = chunk_end - chunk_begin;
   s.max_begin = s.max_end = 0;
-  for (int i = 0; i < kStrip; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     const int64_t at = row + (i < rows ? i : rows - 1);
     KeyRange r = key_range(p.ranges ? p.ranges + at * p.range_row : nullptr, interval, static_cast<int32_t>(p.len_k));
     r.begin = (r.begin > chunk_begin ? r.begin : chunk_begin) - chunk_begin;
@@ -181,15 +180,16 @@ struct BoxChunk {
 
 // The attributes of a strip's queries and the box around them.
 inline constexpr int kMaxRelations = 8;
+template <int kRows>
 struct BoxStrip {
-  int32_t attr[kMaxRelations][kStrip];
-  int32_t global[kStrip];
+  int32_t attr[kMaxRelations][kRows];
+  int32_t global[kRows];
   KeyRange around[kMaxRelations];
   bool any_global;
 
   void load(const BoxRows& box, int64_t row, int64_t rows) {
     any_global = false;
-    for (int i = 0; i < kStrip; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int64_t at = row + (i < rows ? i : rows - 1);
       global[i] = box.q_global && box.q_global[at] ? -1 : 0;
       any_global |= global[i] != 0;
@@ -211,14 +211,14 @@ struct BoxStrip {
 };
 
 // visit(begin, end) for every slab of panels the strip can see through one interval.
-template <class Visit>
-VK_INLINE void for_each_slab(const StripRanges& s, const BoxRows& box, const BoxStrip& strip, const BoxChunk& keys,
-                             const Visit& visit) {
+template <int kRows, class Visit>
+VK_INLINE void for_each_slab(const StripRanges<kRows>& s, const BoxRows& box, const BoxStrip<kRows>& strip,
+                             const BoxChunk& keys, int64_t slab, const Visit& visit) {
   if (s.max_end <= s.min_begin) return;
   const int64_t end = round_up(s.max_end, kPanel);
   int64_t at = s.min_begin / kPanel * kPanel;
   while (at < end) {
-    int64_t stop = at + kSlab < end ? at + kSlab : end;
+    int64_t stop = at + slab < end ? at + slab : end;
     if (box.relations) {
       if (!strip.sees(box, keys, at / kPanel)) {
         at += kPanel;
@@ -234,8 +234,9 @@ VK_INLINE void for_each_slab(const StripRanges& s, const BoxRows& box, const Box
 }
 
 // -inf where row i of the strip does not see key `at` + lane through any of the intervals.
-VK_INLINE f32v masked(f32v score, const StripRanges* ranges, int intervals, const BoxRows& box, const BoxStrip& strip,
-                      const BoxChunk& keys, int i, int64_t at) {
+template <int kRows>
+VK_INLINE f32v masked(f32v score, const StripRanges<kRows>* ranges, int intervals, const BoxRows& box,
+                      const BoxStrip<kRows>& strip, const BoxChunk& keys, int i, int64_t at) {
   const i32v key = iota() + static_cast<int32_t>(at);
   i32v visible{};
   for (int r = 0; r < intervals; ++r) visible |= (key >= ranges[r].begin[i]) & (key < ranges[r].end[i]);
@@ -264,21 +265,17 @@ struct Scale {
         c(scale == 0 ? 1.0f : std::fabs(scale) * kLog2e) {}
 };
 
-// One strip's rows as words, zero rows past `rows`.
-template <bool kPairs, class T>
-VK_INLINE void pack_strip(const T* x, int64_t token, const Rows& map, int64_t row, int64_t rows, int64_t d, float sign,
-                          float* out) {
-  const int64_t width = words<kPairs>(d);
-  for (int i = 0; i < kStrip; ++i) {
+// One strip's rows as `width` words, zeros past `rows` and past d.
+template <bool kPairs, int kRows, class T>
+VK_INLINE void pack_strip(const T* x, int64_t token, const Rows& map, int64_t row, int64_t rows, int64_t d,
+                          int64_t width, float sign, float* out) {
+  using Element = std::conditional_t<kPairs, T, float>;
+  const int64_t count = width * (kPairs ? 2 : 1);
+  for (int i = 0; i < kRows; ++i) {
     const T* from = i < rows ? x + map[row + i] * token : nullptr;
-    if constexpr (kPairs) {
-      T* to = reinterpret_cast<T*>(out + i * width);
-      if (d & 1) to[d] = T{};
-      for (int64_t at = 0; at < d; at += kLanes) store(to + at, from ? load(from + at, d - at) * sign : f32v{}, d - at);
-    } else {
-      float* to = out + i * width;
-      for (int64_t at = 0; at < d; at += kLanes) store(to + at, from ? load(from + at, d - at) * sign : f32v{}, d - at);
-    }
+    Element* to = reinterpret_cast<Element*>(out + i * width);
+    for (int64_t at = 0; at < count; at += kLanes)
+      store(to + at, from && at < d ? load(from + at, d - at) * sign : f32v{}, count - at);
   }
 }
 
@@ -319,18 +316,20 @@ VK_INLINE void softmax_row(float* s, void* p, int64_t keys, float c, float& row_
 }
 
 // Queries [q_begin, q_end) of every head of the problem, in processing order. Uses scratch slot 0.
-template <class T>
+template <class Products, class T>
 static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int64_t q_end) {
-  constexpr bool kPairs = kMultiplyPairs<T>;
+  constexpr bool kPairs = Products::kPairs;
   constexpr int kUnit = kPairs ? 2 : 1;  // elements per word
-  const int64_t d = p.d, q_words = words<kPairs>(d), d_pad = round_up(d, kLanes), d_panels = round_up(d, kPanel);
+  constexpr int kRows = Products::kRows;
+  constexpr int64_t kSlab = Products::kSlab, kSlabRow = kSlab + 16;  // rows not a multiple of 4 KiB apart
+  const int64_t d = p.d, q_words = round_up(words<kPairs>(d), Products::kStepUnit), d_pad = round_up(d, kLanes), d_panels = round_up(d, kPanel);
   const KeyRange span = key_span(p, q_begin, q_end);
   const int64_t key_bytes = 4 * (q_words + d_panels / kUnit);
   int64_t chunk = kChunkBytes / key_bytes / kSlab * kSlab;
   chunk = chunk < kSlab ? kSlab : chunk;
   const int64_t whole = round_up(span.end - span.begin, kPanel);
   chunk = chunk < whole ? chunk : whole;
-  const int64_t strips = (q_end - q_begin + kStrip - 1) / kStrip;
+  const int64_t strips = (q_end - q_begin + kRows - 1) / kRows;
   const int64_t states = chunk < whole ? strips * p.heads : 1;  // one chunk: a strip is finished before the next
 
   float *k_panels, *v_panels, *q_strip, *s_strip, *p_strip, *acc_all, *max_all, *sum_all;
@@ -339,12 +338,12 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
   const auto take = [&](Arena arena) {
     k_panels = arena.take<float>(chunk * q_words);
     v_panels = arena.take<float>(chunk / kUnit * d_panels);
-    q_strip = arena.take<float>(kStrip * q_words);
-    s_strip = arena.take<float>(kStrip * kSlabRow);
-    p_strip = kPairs ? arena.take<float>(kStrip * kSlabRow / 2) : s_strip;
-    acc_all = arena.take<float>(states * kStrip * d_pad);
-    max_all = arena.take<float>(states * kStrip);
-    sum_all = arena.take<float>(states * kStrip);
+    q_strip = arena.take<float>(kRows * q_words);
+    s_strip = arena.take<float>(kRows * kSlabRow);
+    p_strip = kPairs ? arena.take<float>(kRows * kSlabRow / 2) : s_strip;
+    acc_all = arena.take<float>(states * kRows * d_pad);
+    max_all = arena.take<float>(states * kRows);
+    sum_all = arena.take<float>(states * kRows);
     spans = arena.take<KeyRange>(strips);
     if (p.box.relations) keys.take(arena, p.box.relations, chunk);
     return arena.used;
@@ -354,17 +353,17 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
   take(arena);
 
   for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t row = q_begin + strip * kStrip;
-    spans[strip] = key_span(p, row, row + kStrip < q_end ? row + kStrip : q_end);
+    const int64_t row = q_begin + strip * kRows;
+    spans[strip] = key_span(p, row, row + kRows < q_end ? row + kRows : q_end);
   }
   const Scale scale(p.scale);
-  BoxStrip strip_box;
+  BoxStrip<kRows> strip_box;
   int64_t begin = span.begin;
   do {
     const int64_t end = begin + chunk < span.end ? begin + chunk : span.end;
     const int64_t padded = round_up(end - begin, kPanel), v_panel = padded / kUnit * kPanel;
     const bool first = begin == span.begin, last = end == span.end;
-    pack_columns<kPairs>([&](int64_t i) { return p.k + p.k_rows[begin + i] * p.k_token; }, end - begin, d, k_panels);
+    pack_columns<kPairs>([&](int64_t i) { return p.k + p.k_rows[begin + i] * p.k_token; }, end - begin, d, q_words, k_panels);
     pack_rows<kPairs>([&](int64_t i) { return p.v + p.k_rows[begin + i] * p.v_token; }, end - begin, padded, d,
                       v_panels, v_panel);
     if (p.box.relations && end > begin) keys.load(p.box, begin, end);
@@ -373,37 +372,38 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
       // A chunk is not for the strips that see none of it: with a narrow mask, almost all.
       const bool sees_chunk = spans[strip].begin < end && spans[strip].end > begin;
       if (!sees_chunk && !first && !last) continue;
-      const int64_t row = q_begin + strip * kStrip, rows = q_end - row < kStrip ? q_end - row : kStrip;
-      StripRanges ranges[kMaxIntervals];
+      const int64_t row = q_begin + strip * kRows, rows = q_end - row < kRows ? q_end - row : kRows;
+      StripRanges<kRows> ranges[kMaxIntervals];
       const int intervals = p.ranges ? p.intervals : 1;
       for (int r = 0; r < intervals; ++r)
-        ranges[r] = strip_ranges(p, row, rows, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
+        ranges[r] = strip_ranges<kRows>(p, row, rows, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
       if (p.box.relations) strip_box.load(p.box, row, rows);
 
       for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t state = states > 1 ? strip * p.heads + head : 0;
-        float* acc = acc_all + state * kStrip * d_pad;
-        float *row_max = max_all + state * kStrip, *row_sum = sum_all + state * kStrip;
+        float* acc = acc_all + state * kRows * d_pad;
+        float *row_max = max_all + state * kRows, *row_sum = sum_all + state * kRows;
         if (first) {
-          memset(acc, 0, sizeof(float) * kStrip * static_cast<size_t>(d_pad));
-          for (int i = 0; i < kStrip; ++i) row_max[i] = -kInf, row_sum[i] = 0;
+          memset(acc, 0, sizeof(float) * kRows * static_cast<size_t>(d_pad));
+          for (int i = 0; i < kRows; ++i) row_max[i] = -kInf, row_sum[i] = 0;
         }
-        pack_strip<kPairs>(p.q + head * p.q_head, p.q_token, p.q_rows, row, rows, d, scale.sign, q_strip);
+        pack_strip<kPairs, kRows>(p.q + head * p.q_head, p.q_token, p.q_rows, row, rows, d, q_words, scale.sign,
+                                  q_strip);
         for (int r = 0; r < intervals; ++r) {
-          const StripRanges& range = ranges[r];
-          for_each_slab(range, p.box, strip_box, keys, [&](int64_t from, int64_t to) {
-            product<kPairs>(q_strip, q_words, 1, k_panels + from * q_words, kPanel * q_words, q_words, s_strip,
-                            kSlabRow, to - from, false);
+          const StripRanges<kRows>& range = ranges[r];
+          for_each_slab(range, p.box, strip_box, keys, kSlab, [&](int64_t from, int64_t to) {
+            Products::product(q_strip, q_words, k_panels + from * q_words, kPanel * q_words, q_words, s_strip, kSlabRow,
+                              to - from, false);
             if (p.box.relations || from < range.max_begin || to > range.min_end)
-              for (int i = 0; i < kStrip; ++i)
+              for (int i = 0; i < rows; ++i)
                 for (int64_t j = 0; j < to - from; j += kLanes)
                   store(s_strip + i * kSlabRow + j,
                         masked(load(s_strip + i * kSlabRow + j), &range, 1, p.box, strip_box, keys, i, from + j));
-            for (int i = 0; i < kStrip; ++i)
+            for (int i = 0; i < rows; ++i)
               softmax_row<kPairs>(s_strip + i * kSlabRow, p_strip + i * kSlabRow / kUnit, to - from, scale.c,
                                   row_max[i], row_sum[i], acc + i * d_pad, d_pad);
-            product<kPairs>(p_strip, kSlabRow / kUnit, 1, v_panels + from / kUnit * kPanel, v_panel,
-                            (to - from) / kUnit, acc, d_pad, d, true);
+            Products::product(p_strip, kSlabRow / kUnit, v_panels + from / kUnit * kPanel, v_panel, (to - from) / kUnit,
+                              acc, d_pad, d, true);
           });
         }
         if (!last) continue;

@@ -1,12 +1,13 @@
 // One source, several instruction sets. A file named *_cpu.cpp is compiled once per instruction set with
 // -DVK_ISA=<name>; everything it defines lives in namespace vk::<name>. The choice is made once, at the first call.
+// amx is avx512_bf16 where kernels that have them use matrix tiles (products.h): one compilation serves both.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #if defined(__x86_64__)
-#define VK_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+#define VK_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16) X(amx)
 #else
 #define VK_FOR_EACH_ISA(X) X(baseline)
 #endif
@@ -41,6 +42,7 @@ void force_isa(const std::string& name);  // throws std::invalid_argument on an 
 #define VK_DISPATCH(function, ...)                       \
   [&] {                                                  \
     switch (::vk::active_isa()) {                        \
+      case ::vk::Isa::amx:                               \
       case ::vk::Isa::avx512_bf16:                       \
         return ::vk::avx512_bf16::function(__VA_ARGS__); \
       case ::vk::Isa::avx512:                            \

@@ -123,10 +123,10 @@ VK_INLINE f32v load_words(const T* row, int64_t at, int64_t count) {
   }
 }
 
-// row(i) -> pointer to row i of `rows` rows of `count` elements. Rows past the end become zero columns.
+// row(i) -> pointer to row i of `rows` rows of `count` elements. Rows past the end become zero columns, words past
+// `count` zero steps.
 template <bool kPairs, class Row>
-static void pack_columns(const Row& row, int64_t rows, int64_t count, float* out) {
-  const int64_t steps = words<kPairs>(count);
+static void pack_columns(const Row& row, int64_t rows, int64_t count, int64_t steps, float* out) {
   for (int64_t r = 0; r < round_up(rows, kPanel); r += kLanes) {
     float* panel = out + (r / kPanel) * steps * kPanel + r % kPanel;
     for (int64_t step = 0; step < steps; step += kLanes) {
