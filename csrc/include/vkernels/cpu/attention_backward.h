@@ -39,8 +39,8 @@ VK_INLINE float dot(const T* a, const T* b, int64_t d) {
 // What every interval of a strip leaves of one slab.
 enum class Sight { none, part, all };
 
-VK_INLINE Sight sight(const StripRanges<kStrip>* ranges, int intervals, const BoxRows& box, const BoxStrip<kStrip>& strip,
-                      const BoxChunk& keys, int64_t from, int64_t to) {
+VK_INLINE Sight sight(const StripRanges<kStrip>* ranges, int intervals, const BoxRows& box,
+                      const BoxStrip<kStrip>& strip, const BoxChunk& keys, int64_t from, int64_t to) {
   bool any = false, all = false;
   for (int r = 0; r < intervals; ++r) {
     any |= ranges[r].min_begin < to && ranges[r].max_end > from;
@@ -152,9 +152,9 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
         for (int t = 0; t < strips && seen_begin < seen_end; ++t) {
           const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;
           pack_strip<kPairs, kStrip>(q, p.q_token, p.q_rows, at, count, d, d_words, scale.sign,
-                                       q_strips + t * kStrip * d_words);
+                                     q_strips + t * kStrip * d_words);
           pack_strip<kPairs, kStrip>(dout, g.dout_token, p.q_rows, at, count, d, d_words, 1.0f,
-                                       do_strips + t * kStrip * d_words);
+                                     do_strips + t * kStrip * d_words);
           for (int i = 0; i < kStrip; ++i) {
             const int64_t token = p.q_rows[i < count ? at + i : at];
             const float lse = i < count ? p.lse[head * p.lse_head + token] : -kInf;

@@ -118,7 +118,7 @@ struct StripRanges {
 
 template <int kRows, class T>
 VK_INLINE StripRanges<kRows> strip_ranges(const AttentionProblem<T>& p, int64_t row, int64_t rows, int interval,
-                                   int32_t chunk_begin, int32_t chunk_end) {
+                                          int32_t chunk_begin, int32_t chunk_end) {
   StripRanges<kRows> s;
   s.min_begin = s.min_end = chunk_end - chunk_begin;
   s.max_begin = s.max_end = 0;
@@ -322,7 +322,8 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
   constexpr int kUnit = kPairs ? 2 : 1;  // elements per word
   constexpr int kRows = Products::kRows;
   constexpr int64_t kSlab = Products::kSlab, kSlabRow = kSlab + 16;  // rows not a multiple of 4 KiB apart
-  const int64_t d = p.d, q_words = round_up(words<kPairs>(d), Products::kStepUnit), d_pad = round_up(d, kLanes), d_panels = round_up(d, kPanel);
+  const int64_t d = p.d, q_words = round_up(words<kPairs>(d), Products::kStepUnit), d_pad = round_up(d, kLanes),
+                d_panels = round_up(d, kPanel);
   const KeyRange span = key_span(p, q_begin, q_end);
   const int64_t key_bytes = 4 * (q_words + d_panels / kUnit);
   int64_t chunk = kChunkBytes / key_bytes / kSlab * kSlab;
@@ -363,7 +364,8 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
     const int64_t end = begin + chunk < span.end ? begin + chunk : span.end;
     const int64_t padded = round_up(end - begin, kPanel), v_panel = padded / kUnit * kPanel;
     const bool first = begin == span.begin, last = end == span.end;
-    pack_columns<kPairs>([&](int64_t i) { return p.k + p.k_rows[begin + i] * p.k_token; }, end - begin, d, q_words, k_panels);
+    pack_columns<kPairs>([&](int64_t i) { return p.k + p.k_rows[begin + i] * p.k_token; }, end - begin, d, q_words,
+                         k_panels);
     pack_rows<kPairs>([&](int64_t i) { return p.v + p.k_rows[begin + i] * p.v_token; }, end - begin, padded, d,
                       v_panels, v_panel);
     if (p.box.relations && end > begin) keys.load(p.box, begin, end);

@@ -1,5 +1,5 @@
-// Who multiplies: the same panels, by vectors or by the matrix tiles of AMX. A kernel names one of the two as a template
-// parameter and takes from it how many rows a strip has and how many keys a slab.
+// Who multiplies: the same panels, by vectors or by the matrix tiles of AMX. A kernel names one of the two as a
+// template parameter and takes from it how many rows a strip has and how many keys a slab.
 #pragma once
 
 #include "vkernels/cpu/isa.h"
@@ -23,8 +23,8 @@ struct Vectors {
 #if defined(__AVX512BF16__) && defined(__linux__)
 #define VK_HAS_TILES 1
 
-// Eight tiles of 16 rows of 16 words: 0 to 3 sum, 4 and 5 hold rows of a, 6 and 7 columns of b. A panel's layout is what
-// the processor asks of its second operand: two bf16 along the summed axis in a word.
+// Eight tiles of 16 rows of 16 words: 0 to 3 sum, 4 and 5 hold rows of a, 6 and 7 columns of b. A panel's layout is
+// what the processor asks of its second operand: two bf16 along the summed axis in a word.
 struct Tiles {
   static constexpr bool kPairs = true;
   static constexpr int kSide = 16, kRows = 2 * kSide;

@@ -34,7 +34,7 @@ typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
 
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 
-VK_INLINE f32v splat(float x) { return f32v{} + x; }
+VK_INLINE f32v splat(float x) { return x - f32v{}; }  // 0 + x is an addition: it turns -0 into 0
 VK_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 VK_INLINE i32v iota() {
   i32v v;
