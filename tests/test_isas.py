@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_every_op import skip_unless_runnable
 
+import vkernels as vk
 from vkernels.library import native, native_missing
 from vkernels.spec import all_specs
 from vkernels.testing import assert_gradient, assert_within_budget
@@ -63,3 +64,31 @@ def test_every_instruction_set(spec, case, dtype, each_isa):
         assert got_grad.keys() == true_grad.keys()
         for name, g in got_grad.items():
             assert_gradient(g, eager_grad[name], true_grad[name], f"{isa}: d{name}")
+
+
+@pytest.mark.parametrize("d", [64, 40])
+def test_more_keys_than_fit_a_chunk(d, each_isa):
+    """bfloat16 keys come in chunks of 2,048 at this head size, larger than the cases': sums are kept between two."""
+    torch.manual_seed(d)
+    grid = vk.Grid(47, 7, 7)
+    q, k, v = (torch.randn(1, grid.tokens, heads, d).to(torch.bfloat16) for heads in (2, 1, 1))
+    mask = vk.VideoMask.frame_causal(grid)
+    rows = torch.tensor([0, 48, 49, 1500, 2047, 2048, 2100, grid.tokens - 1])
+    truth = vk.attention(q.double(), k.double(), v.double(), mask=mask, backend="reference")[:, rows]
+    eager = vk.attention(q, k, v, mask=mask, backend="reference")[:, rows]
+    for isa in each_isa():
+        got = vk.attention(q, k, v, mask=mask, backend="cpu")[:, rows]
+        assert_within_budget(got, eager, truth, isa)
+
+
+@pytest.mark.parametrize(("d", "cls", "order"), [(24, 1, "patch"), (64, 1, "frame"), (88, 0, "frame")])
+def test_frames_of_many_tokens(d, cls, order, each_isa):
+    """With matrix tiles long groups take another kernel; the cases' groups are short."""
+    torch.manual_seed(d)
+    grid = vk.Grid(3, 8, 9)
+    q, k, v = (torch.randn(2, cls + grid.tokens, heads, d).to(torch.bfloat16) for heads in (4, 2, 2))
+    options = {"grid": grid, "axis": "spatial", "cls": cls, "order": order, "scale": 0.2}
+    truth = vk.divided_attention(q.double(), k.double(), v.double(), **options, backend="reference")
+    eager = vk.divided_attention(q, k, v, **options, backend="reference")
+    for isa in each_isa():
+        assert_within_budget(vk.divided_attention(q, k, v, **options, backend="cpu"), eager, truth, isa)

@@ -38,7 +38,8 @@ struct AttentionProblem {
   const T* k = nullptr;
   const T* v = nullptr;
   T* o = nullptr;
-  float* lse = nullptr;                                        // natural log, token stride 1; may be null
+  float* lse = nullptr;      // natural log, token stride 1; may be null
+  float* first_o = nullptr;  // query 0 of the first head leaves here, as it was summed; the next head's d further on
   int64_t q_token = 0, k_token = 0, v_token = 0, o_token = 0;  // elements from one token row to the next
   int64_t q_head = 0, o_head = 0, lse_head = 0;                // and from one query head to the next
   int64_t heads = 1;                                           // query heads that share k and v
@@ -413,8 +414,13 @@ static void attention_forward(const AttentionProblem<T>& p, int64_t q_begin, int
           const int64_t token = p.q_rows[row + i];
           const bool sees = row_sum[i] > 0 || row_sum[i] != row_sum[i];
           const float inverse = sees ? 1.0f / row_sum[i] : 0.0f;
-          T* o = p.o + head * p.o_head + token * p.o_token;
-          for (int64_t j = 0; j < d; j += kLanes) store(o + j, load(acc + i * d_pad + j) * inverse, d - j);
+          const auto leave = [&](auto* o) {
+            for (int64_t j = 0; j < d; j += kLanes) store(o + j, load(acc + i * d_pad + j) * inverse, d - j);
+          };
+          if (p.first_o && row + i == 0)
+            leave(p.first_o + head * d);
+          else
+            leave(p.o + head * p.o_head + token * p.o_token);
           if (p.lse)
             p.lse[head * p.lse_head + token] = sees ? row_max[i] * scale.c * kLn2 + std::log(row_sum[i]) : -kInf;
         }
