@@ -84,6 +84,20 @@ ShortAttention short_problem(const AttentionParams& p) {
   return x;
 }
 
+// run(task, Products{}): in matrix tiles where the processor and T have them.
+template <class T, class Run>
+void each_task(int64_t count, const Run& run) {
+#if defined(VK_HAS_TILES)
+  if constexpr (kMultiplyPairs<T>)
+    if (active_isa() == Isa::amx)
+      return parallel_tasks(count, [&](int64_t i) {
+        const Tiles::Configured tiles;
+        run(i, Tiles{});
+      });
+#endif
+  parallel_tasks(count, [&](int64_t i) { run(i, Vectors<kMultiplyPairs<T>>{}); });
+}
+
 template <class T>
 void forward(const AttentionParams& p, const AttentionTask* tasks, int64_t count) {
   const AttentionMask& mask = p.mask;
@@ -97,18 +111,9 @@ void forward(const AttentionParams& p, const AttentionTask* tasks, int64_t count
       for (int64_t i = live; i < len_q; ++i)
         p.lse.ptr<float>()[batch * p.lse.stride(0) + head * p.lse.stride(1) + map[i]] = -kInf;
   }
-  const auto run = [&](int64_t i, auto products) {
+  each_task<T>(count, [&](int64_t i, auto products) {
     attention_forward<decltype(products)>(problem<T>(p, tasks[i]), tasks[i].q_begin, tasks[i].q_end);
-  };
-#if defined(VK_HAS_TILES)
-  if constexpr (kMultiplyPairs<T>)
-    if (active_isa() == Isa::amx)
-      return parallel_tasks(count, [&](int64_t i) {
-        const Tiles::Configured tiles;
-        run(i, Tiles{});
-      });
-#endif
-  parallel_tasks(count, [&](int64_t i) { run(i, Vectors<kMultiplyPairs<T>>{}); });
+  });
 }
 
 template <class T>
@@ -120,7 +125,7 @@ void backward(const AttentionParams& p, const AttentionTask* tasks, int64_t coun
     zero_dropped<T>(p.dk, mask.k_rows, mask.live_k(batch), mask.layout.len_k, batch);
     zero_dropped<T>(p.dv, mask.k_rows, mask.live_k(batch), mask.layout.len_k, batch);
   }
-  parallel_tasks(count, [&](int64_t i) {
+  each_task<T>(count, [&](int64_t i, auto products) {
     const AttentionTask& task = tasks[i];
     const AttentionProblem<T> x = problem<T>(p, task);
     AttentionGradients<T> g;
@@ -134,7 +139,8 @@ void backward(const AttentionParams& p, const AttentionTask* tasks, int64_t coun
     g.dq = at<T>(p.dq, task.batch, first), g.dq_token = p.dq.stride(1), g.dq_head = p.dq.stride(2);
     g.dk = at<T>(p.dk, task.batch, task.head), g.dk_token = p.dk.stride(1);
     g.dv = at<T>(p.dv, task.batch, task.head), g.dv_token = p.dv.stride(1);
-    attention_backward(x, g, task.q_begin, task.q_end, task.k_begin, task.k_end, task.want_q, task.want_kv);
+    attention_backward<decltype(products)>(x, g, task.q_begin, task.q_end, task.k_begin, task.k_end, task.want_q,
+                                           task.want_kv);
   });
 }
 

@@ -39,8 +39,9 @@ VK_INLINE float dot(const T* a, const T* b, int64_t d) {
 // What every interval of a strip leaves of one slab.
 enum class Sight { none, part, all };
 
-VK_INLINE Sight sight(const StripRanges<kStrip>* ranges, int intervals, const BoxRows& box,
-                      const BoxStrip<kStrip>& strip, const BoxChunk& keys, int64_t from, int64_t to) {
+template <int kRows>
+VK_INLINE Sight sight(const StripRanges<kRows>* ranges, int intervals, const BoxRows& box, const BoxStrip<kRows>& strip,
+                      const BoxChunk& keys, int64_t from, int64_t to) {
   bool any = false, all = false;
   for (int r = 0; r < intervals; ++r) {
     any |= ranges[r].min_begin < to && ranges[r].max_end > from;
@@ -54,13 +55,14 @@ VK_INLINE Sight sight(const StripRanges<kStrip>* ranges, int intervals, const Bo
 
 // Gradients from queries [q_begin, q_end) and keys [k_begin, k_end): of the queries if `want_q`, of the keys and values
 // if `want_kv`. Whoever is wanted must be given every partner it sees. Uses scratch slot 0.
-template <class T>
+template <class Products, class T>
 static void attention_backward(const AttentionProblem<T>& p, const AttentionGradients<T>& g, int64_t q_begin,
                                int64_t q_end, int64_t k_begin, int64_t k_end, bool want_q, bool want_kv) {
-  constexpr bool kPairs = kMultiplyPairs<T>;
+  constexpr bool kPairs = Products::kPairs;
   constexpr int kUnit = kPairs ? 2 : 1;
-  constexpr int kStrips = kBlock / kStrip;
-  const int64_t d = p.d, d_words = words<kPairs>(d), d_pad = round_up(d, kLanes), d_panels = round_up(d, kPanel);
+  constexpr int kRows = Products::kRows, kStrips = kBlock / kRows;
+  const int64_t d = p.d, d_words = round_up(words<kPairs>(d), Products::kStepUnit), d_pad = round_up(d, kLanes),
+                d_panels = round_up(d, kPanel);
   const int64_t key_bytes = 4 * (2 * d_words + d_panels / kUnit + 2 * d_pad);
   int64_t chunk = kBackChunkBytes / key_bytes / kBackSlab * kBackSlab;
   chunk = chunk < kBackSlab ? kBackSlab : chunk;
@@ -71,7 +73,7 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
   const int64_t row_panel = kBlock / kUnit * kPanel;
 
   float *k_columns, *v_columns, *k_rows, *dk, *dv, *q_strips, *do_strips, *q_rows, *do_rows, *s, *dp, *probability,
-      *dscore, *dscore_row, *dq_all, *lse2, *delta;
+      *dscore, *dscore_row, *turned, *dq_all, *lse2, *delta;
   KeyRange* spans;
   BoxChunk keys;
   const auto take = [&](Arena arena) {
@@ -84,11 +86,12 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     do_strips = arena.take<float>(kBlock * d_words);
     q_rows = arena.take<float>(kBlock / kUnit * d_panels);
     do_rows = arena.take<float>(kBlock / kUnit * d_panels);
-    s = arena.take<float>(kStrip * kBackRow);
-    dp = arena.take<float>(kStrip * kBackRow);
+    s = arena.take<float>(kRows * kBackRow);
+    dp = arena.take<float>(kRows * kBackRow);
     probability = arena.take<float>(kBlock / kUnit * kBackRow);
     dscore = arena.take<float>(kBlock / kUnit * kBackRow);
-    dscore_row = arena.take<float>(kStrip * kBackRow / kUnit);
+    dscore_row = arena.take<float>(kRows * kBackRow / kUnit);
+    turned = arena.take<float>(Products::kTurned ? kBackSlab * kBlock / kUnit : 0);
     dq_all = arena.take<float>(states * kBlock * d_pad);
     lse2 = arena.take<float>(kBlock);
     delta = arena.take<float>(kBlock);
@@ -106,8 +109,8 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
   }
   const Scale scale(p.scale);
   const int intervals = p.ranges ? p.intervals : 1;
-  StripRanges<kStrip> ranges[kStrips][kMaxIntervals];
-  BoxStrip<kStrip> strip_box[kStrips];
+  StripRanges<kRows> ranges[kStrips][kMaxIntervals];
+  BoxStrip<kRows> strip_box[kStrips];
   Sight sights[kStrips];
   int64_t begin = k_begin;
   do {
@@ -127,14 +130,14 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
     for (int64_t block = 0; block < blocks; ++block) {
       if (!ends && (spans[block].begin >= end || spans[block].end <= begin)) continue;
       const int64_t row = q_begin + block * kBlock, rows = q_end - row < kBlock ? q_end - row : kBlock;
-      const int strips = static_cast<int>((rows + kStrip - 1) / kStrip);
-      const int64_t block_rows = round_up(rows, kStrip);
+      const int strips = static_cast<int>((rows + kRows - 1) / kRows);
+      const int64_t block_rows = round_up(rows, kRows);
       int64_t seen_begin = padded, seen_end = 0;
       for (int t = 0; t < strips; ++t) {
-        const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;
+        const int64_t at = row + t * kRows, count = q_end - at < kRows ? q_end - at : kRows;
         for (int r = 0; r < intervals; ++r) {
-          const StripRanges<kStrip>& range = ranges[t][r] =
-              strip_ranges<kStrip>(p, at, count, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
+          const StripRanges<kRows>& range = ranges[t][r] =
+              strip_ranges<kRows>(p, at, count, r, static_cast<int32_t>(begin), static_cast<int32_t>(end));
           if (range.max_end <= range.min_begin) continue;
           seen_begin = range.min_begin < seen_begin ? range.min_begin : seen_begin;
           seen_end = range.max_end > seen_end ? range.max_end : seen_end;
@@ -150,19 +153,19 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
         if (first && want_q) memset(dq, 0, sizeof(float) * static_cast<size_t>(kBlock * d_pad));
         const T *q = p.q + head * p.q_head, *dout = g.dout + head * g.dout_head, *o = p.o + head * p.o_head;
         for (int t = 0; t < strips && seen_begin < seen_end; ++t) {
-          const int64_t at = row + t * kStrip, count = q_end - at < kStrip ? q_end - at : kStrip;
-          pack_strip<kPairs, kStrip>(q, p.q_token, p.q_rows, at, count, d, d_words, scale.sign,
-                                     q_strips + t * kStrip * d_words);
-          pack_strip<kPairs, kStrip>(dout, g.dout_token, p.q_rows, at, count, d, d_words, 1.0f,
-                                     do_strips + t * kStrip * d_words);
-          for (int i = 0; i < kStrip; ++i) {
+          const int64_t at = row + t * kRows, count = q_end - at < kRows ? q_end - at : kRows;
+          pack_strip<kPairs, kRows>(q, p.q_token, p.q_rows, at, count, d, d_words, scale.sign,
+                                    q_strips + t * kRows * d_words);
+          pack_strip<kPairs, kRows>(dout, g.dout_token, p.q_rows, at, count, d, d_words, 1.0f,
+                                    do_strips + t * kRows * d_words);
+          for (int i = 0; i < kRows; ++i) {
             const int64_t token = p.q_rows[i < count ? at + i : at];
             const float lse = i < count ? p.lse[head * p.lse_head + token] : -kInf;
             const bool sees = lse != -kInf;
-            lse2[t * kStrip + i] = sees ? lse * kLog2e : kInf;  // +inf makes every probability of the row 0
-            delta[t * kStrip + i] = sees ? dot(dout + token * g.dout_token, o + token * p.o_token, d) -
-                                               (g.dlse ? g.dlse[head * g.dlse_head + token * g.dlse_token] : 0.0f)
-                                         : 0.0f;
+            lse2[t * kRows + i] = sees ? lse * kLog2e : kInf;  // +inf makes every probability of the row 0
+            delta[t * kRows + i] = sees ? dot(dout + token * g.dout_token, o + token * p.o_token, d) -
+                                              (g.dlse ? g.dlse[head * g.dlse_head + token * g.dlse_token] : 0.0f)
+                                        : 0.0f;
           }
         }
         if (want_kv) {
@@ -182,32 +185,32 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
             high = t + 1;
           }
           for (int t = low; t < high; ++t) {
-            float* p_block = probability + t * kStrip / kUnit * kBackRow;
-            float* ds_block = dscore + t * kStrip / kUnit * kBackRow;
+            float* p_block = probability + t * kRows / kUnit * kBackRow;
+            float* ds_block = dscore + t * kRows / kUnit * kBackRow;
             if (sights[t] == Sight::none) {
-              memset(p_block, 0, sizeof(float) * kStrip / kUnit * kBackRow);
-              memset(ds_block, 0, sizeof(float) * kStrip / kUnit * kBackRow);
+              memset(p_block, 0, sizeof(float) * kRows / kUnit * kBackRow);
+              memset(ds_block, 0, sizeof(float) * kRows / kUnit * kBackRow);
               continue;
             }
-            product<kPairs>(q_strips + t * kStrip * d_words, d_words, 1, k_columns + from * d_words, kPanel * d_words,
-                            d_words, s, kBackRow, count, false);
-            product<kPairs>(do_strips + t * kStrip * d_words, d_words, 1, v_columns + from * d_words, kPanel * d_words,
-                            d_words, dp, kBackRow, count, false);
+            Products::product(q_strips + t * kRows * d_words, d_words, k_columns + from * d_words, kPanel * d_words,
+                              d_words, s, kBackRow, count, false);
+            Products::product(do_strips + t * kRows * d_words, d_words, v_columns + from * d_words, kPanel * d_words,
+                              d_words, dp, kBackRow, count, false);
             if (sights[t] == Sight::part)
-              for (int i = 0; i < kStrip; ++i)
+              for (int i = 0; i < kRows; ++i)
                 for (int64_t j = 0; j < count; j += kLanes)
                   store(s + i * kBackRow + j, masked(load(s + i * kBackRow + j), ranges[t], intervals, p.box,
                                                      strip_box[t], keys, i, from + j));
-            for (int i = 0; i < kStrip; i += kUnit) {
-              const f32v shift = splat(lse2[t * kStrip + i]), offset = splat(delta[t * kStrip + i]);
+            for (int i = 0; i < kRows; i += kUnit) {
+              const f32v shift = splat(lse2[t * kRows + i]), offset = splat(delta[t * kRows + i]);
               for (int64_t j = 0; j < count; j += kLanes) {
                 const int64_t at = i * kBackRow + j;
                 const f32v p0 = power_of_two<kPairs>(load(s + at) * scale.c - shift);
                 const f32v ds0 = p0 * (load(dp + at) - offset);
                 if constexpr (kPairs) {
                   const int64_t at1 = at + kBackRow;
-                  const f32v p1 = power_of_two<kPairs>(load(s + at1) * scale.c - lse2[t * kStrip + i + 1]);
-                  const f32v ds1 = p1 * (load(dp + at1) - delta[t * kStrip + i + 1]);
+                  const f32v p1 = power_of_two<kPairs>(load(s + at1) * scale.c - lse2[t * kRows + i + 1]);
+                  const f32v ds1 = p1 * (load(dp + at1) - delta[t * kRows + i + 1]);
                   store(p_block + i / 2 * kBackRow + j, interleave(p0, p1));
                   store(ds_block + i / 2 * kBackRow + j, interleave(ds0, ds1));
                   store(reinterpret_cast<bf16*>(dscore_row) + at, ds0);
@@ -219,17 +222,15 @@ static void attention_backward(const AttentionProblem<T>& p, const AttentionGrad
               }
             }
             if (want_q)
-              product<kPairs>(kPairs ? dscore_row : ds_block, kBackRow / kUnit, 1, k_rows + from / kUnit * kPanel,
-                              k_panel, count / kUnit, dq + t * kStrip * d_pad, d_pad, d, true);
+              Products::product(kPairs ? dscore_row : ds_block, kBackRow / kUnit, k_rows + from / kUnit * kPanel,
+                                k_panel, count / kUnit, dq + t * kRows * d_pad, d_pad, d, true);
           }
           if (!want_kv || low >= high) continue;
-          const int64_t q_from = low * kStrip / kUnit, q_steps = (high - low) * kStrip / kUnit;
-          for (int64_t key = 0; key < count; key += kStrip) {
-            product<kPairs>(dscore + q_from * kBackRow + key, 1, kBackRow, q_rows + q_from * kPanel, row_panel, q_steps,
-                            dk + (from + key) * d_pad, d_pad, d, true);
-            product<kPairs>(probability + q_from * kBackRow + key, 1, kBackRow, do_rows + q_from * kPanel, row_panel,
-                            q_steps, dv + (from + key) * d_pad, d_pad, d, true);
-          }
+          const int64_t q_from = low * kRows / kUnit, q_steps = (high - low) * kRows / kUnit;
+          Products::product_turned(dscore + q_from * kBackRow, kBackRow, count, q_rows + q_from * kPanel, row_panel,
+                                   q_steps, dk + from * d_pad, d_pad, d, turned);
+          Products::product_turned(probability + q_from * kBackRow, kBackRow, count, do_rows + q_from * kPanel,
+                                   row_panel, q_steps, dv + from * d_pad, d_pad, d, turned);
         }
         for (int64_t i = 0; want_q && last && i < rows; ++i) {
           T* to = g.dq + head * g.dq_head + p.q_rows[row + i] * g.dq_token;

@@ -18,6 +18,14 @@ struct Vectors {
                       int64_t c_row, int64_t columns, bool add) {
     vk::VK_ISA::product<kPairs>(a, a_row, 1, b, b_panel, steps, c, c_row, columns, add);
   }
+
+  // c[row][column] += sum over steps of a[step][row] * b[step][column], for `rows` whole panels of rows.
+  static constexpr bool kTurned = false;  // `turned` holds rows * steps words
+  static void product_turned(const float* a, int64_t a_step, int64_t rows, const float* b, int64_t b_panel,
+                             int64_t steps, float* c, int64_t c_row, int64_t columns, float* /*turned*/) {
+    for (int64_t row = 0; row < rows; row += kRows)
+      vk::VK_ISA::product<kPairs>(a + row, 1, a_step, b, b_panel, steps, c + row * c_row, c_row, columns, true);
+  }
 };
 
 #if defined(__AVX512BF16__) && defined(__linux__)
@@ -93,6 +101,20 @@ struct Tiles {
     int64_t done = 0;
     for (; done + kSide < columns; done += kPanel, b += b_panel) block<true>(a, a_row, b, steps, c + done, c_row, add);
     if (done < columns) block<false>(a, a_row, b, steps, c + done, c_row, add);
+  }
+
+  static constexpr bool kTurned = true;
+  static void product_turned(const float* a, int64_t a_step, int64_t rows, const float* b, int64_t b_panel,
+                             int64_t steps, float* c, int64_t c_row, int64_t columns, float* turned) {
+    for (int64_t step = 0; step < steps; step += kSide)
+      for (int64_t row = 0; row < rows; row += kSide) {
+        f32v tile[kSide];
+        for (int i = 0; i < kSide; ++i) tile[i] = vk::VK_ISA::load(a + (step + i) * a_step + row);
+        transpose(tile);
+        for (int i = 0; i < kSide; ++i) vk::VK_ISA::store(turned + (row + i) * steps + step, tile[i]);
+      }
+    for (int64_t row = 0; row < rows; row += kRows)
+      product(turned + row * steps, steps, b, b_panel, steps, c + row * c_row, c_row, columns, true);
   }
 };
 #endif
