@@ -28,8 +28,16 @@ TileSizes tile_sizes() {
       {"rearrange", "bytes of a task", kGrainBytes},
       {"rearrange", "side of a turned tile, 2 bytes", kTurnedSide<2>},
       {"rearrange", "side of a turned tile, 4 bytes", kTurnedSide<4>},
+#if defined(VK_HAS_TILES)
+      {"attention", "bfloat16, in matrix tiles: queries of a strip", Tiles::kRows},
+      {"divided_attention", "bfloat16, long groups in matrix tiles: queries of a strip", Tiles::kRows},
+#endif
   };
-  return {kSizes, sizeof kSizes / sizeof *kSizes};
+  int64_t count = sizeof kSizes / sizeof *kSizes;
+#if defined(VK_HAS_TILES)
+  if (active_isa() != Isa::amx) count -= 2;
+#endif
+  return {kSizes, count};
 }
 
 }  // namespace vk::VK_ISA
