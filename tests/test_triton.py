@@ -94,8 +94,6 @@ def test_exceptions_from_the_rules_are_listed():
         ("attention", "float32-d256"): 32,
         ("decode_attention", "int4-float32"): 144,
         ("divided_attention", "float32-packed-d256"): 120,
-        ("divided_attention", "float32-tiled-d64"): 32,
-        ("divided_attention", "float32-tiled-d128"): 32,
         ("divided_attention", "float32-tiled-d256"): 840,
     }
     hmma = {("attention", "d256"), ("divided_attention", "packed-d256"), ("divided_attention", "tiled-d256")}
