@@ -17,7 +17,7 @@ void zero_first_row(const TensorRef& t) {
 }
 
 #if defined(VK_HAS_TILES)
-// Below this, packing costs more than tiles save.
+// The limit that attention has for its short groups, too; not tuned.
 constexpr int64_t kLong = 64;
 
 bool suits_tiles(const ShortAttention& p) {
